@@ -1,0 +1,125 @@
+"""Every error that mnemobus raises on purpose.
+
+::
+
+    MnemobusError
+     ├─ SettingsError            a setting is missing, malformed or contradicts what is in Redis
+     │   └─ UnsafeRedis          the Redis server could evict the log
+     ├─ InvalidMemory            a write was refused before anything left the process
+     │   ├─ MemoryTooLarge
+     │   └─ DimensionChanged     a write would change a memory's table, room, agent, entity or world
+     ├─ InvalidQuery             a read names no dimension, or its bounds make no sense
+     ├─ MemoryNotFound           an update names a memory that is not there
+     ├─ WriteFailed              the log did not take the write
+     │   ├─ LogUnavailable       it could not be reached in time; the write may or may not be in it
+     │   ├─ LogFull              Redis is out of memory; nothing was written
+     │   ├─ BacklogFull          workers are too far behind; nothing was written
+     │   └─ DurabilityUnavailable  the server can't give the durability that was asked for
+     ├─ WriteRejected            the write was logged, but a worker could not apply it (dead letter)
+     ├─ NotCommitted             the store did not have the write within the given time
+     ├─ StoreError
+     │   ├─ StoreUnavailable     the database can't be reached, or is not in a state to answer
+     │   ├─ SchemaError          the database's schema does not fit this version
+     │   └─ Rejected             the database refuses this data; the data's fault, not the database's
+     ├─ BadEvent                 an entry of the log that can't be decoded
+     ├─ EmbeddedServerError      no server binary for the embedded Redis, or it did not start
+     └─ BusClosed                the bus was used before it was opened or after it was closed
+"""
+
+from __future__ import annotations
+
+
+class MnemobusError(Exception):
+    """Base of every error that mnemobus raises on purpose."""
+
+
+class SettingsError(MnemobusError):
+    """A setting is missing or malformed, or contradicts what the first to connect wrote into Redis."""
+
+
+class UnsafeRedis(SettingsError):
+    """The Redis server could evict the log; the message names the fix."""
+
+
+class InvalidMemory(MnemobusError, ValueError):
+    """A memory can't be written as it is; ``field`` names what is wrong with it."""
+
+    def __init__(self, field: str, reason: str) -> None:
+        super().__init__(f"{field}: {reason}")
+        self.field = field
+        self.reason = reason
+
+    def __reduce__(self) -> tuple[type[InvalidMemory], tuple[str, str]]:
+        return type(self), (self.field, self.reason)
+
+
+class MemoryTooLarge(InvalidMemory):
+    """A memory is larger than ``max_memory_bytes``."""
+
+
+class DimensionChanged(InvalidMemory):
+    """A write would change a dimension of a memory that exists; dimensions never change."""
+
+
+class InvalidQuery(MnemobusError, ValueError):
+    """A read names no dimension to look under, or its bounds make no sense."""
+
+
+class MemoryNotFound(MnemobusError, LookupError):
+    """An update names a memory that is not there."""
+
+
+class WriteFailed(MnemobusError):
+    """The log did not take a write."""
+
+
+class LogUnavailable(WriteFailed):
+    """The log could not be reached in time; the write may or may not be in it."""
+
+
+class LogFull(WriteFailed):
+    """Redis is out of memory and refuses writes; nothing was written."""
+
+
+class BacklogFull(WriteFailed):
+    """The workers are too far behind for the log to take more; nothing was written."""
+
+
+class DurabilityUnavailable(WriteFailed):
+    """The server can't give the durability that was asked for."""
+
+
+class WriteRejected(MnemobusError):
+    """A logged write could not be applied; it is in the dead letters with this reason."""
+
+
+class NotCommitted(MnemobusError, TimeoutError):
+    """The store did not have the write within the given time; it is in the log and will get there."""
+
+
+class StoreError(MnemobusError):
+    """Base of what the database can get wrong."""
+
+
+class StoreUnavailable(StoreError):
+    """The database can't be reached, or is in no state to answer; trying again later can help."""
+
+
+class SchemaError(StoreError):
+    """The database's schema does not fit this version of mnemobus."""
+
+
+class Rejected(StoreError):
+    """The database refuses this data, however often it is tried."""
+
+
+class BadEvent(MnemobusError, ValueError):
+    """An entry of the log can't be decoded."""
+
+
+class EmbeddedServerError(MnemobusError):
+    """The embedded Redis can't be started."""
+
+
+class BusClosed(MnemobusError, RuntimeError):
+    """The bus was used before it was opened or after it was closed."""

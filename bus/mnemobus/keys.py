@@ -1,0 +1,156 @@
+"""Versions, scopes, partitions and the names of everything in Redis: computed here and nowhere else.
+
+A *version* is the stream ID that the log gave an event. A *scope* is what a query can depend on.
+Partitions are CRC-32 of a name modulo their count, so every process on every machine agrees. All keys
+of one partition share a hash tag, so that a script on them touches one slot of a Redis Cluster.
+"""
+
+from __future__ import annotations
+
+import struct
+from typing import NamedTuple
+from zlib import crc32
+
+_PAIR = struct.Struct(">QQ")
+_LIMIT = 1 << 64
+
+
+class Version(NamedTuple):
+    """The stream ID of an event: milliseconds and a sequence number, both unsigned 64-bit.
+
+    Versions of one log partition are in the order of their writes; they compare numerically.
+    """
+
+    ms: int
+    seq: int
+
+    @classmethod
+    def parse(cls, text: str | bytes) -> Version:
+        """The version written as ``"<ms>-<seq>"``; ValueError for anything else."""
+        if isinstance(text, bytes):
+            text = text.decode("ascii", "replace")
+        ms, dash, seq = text.partition("-")
+        if not (dash and ms.isascii() and ms.isdigit() and seq.isascii() and seq.isdigit()):
+            raise ValueError(f"{text!r} is not a version of the form <milliseconds>-<sequence>")
+        version = cls(int(ms), int(seq))
+        if version.ms >= _LIMIT or version.seq >= _LIMIT:
+            raise ValueError(f"{text!r} is out of range for a version")
+        return version
+
+    def pack(self) -> bytes:
+        """16 bytes that sort, byte by byte, as versions do: what the stores keep and compare."""
+        return _PAIR.pack(self.ms, self.seq)
+
+    @classmethod
+    def unpack(cls, packed: bytes) -> Version:
+        """The version that :meth:`pack` made these 16 bytes from."""
+        return cls(*_PAIR.unpack(packed))
+
+    def __str__(self) -> str:
+        return f"{self.ms}-{self.seq}"
+
+
+ZERO = Version(0, 0)
+"""Before every event."""
+
+
+def id_scope(id: str) -> str:
+    return f"id:{id}"
+
+
+def room_scope(table: str, room: str) -> str:
+    return f"room:{table}:{room}"
+
+
+def entity_scope(table: str, entity: str) -> str:
+    return f"entity:{table}:{entity}"
+
+
+def agent_scope(table: str, agent: str) -> str:
+    return f"agent:{table}:{agent}"
+
+
+def world_scope(table: str, world: str) -> str:
+    return f"world:{table}:{world}"
+
+
+class Dimensions(NamedTuple):
+    """What of a memory never changes, and therefore decides which scopes a write to it touches."""
+
+    table: str
+    room: str
+    agent: str | None = None
+    entity: str | None = None
+    world: str | None = None
+
+    def scopes(self, id: str) -> list[str]:
+        """The scopes, at most five, that a write to memory ``id`` with these dimensions touches."""
+        table = self.table
+        scopes = [f"id:{id}", f"room:{table}:{self.room}"]
+        if self.entity is not None:
+            scopes.append(f"entity:{table}:{self.entity}")
+        if self.agent is not None:
+            scopes.append(f"agent:{table}:{self.agent}")
+        if self.world is not None:
+            scopes.append(f"world:{table}:{self.world}")
+        return scopes
+
+
+def partition_of(name: str, partitions: int) -> int:
+    """The partition, in ``range(partitions)``, that ``name`` (a room or a scope) belongs to."""
+    return crc32(name.encode("utf-8", "surrogatepass")) % partitions
+
+
+class Keyspace:
+    """The names of all keys and channels of one bus in Redis."""
+
+    def __init__(self, prefix: str, log_partitions: int, feed_partitions: int) -> None:
+        self.prefix = prefix
+        self.log_partitions = log_partitions
+        self.feed_partitions = feed_partitions
+        self.layout = f"{{{prefix}}}:layout"
+        """A hash: log_partitions and feed_partitions, as the first to connect wrote them."""
+        self.epoch = f"{{{prefix}}}:epoch"
+        """A hash: run_id of the server that the epoch began with, and the epoch."""
+        self._log = [f"{{{prefix}:l{p}}}:" for p in range(log_partitions)]
+        self._feed = [f"{{{prefix}:f{f}}}:" for f in range(feed_partitions)]
+
+    def log_partition(self, room: str) -> int:
+        """The log partition of a room. All writes to one room are in one total order."""
+        return crc32(room.encode("utf-8", "surrogatepass")) % self.log_partitions
+
+    def feed_partition(self, scope: str) -> int:
+        """The feed partition that invalidations of a scope go through."""
+        return crc32(scope.encode("utf-8", "surrogatepass")) % self.feed_partitions
+
+    def log(self, partition: int) -> str:
+        """The stream of events."""
+        return self._log[partition] + "log"
+
+    def producers(self, partition: int) -> str:
+        """A hash: producer id -> the last sequence number it used and the IDs that it was given."""
+        return self._log[partition] + "producers"
+
+    def meter(self, partition: int) -> str:
+        """A hash of two counters, events added and events applied; their difference is the backlog."""
+        return self._log[partition] + "meter"
+
+    def dead(self, partition: int) -> str:
+        """The stream of dead letters."""
+        return self._log[partition] + "dead"
+
+    def feed(self, partition: int) -> str:
+        """The stream of invalidations, and the channel that carries the same messages."""
+        return self._feed[partition] + "feed"
+
+    def bucket(self, epoch: str, scope: str) -> str:
+        """The L2 hash of a scope, in an epoch."""
+        return f"{self._feed[self.feed_partition(scope)]}b:{epoch}:{scope}"
+
+    def agent_channel(self, bus_id: str) -> str:
+        """The channel on which a bus probes its own link."""
+        return f"{{{self.prefix}}}:agent:{bus_id}"
+
+
+APPLY_GROUP = "apply"
+"""The consumer group of the worker pool, on every log partition."""

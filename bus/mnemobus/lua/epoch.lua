@@ -1,0 +1,13 @@
+-- Begin a new epoch if this server process is one that nobody has met before.
+--
+-- KEYS[1]  epoch: a hash, run_id (of the server process that the epoch began with) and epoch
+-- ARGV[1]  run id of the server that runs this script
+-- ARGV[2]  name of the new epoch, should one begin; never used before
+-- Returns  the epoch that is in force
+
+local known = redis.call('HMGET', KEYS[1], 'run_id', 'epoch')
+if known[1] == ARGV[1] then
+  return known[2]
+end
+redis.call('HSET', KEYS[1], 'run_id', ARGV[1], 'epoch', ARGV[2])
+return ARGV[2]

@@ -1,0 +1,618 @@
+"""Memories: what they are, what makes one valid, and how they travel between processes.
+
+A memory is validated when it is written (`encode`), not when it is made: an error then names the field.
+What a bus hands out is immutable all the way down, since the same object is also the cached copy.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+import struct
+import time
+import uuid
+from array import array
+from collections.abc import Iterator, Mapping, Sequence
+from datetime import UTC, datetime, timedelta
+from typing import Any, NamedTuple, NoReturn, overload
+
+import orjson
+
+from .errors import InvalidMemory, MemoryTooLarge
+from .keys import Dimensions, Version
+
+MAX_DEPTH = 64
+"""How deep content and metadata may nest."""
+MAX_NAME_BYTES = 512
+"""How long a room, agent, entity or world may be, in UTF-8 bytes: they are indexed."""
+
+_TABLE = re.compile(r"[A-Za-z0-9_.\-]{1,64}\Z")
+_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
+_MICROSECOND = timedelta(microseconds=1)
+
+
+def new_id() -> str:
+    """A new UUIDv7 (RFC 9562): unique, and in the order of creation to the millisecond."""
+    ms = time.time_ns() // 1_000_000
+    bits = (ms << 80) | (0x7 << 76) | int.from_bytes(os.urandom(10), "big") & ~(0xF << 76)
+    bits = bits & ~(0x3 << 62) | (0x2 << 62)
+    return str(uuid.UUID(int=bits))
+
+
+def canonical_id(id: object) -> str:
+    """The one spelling of a UUID that is used in keys; InvalidMemory if it is none."""
+    if isinstance(id, uuid.UUID):
+        return str(id)
+    if isinstance(id, str):
+        try:
+            return str(uuid.UUID(id))
+        except ValueError:
+            pass
+    raise InvalidMemory("id", f"{id!r} is not a UUID")
+
+
+def to_micros(moment: datetime) -> int:
+    """Microseconds since 1970 of a datetime that has a zone: exact, unlike its timestamp()."""
+    return (moment - _EPOCH) // _MICROSECOND
+
+
+def from_micros(micros: int) -> datetime:
+    """The datetime, in UTC, of so many microseconds since 1970."""
+    return _EPOCH + timedelta(microseconds=micros)
+
+
+class FrozenDict(dict[str, Any]):
+    """A dict that refuses to change; ``dict(d)`` or ``copy.deepcopy(d)`` gives one that does."""
+
+    __slots__ = ()
+
+    def _refuse(self, *_: object, **__: object) -> NoReturn:
+        raise TypeError("a memory is immutable: copy its content to change it, and write it with update()")
+
+    __setitem__ = __delitem__ = __ior__ = _refuse
+    clear = pop = popitem = setdefault = update = _refuse
+
+    def __copy__(self) -> dict[str, Any]:
+        return dict(self)
+
+    def __deepcopy__(self, memo: object) -> dict[str, Any]:
+        return thaw(self)  # type: ignore[no-any-return]
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return freeze, (thaw(self),)
+
+
+class FrozenList(list[Any]):
+    """A list that refuses to change."""
+
+    __slots__ = ()
+
+    _refuse = FrozenDict._refuse
+    __setitem__ = __delitem__ = __iadd__ = __imul__ = _refuse
+    append = clear = extend = insert = pop = remove = reverse = sort = _refuse
+
+    def __copy__(self) -> list[Any]:
+        return list(self)
+
+    def __deepcopy__(self, memo: object) -> list[Any]:
+        return thaw(self)  # type: ignore[no-any-return]
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return freeze, (thaw(self),)
+
+
+def freeze(value: Any, _depth: int = 0) -> Any:
+    """A copy of a JSON value in which dicts and lists refuse to change."""
+    if isinstance(value, dict) and _depth <= MAX_DEPTH:
+        return FrozenDict({k: freeze(v, _depth + 1) for k, v in value.items()})
+    if isinstance(value, (list, tuple)) and _depth <= MAX_DEPTH:
+        return FrozenList([freeze(v, _depth + 1) for v in value])
+    return value
+
+
+def thaw(value: Any) -> Any:
+    """A copy of a frozen JSON value in plain dicts and lists."""
+    if isinstance(value, dict):
+        return {k: thaw(v) for k, v in value.items()}
+    if isinstance(value, list):
+        return [thaw(v) for v in value]
+    return value
+
+
+class Memory:
+    """One memory of an agent: immutable, and safe to share between tasks and threads.
+
+    id          a UUID as text; a new UUIDv7 where none is given
+    table       its kind ("messages", "facts", ...): 1 to 64 letters, digits, ``_ . -``
+    room        the conversation it belongs to
+    agent, entity, world
+                whom else it concerns; each optional. These five never change.
+    content     a JSON object
+    metadata    a JSON object, empty by default
+    embedding   floats, kept as float32; or None
+    created_at  when it happened, with a zone; now by default. Kept to the microsecond, in UTC.
+    version     the log's stream ID of the last change; None until a bus has read it
+    stale       True on a copy that a bus could not verify (see docs/guarantees.md)
+
+    Two memories are equal if all but ``version`` and ``stale`` are. Nothing is validated here;
+    :meth:`mnemobus.Bus.write` does that and names the field that is wrong.
+    """
+
+    __slots__ = (
+        "_content",
+        "_created",
+        "_embedding",
+        "_metadata",
+        "agent",
+        "entity",
+        "id",
+        "room",
+        "stale",
+        "table",
+        "version",
+        "world",
+    )
+
+    id: str
+    table: str
+    room: str
+    agent: str | None
+    entity: str | None
+    world: str | None
+    version: Version | None
+    stale: bool
+    # As given, or as stored: encoded, until somebody asks. A version tells which.
+    _content: Any
+    _metadata: Any
+    _embedding: Any
+    _created: Any
+
+    def __init__(
+        self,
+        *,
+        table: str,
+        room: str,
+        content: Mapping[str, Any],
+        id: str | uuid.UUID | None = None,
+        agent: str | None = None,
+        entity: str | None = None,
+        world: str | None = None,
+        metadata: Mapping[str, Any] | None = None,
+        embedding: Sequence[float] | None = None,
+        created_at: datetime | None = None,
+    ) -> None:
+        put = object.__setattr__
+        put(self, "id", new_id() if id is None else str(id) if isinstance(id, uuid.UUID) else id)
+        put(self, "table", table)
+        put(self, "room", room)
+        put(self, "agent", agent)
+        put(self, "entity", entity)
+        put(self, "world", world)
+        put(self, "_content", freeze(content))
+        put(self, "_metadata", FrozenDict() if metadata is None else freeze(metadata))
+        put(self, "_embedding", embedding)
+        put(self, "_created", datetime.now(UTC) if created_at is None else created_at)
+        put(self, "version", None)
+        put(self, "stale", False)
+
+    @classmethod
+    def _stored(cls, row: Row) -> Memory:
+        """A memory as the store has it; content, metadata and embedding are decoded when asked for."""
+        self = cls.__new__(cls)
+        put = object.__setattr__
+        put(self, "id", row.id)
+        put(self, "table", row.table)
+        put(self, "room", row.room)
+        put(self, "agent", row.agent)
+        put(self, "entity", row.entity)
+        put(self, "world", row.world)
+        put(self, "_content", row.content)
+        put(self, "_metadata", row.metadata)
+        put(self, "_embedding", row.embedding)
+        put(self, "_created", row.created_us)
+        put(self, "version", row.version)
+        put(self, "stale", False)
+        return self
+
+    def _as_stale(self) -> Memory:
+        copy = Memory.__new__(Memory)
+        for name in Memory.__slots__:
+            object.__setattr__(copy, name, getattr(self, name))
+        object.__setattr__(copy, "stale", True)
+        return copy
+
+    @property
+    def content(self) -> Mapping[str, Any]:
+        value = self._content
+        if type(value) is bytes and self.version is not None:
+            value = freeze(orjson.loads(value))
+            object.__setattr__(self, "_content", value)
+        return value  # type: ignore[no-any-return]
+
+    @property
+    def metadata(self) -> Mapping[str, Any]:
+        value = self._metadata
+        if type(value) is bytes and self.version is not None:
+            value = freeze(orjson.loads(value))
+            object.__setattr__(self, "_metadata", value)
+        return value  # type: ignore[no-any-return]
+
+    @property
+    def embedding(self) -> tuple[float, ...] | None:
+        value = self._embedding
+        if value is None:
+            return None
+        if type(value) is bytes and self.version is not None:
+            return tuple(_floats(value))
+        return tuple(value)
+
+    @property
+    def created_at(self) -> datetime:
+        value = self._created
+        if type(value) is int and self.version is not None:
+            return from_micros(value)
+        return value  # type: ignore[no-any-return]
+
+    @property
+    def dimensions(self) -> Dimensions:
+        return Dimensions(self.table, self.room, self.agent, self.entity, self.world)
+
+    def to_dict(self) -> dict[str, Any]:
+        """All of it as plain values that any JSON encoder takes; the reverse of :meth:`from_dict`."""
+        return {
+            "id": self.id,
+            "table": self.table,
+            "room": self.room,
+            "agent": self.agent,
+            "entity": self.entity,
+            "world": self.world,
+            "content": thaw(self.content),
+            "metadata": thaw(self.metadata),
+            "embedding": None if self.embedding is None else list(self.embedding),
+            "created_at": self.created_at.isoformat(),
+        }
+
+    @classmethod
+    def from_dict(cls, record: object) -> Memory:
+        """A memory from a decoded JSON object, as one line of an import file is one.
+
+        Raises InvalidMemory for a record that is no object, lacks a field, or has one that is unknown.
+        """
+        if not isinstance(record, dict):
+            raise InvalidMemory("record", f"a JSON object is needed, not {_kind(record)}")
+        unknown = record.keys() - _RECORD_FIELDS
+        if unknown:
+            raise InvalidMemory(
+                sorted(unknown)[0], f"unknown field; known are {', '.join(sorted(_RECORD_FIELDS))}"
+            )
+        for field in ("table", "room", "content"):
+            if field not in record:
+                raise InvalidMemory(field, "is missing")
+        created = record.get("created_at")
+        if created is not None:
+            if not isinstance(created, str):
+                raise InvalidMemory("created_at", f"an ISO 8601 date is needed, not {_kind(created)}")
+            try:
+                created = datetime.fromisoformat(created)
+            except ValueError:
+                raise InvalidMemory("created_at", f"{created!r} is not an ISO 8601 date") from None
+        return cls(**{**record, "created_at": created})
+
+    def _identity(self) -> tuple[Any, ...]:
+        embedding = self.embedding
+        return (
+            self.id,
+            self.dimensions,
+            self.content,
+            self.metadata,
+            None if embedding is None else array("f", embedding).tobytes(),
+            self.created_at,
+        )
+
+    def __eq__(self, other: object) -> bool:
+        return self._identity() == other._identity() if isinstance(other, Memory) else NotImplemented
+
+    def __hash__(self) -> int:
+        return hash(self.id)
+
+    def __setattr__(self, name: str, value: object) -> NoReturn:
+        raise AttributeError(f"a memory is immutable: {name} can't be set; change it with bus.update()")
+
+    def __delattr__(self, name: str) -> NoReturn:
+        raise AttributeError(f"a memory is immutable: {name} can't be deleted")
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _restore, tuple(getattr(self, name) for name in Memory.__slots__)
+
+    def __repr__(self) -> str:
+        others = "".join(
+            f", {name}={getattr(self, name)!r}"
+            for name in ("agent", "entity", "world")
+            if getattr(self, name)
+        )
+        names = f"id={self.id!r}, table={self.table!r}, room={self.room!r}{others}"
+        return f"Memory({names}, content={self.content!r})"
+
+
+_RECORD_FIELDS = frozenset(
+    ("id", "table", "room", "agent", "entity", "world", "content", "metadata", "embedding", "created_at")
+)
+
+
+def _restore(*values: Any) -> Memory:
+    memory = Memory.__new__(Memory)
+    for name, value in zip(Memory.__slots__, values, strict=True):
+        object.__setattr__(memory, name, value)
+    return memory
+
+
+class Memories(Sequence[Memory]):
+    """The answer to a query: memories in order, where they came from, and whether that may be old.
+
+    source  "local" (this process), "shared" (Redis) or "store" (the database)
+    stale   True if the bus could not verify that nothing newer exists
+    """
+
+    __slots__ = ("_items", "source", "stale")
+
+    def __init__(self, items: tuple[Memory, ...], source: str, stale: bool = False) -> None:
+        self._items = items
+        self.source = source
+        self.stale = stale
+
+    @overload
+    def __getitem__(self, index: int) -> Memory: ...
+    @overload
+    def __getitem__(self, index: slice) -> tuple[Memory, ...]: ...
+    def __getitem__(self, index: int | slice) -> Memory | tuple[Memory, ...]:
+        return self._items[index]
+
+    def __len__(self) -> int:
+        return len(self._items)
+
+    def __iter__(self) -> Iterator[Memory]:
+        return iter(self._items)
+
+    def __eq__(self, other: object) -> bool:
+        if isinstance(other, Sequence) and not isinstance(other, str):
+            return self._items == tuple(other)
+        return NotImplemented
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def __repr__(self) -> str:
+        return f"Memories({list(self._items)!r}, source={self.source!r}, stale={self.stale!r})"
+
+
+class Context(NamedTuple):
+    """What an agent needs at the start of a turn: the room's messages and the facts, newest first."""
+
+    messages: Memories
+    facts: Memories
+
+
+class Row(NamedTuple):
+    """One memory as it travels: JSON and vectors still encoded.
+
+    content, metadata  UTF-8 JSON objects
+    embedding          little-endian float32, or None
+    created_us         microseconds since 1970, UTC
+    """
+
+    id: str
+    table: str
+    room: str
+    agent: str | None
+    entity: str | None
+    world: str | None
+    content: bytes
+    metadata: bytes
+    embedding: bytes | None
+    created_us: int
+    version: Version
+
+
+def encode(memory: Memory, max_bytes: int) -> Row:
+    """The memory, validated, as it travels; its version is still ZERO.
+
+    Raises InvalidMemory (or MemoryTooLarge) that names the field. ``max_bytes`` bounds the whole record.
+    """
+    if not isinstance(memory, Memory):
+        raise InvalidMemory("memory", f"a Memory is needed, not {_kind(memory)}")
+    id = canonical_id(memory.id)
+    check_dimensions(memory.dimensions)
+    content, metadata, embedding, created = (
+        memory._content,
+        memory._metadata,
+        memory._embedding,
+        memory._created,
+    )
+    read = memory.version is not None  # what came from a store may still be encoded, and is valid
+    if not (read and type(content) is bytes):
+        content = encode_object("content", content)
+    if not (read and type(metadata) is bytes):
+        metadata = encode_object("metadata", metadata)
+    if not (read and type(embedding) is bytes):
+        embedding = encode_embedding(embedding)
+    if not (read and type(created) is int):
+        created = _encode_date(created)
+    row = Row(id, *memory.dimensions, content, metadata, embedding, created, Version(0, 0))
+    check_size(row, max_bytes)
+    return row
+
+
+def check_size(row: Row, max_bytes: int) -> None:
+    """MemoryTooLarge if the record's content, metadata, embedding and names exceed ``max_bytes``."""
+    size = len(row.content) + len(row.metadata) + len(row.embedding or b"") + len(row.id)
+    size += sum(len(name.encode()) for name in row[1:6] if name)
+    if size > max_bytes:
+        raise MemoryTooLarge("memory", f"{size:,} bytes, which is more than max_memory_bytes ({max_bytes:,})")
+
+
+def check_dimensions(dimensions: Dimensions) -> None:
+    """InvalidMemory that names the dimension which can't be stored."""
+    check_table(dimensions.table)
+    check_name("room", dimensions.room)
+    for field in ("agent", "entity", "world"):
+        value = getattr(dimensions, field)
+        if value is not None:
+            check_name(field, value)
+
+
+def check_table(table: object) -> str:
+    if not isinstance(table, str) or not _TABLE.match(table):
+        raise InvalidMemory("table", f"{table!r} is not 1 to 64 letters, digits, '_', '.' or '-'")
+    return table
+
+
+def check_name(field: str, value: object) -> str:
+    if not isinstance(value, str):
+        raise InvalidMemory(field, f"text is needed, not {_kind(value)}")
+    if not value:
+        raise InvalidMemory(field, "is empty")
+    if "\0" in value:
+        raise InvalidMemory(field, "contains a NUL character")
+    try:
+        size = len(value.encode())
+    except UnicodeEncodeError:
+        raise InvalidMemory(field, "contains a lone surrogate, which UTF-8 can't encode") from None
+    if size > MAX_NAME_BYTES:
+        raise InvalidMemory(field, f"{size} bytes, which is more than {MAX_NAME_BYTES}")
+    return value
+
+
+def encode_object(field: str, value: object) -> bytes:
+    """A JSON object as UTF-8."""
+    if not isinstance(value, Mapping):
+        raise InvalidMemory(field, f"a JSON object is needed, not {_kind(value)}")
+    _check_json(field, value, 1)
+    try:
+        return orjson.dumps(value if isinstance(value, dict) else dict(value))
+    except (TypeError, ValueError) as error:  # a lone surrogate, an integer beyond 64 bits
+        raise InvalidMemory(field, f"can't be encoded as JSON: {error}") from None
+
+
+def _check_json(path: str, value: object, depth: int) -> None:
+    if value is None or isinstance(value, (str, bool)):
+        return
+    if isinstance(value, int):
+        if not -(1 << 63) <= value < 1 << 63:
+            raise InvalidMemory(path, "an integer beyond 64 bits")
+        return
+    if isinstance(value, float):
+        if not math.isfinite(value):
+            raise InvalidMemory(path, f"{value} is not a JSON number")
+        return
+    if depth > MAX_DEPTH:
+        raise InvalidMemory(path.partition(".")[0].partition("[")[0], f"nests deeper than {MAX_DEPTH} levels")
+    if isinstance(value, Mapping):
+        for key, item in value.items():
+            if not isinstance(key, str):
+                raise InvalidMemory(path, f"key {key!r} is not text")
+            _check_json(f"{path}.{key}", item, depth + 1)
+    elif isinstance(value, (list, tuple)):
+        for index, item in enumerate(value):
+            _check_json(f"{path}[{index}]", item, depth + 1)
+    else:
+        raise InvalidMemory(path, f"{_kind(value)} is not a JSON value")
+
+
+def encode_embedding(value: object) -> bytes | None:
+    """Little-endian float32; None stays None. Takes any iterable of numbers, NumPy's arrays among them."""
+    if value is None:
+        return None
+    if isinstance(value, (str, bytes)) or not hasattr(value, "__iter__"):
+        raise InvalidMemory("embedding", f"a sequence of numbers is needed, not {_kind(value)}")
+    try:
+        floats = array("f", value)
+    except (TypeError, OverflowError):
+        raise InvalidMemory("embedding", "holds something that is not a number") from None
+    if not floats:
+        raise InvalidMemory("embedding", "is empty; use None for no embedding")
+    # A sum is finite unless a part is not (or it overflows, which the slow path then clears up).
+    if not math.isfinite(sum(floats)):
+        for index, number in enumerate(floats):
+            if not math.isfinite(number):
+                raise InvalidMemory(f"embedding[{index}]", f"{number} is not a finite float32")
+    if _BIG_ENDIAN:
+        floats.byteswap()
+    return floats.tobytes()
+
+
+_BIG_ENDIAN = struct.pack("=H", 1) == b"\0\1"
+
+
+def _floats(packed: bytes) -> array[float]:
+    floats = array("f")
+    floats.frombytes(packed)
+    if _BIG_ENDIAN:
+        floats.byteswap()
+    return floats
+
+
+def _encode_date(created: object) -> int:
+    if not isinstance(created, datetime):
+        raise InvalidMemory("created_at", f"a datetime is needed, not {_kind(created)}")
+    if created.utcoffset() is None:
+        raise InvalidMemory("created_at", f"{created.isoformat()} has no time zone")
+    return to_micros(created)
+
+
+def _kind(value: object) -> str:
+    return "nothing" if value is None else f"{type(value).__name__}"
+
+
+# How query results travel to and from L2: a JSON header with the small fields and the lengths of the large
+# ones, a newline, then the large ones end to end. Nothing large is decoded or escaped on the way.
+
+
+def pack_rows(rows: Sequence[Row]) -> bytes:
+    """Rows as one value for L2."""
+    header = []
+    body = []
+    for row in rows:
+        embedding = row.embedding
+        header.append(
+            (
+                *row[:6],
+                row.created_us,
+                *row.version,
+                len(row.content),
+                len(row.metadata),
+                -1 if embedding is None else len(embedding),
+            )
+        )
+        body += [row.content, row.metadata, embedding or b""]
+    return b"".join([orjson.dumps(header), b"\n", *body])
+
+
+def unpack_rows(packed: bytes) -> list[Row]:
+    """What :meth:`pack_rows` packed; ValueError if it is anything else."""
+    end = packed.find(b"\n")
+    if end < 0:
+        raise ValueError("a cached result without a header")
+    rows = []
+    at = end + 1
+    for item in orjson.loads(packed[:end]):
+        id, table, room, agent, entity, world, created_us, ms, seq, c, m, e = item
+        b0, b1, b2 = at + c, at + c + m, at + c + m + max(e, 0)
+        rows.append(
+            Row(
+                id,
+                table,
+                room,
+                agent,
+                entity,
+                world,
+                packed[at:b0],
+                packed[b0:b1],
+                None if e < 0 else packed[b1:b2],
+                created_us,
+                Version(ms, seq),
+            )
+        )
+        at = b2
+    if at != len(packed):
+        raise ValueError("a cached result of another length than its header says")
+    return rows

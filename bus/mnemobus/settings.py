@@ -1,0 +1,257 @@
+"""Settings: one typed object, read from the environment and ``.env``, checked before anything starts.
+
+The names that users of Redis in agent frameworks already have are kept (``REDIS_*``; times in
+milliseconds); the rest is ``MNEMOBUS_*`` (times in seconds). env.template documents each.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Annotated, Any, Literal
+from urllib.parse import quote, urlsplit, urlunsplit
+
+from pydantic import AliasChoices, Field, ValidationError, field_validator, model_validator
+from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+
+from .errors import SettingsError
+
+Positive = Annotated[float, Field(gt=0)]
+Count = Annotated[int, Field(ge=1)]
+
+POLICIES = (
+    "noeviction",
+    "volatile-lru",
+    "volatile-lfu",
+    "volatile-random",
+    "volatile-ttl",
+)
+"""The eviction policies under which Redis can't drop the log: its keys never expire."""
+
+_SIZE = re.compile(r"(\d+)\s*(b|kb?|mb?|gb?)?\Z", re.IGNORECASE)
+_UNITS = {"": 1, "b": 1, "k": 1000, "kb": 1024, "m": 1000**2, "mb": 1024**2, "g": 1000**3, "gb": 1024**3}
+
+TTL_CLASSES = ("short", "medium", "long")
+
+
+def _redis(name: str, default: Any, **constraints: Any) -> Any:
+    return Field(default, validation_alias=AliasChoices(name.lower(), name), **constraints)
+
+
+def _own(name: str, default: Any, **constraints: Any) -> Any:
+    return Field(default, validation_alias=AliasChoices(name.lower(), f"MNEMOBUS_{name}"), **constraints)
+
+
+class Settings(BaseSettings):
+    """Everything that can be set. Keywords of :func:`mnemobus.connect` have these names."""
+
+    model_config = SettingsConfigDict(
+        env_file=".env",
+        env_file_encoding="utf-8",
+        extra="ignore",
+        frozen=True,
+        case_sensitive=True,
+        validate_default=False,
+    )
+
+    # Redis
+    redis_url: str = _redis("REDIS_URL", "redis://127.0.0.1:6379/0")
+    redis_password: str | None = _redis("REDIS_PASSWORD", None, repr=False)
+    redis_db: int | None = _redis("REDIS_DB", None, ge=0)
+    redis_key_prefix: str = _redis("REDIS_KEY_PREFIX", "mnemobus", pattern=r"^[A-Za-z0-9_.:\-]{1,64}$")
+    redis_max_memory: str | None = _redis("REDIS_MAX_MEMORY", None)
+    redis_eviction_policy: str | None = _redis("REDIS_EVICTION_POLICY", None)
+    redis_pool_min: int = _redis("REDIS_POOL_MIN", 1, ge=0)
+    redis_pool_max: int = _redis("REDIS_POOL_MAX", 16, ge=1)
+    redis_acquire_timeout: Positive = _redis("REDIS_ACQUIRE_TIMEOUT", 5_000)
+    redis_create_timeout: Positive = _redis("REDIS_CREATE_TIMEOUT", 5_000)
+    redis_destroy_timeout: Positive = _redis("REDIS_DESTROY_TIMEOUT", 2_000)
+    redis_idle_timeout: Positive = _redis("REDIS_IDLE_TIMEOUT", 60_000)
+    redis_reap_interval: Positive = _redis("REDIS_REAP_INTERVAL", 1_000)
+    redis_create_retry_interval: Positive = _redis("REDIS_CREATE_RETRY_INTERVAL", 200)
+    redis_protocol: Literal[2, 3] = _own("REDIS_PROTOCOL", 3)
+    redis_timeout: Positive = _own("REDIS_TIMEOUT", 2.0)
+
+    # The store
+    database_url: str = Field(
+        "sqlite:///.mnemobus/memories.db",
+        validation_alias=AliasChoices("database_url", "MNEMOBUS_DATABASE_URL", "DATABASE_URL"),
+        repr=False,
+    )
+    database_pool_max: Count = _own("DATABASE_POOL_MAX", 8)
+    database_timeout: Positive = _own("DATABASE_TIMEOUT", 5.0)
+    data_dir: Path = _own("DATA_DIR", Path(".mnemobus"))
+
+    # The log
+    log_partitions: int = _own("LOG_PARTITIONS", 4, ge=1, le=1024)
+    durability: Literal["logged", "synced", "committed"] = _own("DURABILITY", "logged")
+    write_timeout: Positive = _own("WRITE_TIMEOUT", 10.0)
+    max_memory_bytes: Count = _own("MAX_MEMORY_BYTES", 1 << 20)
+    max_backlog: Count = _own("MAX_BACKLOG", 1_000_000)
+    retention: float = _own("RETENTION", 86_400.0, ge=0)
+
+    # The workers
+    batch_size: int = _own("BATCH_SIZE", 500, ge=1, le=10_000)
+    batch_bytes: Count = _own("BATCH_BYTES", 16 << 20)
+    claim_idle: float = _own("CLAIM_IDLE", 5.0, ge=0.1)
+    worker_processes: Count = _own("WORKER_PROCESSES", 2)
+    worker_threads: Count = _own("WORKER_THREADS", 4)
+
+    # The feed and the caches
+    feed_partitions: int = _own("FEED_PARTITIONS", 64, ge=1, le=4096)
+    feed_length: int = _own("FEED_LENGTH", 4_096, ge=1)
+    heartbeat: Positive = _own("HEARTBEAT", 1.0)
+    max_staleness: Positive = _own("MAX_STALENESS", 2.0)
+    own_write_timeout: float = _own("OWN_WRITE_TIMEOUT", 1.0, ge=0)
+    lease: Positive = _own("LEASE", 2.0)
+    local_max_entries: int = _own("LOCAL_MAX_ENTRIES", 100_000, ge=0)
+    local_max_bytes: int = _own("LOCAL_MAX_BYTES", 256 << 20, ge=0)
+    ttl_short: Positive = _own("TTL_SHORT", 300.0)
+    ttl_medium: Positive = _own("TTL_MEDIUM", 3_600.0)
+    ttl_long: Positive = _own("TTL_LONG", 86_400.0)
+    table_ttl: Annotated[dict[str, str | float], NoDecode] = _own(
+        "TABLE_TTL", {"messages": "short", "facts": "medium"}
+    )
+
+    @field_validator("redis_url")
+    @classmethod
+    def _redis_url(cls, value: str) -> str:
+        parts = urlsplit(value)
+        if parts.scheme not in ("redis", "rediss", "unix"):
+            raise ValueError("must begin with redis://, rediss:// or unix://")
+        return value
+
+    @field_validator("database_url")
+    @classmethod
+    def _database_url(cls, value: str) -> str:
+        if value.startswith("postgres://"):
+            value = "postgresql://" + value.removeprefix("postgres://")
+        if value.startswith("sqlite:///") and len(value) > len("sqlite:///"):
+            return value
+        if value.startswith("postgresql://"):
+            return value
+        raise ValueError("must be sqlite:///path/to/file.db or postgresql://user:password@host/database")
+
+    @field_validator("redis_eviction_policy")
+    @classmethod
+    def _policy(cls, value: str | None) -> str | None:
+        if value is not None and value not in POLICIES:
+            raise ValueError(f"must be one of {', '.join(POLICIES)}: any other lets Redis drop the log")
+        return value
+
+    @field_validator("redis_max_memory")
+    @classmethod
+    def _max_memory(cls, value: str | None) -> str | None:
+        if value is not None and not _SIZE.match(value):
+            raise ValueError("must be a size as Redis has them: 100mb, 2gb, or 0 for no limit")
+        return value
+
+    @field_validator("table_ttl", mode="before")
+    @classmethod
+    def _table_ttl(cls, value: Any) -> Any:
+        """``messages=short, facts=900``: a class, or seconds."""
+        if not isinstance(value, str):
+            return value
+        out: dict[str, str | float] = {}
+        for part in filter(None, (p.strip() for p in value.split(","))):
+            table, equals, ttl = (p.strip() for p in part.partition("="))
+            if not equals or not table:
+                raise ValueError(f"{part!r} is not of the form table=short|medium|long|seconds")
+            out[table] = ttl
+        return out
+
+    @field_validator("table_ttl")
+    @classmethod
+    def _ttl_values(cls, value: dict[str, str | float]) -> dict[str, str | float]:
+        for table, ttl in value.items():
+            if ttl in TTL_CLASSES:
+                continue
+            try:
+                value[table] = float(ttl)
+            except ValueError:
+                raise ValueError(f"{table}={ttl} is neither short, medium, long nor seconds") from None
+            if not 0 < float(ttl) < 1e9:
+                raise ValueError(f"{table}={ttl}: seconds must be above 0")
+        return value
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Settings:
+        if self.max_staleness <= self.heartbeat:
+            raise ValueError(
+                f"MNEMOBUS_MAX_STALENESS ({self.max_staleness:g} s) must exceed MNEMOBUS_HEARTBEAT"
+                f" ({self.heartbeat:g} s), or no local copy could ever be served"
+            )
+        if self.redis_pool_min > self.redis_pool_max:
+            raise ValueError(
+                f"REDIS_POOL_MIN ({self.redis_pool_min}) must not exceed"
+                f" REDIS_POOL_MAX ({self.redis_pool_max})"
+            )
+        return self
+
+    @classmethod
+    def load(cls, **overrides: Any) -> Settings:
+        """The settings of this process; keywords override the environment, and that overrides ``.env``.
+
+        Raises SettingsError that names the variable.
+        """
+        unknown = overrides.keys() - cls.model_fields.keys()
+        if unknown:
+            raise SettingsError(f"{sorted(unknown)[0]} is no setting; see env.template for those there are")
+        try:
+            return cls(**{name: value for name, value in overrides.items() if value is not None})
+        except ValidationError as error:
+            raise SettingsError("; ".join(_explain(item) for item in error.errors())) from None
+
+    def ttl(self, table: str) -> float:
+        """How long, in seconds, a copy of a query on this table is kept at most."""
+        ttl = self.table_ttl.get(table, "long")
+        if isinstance(ttl, float):
+            return ttl
+        return {"short": self.ttl_short, "medium": self.ttl_medium, "long": self.ttl_long}[str(ttl)]
+
+    def max_memory(self) -> int | None:
+        """REDIS_MAX_MEMORY in bytes, or None where it isn't set."""
+        if self.redis_max_memory is None:
+            return None
+        match = _SIZE.match(self.redis_max_memory)
+        assert match
+        return int(match[1]) * _UNITS[(match[2] or "").lower()]
+
+    def environment(self) -> dict[str, str]:
+        """These settings as environment variables, for a process that shall have the same."""
+        out = {}
+        for name, field in type(self).model_fields.items():
+            value = getattr(self, name)
+            alias = field.validation_alias
+            assert isinstance(alias, AliasChoices)
+            if value is not None:
+                if isinstance(value, dict):
+                    value = ",".join(f"{k}={v}" for k, v in value.items())
+                out[str(alias.choices[1])] = str(value)
+        return out
+
+
+def _explain(item: Any) -> str:
+    location = item["loc"]
+    message = item["msg"].removeprefix("Value error, ")
+    if not location:
+        return str(message)
+    name = str(location[0])
+    field = Settings.model_fields.get(name.lower()) or Settings.model_fields.get(
+        name.removeprefix("MNEMOBUS_").lower()
+    )
+    if field is not None and isinstance(field.validation_alias, AliasChoices):
+        name = str(field.validation_alias.choices[1])
+    value = item.get("input")
+    shown = "" if name in ("REDIS_PASSWORD", "MNEMOBUS_DATABASE_URL", "REDIS_URL") else f" (it is {value!r})"
+    return f"{name}: {message}{shown}"
+
+
+def hide_password(url: str) -> str:
+    """The URL with its password, if any, as ``***``: for logs and messages."""
+    parts = urlsplit(url)
+    if parts.password is None:
+        return url
+    user = quote(parts.username or "")
+    host = parts.netloc.rpartition("@")[2]
+    return urlunsplit(parts._replace(netloc=f"{user}:***@{host}"))

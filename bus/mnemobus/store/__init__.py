@@ -1,0 +1,172 @@
+"""The durable stores: SQLite on one machine, PostgreSQL for many.
+
+Agents only read and workers only write, so a store has two faces: a `Reader`, asynchronous, for the bus,
+and a `Writer`, synchronous, for the threads of the worker pool. One suite of tests holds for every store.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple, Protocol
+
+from ..errors import SettingsError
+from ..events import Event
+from ..keys import Dimensions
+from ..memory import Row
+from ..settings import Settings
+
+SCHEMA = 1
+"""The number of the last migration that this version of mnemobus needs."""
+
+
+class Cursor(NamedTuple):
+    """A place in a listing: memories with the same date are told apart by their id."""
+
+    created_us: int
+    id: str
+
+
+@dataclass(frozen=True, slots=True)
+class Query:
+    """Which memories; every dimension that is not None must match.
+
+    before  only those older than this place
+    after   only those newer than this place; the answer then begins right after it
+    """
+
+    table: str
+    room: str | None = None
+    agent: str | None = None
+    entity: str | None = None
+    world: str | None = None
+    before: Cursor | None = None
+    after: Cursor | None = None
+
+
+class Refused(NamedTuple):
+    """An event that must not be applied, and why, for the dead letters."""
+
+    event: Event
+    reason: str
+
+
+@dataclass(slots=True)
+class Applied:
+    """What a batch did to the store.
+
+    won      ids of memories that the batch changed
+    refused  events that contradict what is stored (a changed dimension, another embedding length); the
+             rest of the batch is committed
+    cleared  for each room that the batch deleted: the id and dimensions of every memory in it that this
+             deletion, or an earlier delivery of the same one, put an end to
+    """
+
+    won: set[str] = field(default_factory=set)
+    refused: list[Refused] = field(default_factory=list)
+    cleared: list[tuple[str, Dimensions]] = field(default_factory=list)
+
+
+class Reader(Protocol):
+    """What the bus reads through. Safe for concurrent tasks of one event loop; cancelling a call leaves
+    it usable.
+
+    Every method raises StoreUnavailable if the database can't be reached or is in no state to answer.
+    Memories that are deleted are nowhere to be seen.
+    """
+
+    async def open(self) -> None:
+        """Connect, and create the schema in a database that has none.
+
+        SchemaError if the schema is older than this version needs: a worker upgrades it.
+        """
+
+    async def close(self) -> None: ...
+
+    async def get(self, id: str) -> Row | None: ...
+
+    async def recent(self, query: Query, limit: int) -> list[Row]:
+        """At most ``limit`` memories, newest first by (created_us, id).
+
+        With ``after`` and no ``before``, those nearest to it: paging forward misses nothing.
+        """
+
+    async def count(self, query: Query) -> int:
+        """How many memories there are; ``before`` and ``after`` count as in :meth:`recent`."""
+
+    async def embedding_length(self, table: str) -> int | None:
+        """How many floats an embedding of this table has; None if none was stored yet."""
+
+    async def schema(self) -> int:
+        """The number of the last migration that was applied; 0 in a database without schema."""
+
+    async def totals(self) -> dict[str, int]:
+        """How many memories each table has, for people: may be slow."""
+
+
+class Writer(Protocol):
+    """What the workers commit through. Safe for concurrent threads.
+
+    StoreUnavailable means that trying again can help and that the data is not to blame; Rejected that
+    this data is to blame. Either way nothing of the call is in the store.
+    """
+
+    def open(self) -> None:
+        """Connect and bring the schema to :data:`SCHEMA`, however many do so at once."""
+
+    def close(self) -> None: ...
+
+    def apply(self, events: Sequence[Event]) -> Applied:
+        """Commit a batch in one transaction; idempotent, and independent of the order of batches.
+
+        Events of one memory merge field by field, the highest version winning, with what is stored (see
+        store/merge.py).
+        """
+
+
+def open_reader(settings: Settings) -> Reader:
+    """The reader for ``settings.database_url``, not yet open."""
+    if settings.database_url.startswith("sqlite:"):
+        from .sqlite import SqliteReader
+
+        return SqliteReader(settings)
+    _need_psycopg()
+    from .postgres import PostgresReader
+
+    return PostgresReader(settings)
+
+
+def open_writer(settings: Settings) -> Writer:
+    """The writer for ``settings.database_url``, not yet open."""
+    if settings.database_url.startswith("sqlite:"):
+        from .sqlite import SqliteWriter
+
+        return SqliteWriter(settings)
+    _need_psycopg()
+    from .postgres import PostgresWriter
+
+    return PostgresWriter(settings)
+
+
+def _need_psycopg() -> None:
+    try:
+        import psycopg  # noqa: F401
+        import psycopg_pool  # noqa: F401
+    except ImportError as error:
+        raise SettingsError(
+            f"MNEMOBUS_DATABASE_URL names PostgreSQL, but {error.name} is not installed:"
+            " pip install 'mnemobus[postgres]'"
+        ) from None
+
+
+__all__ = [
+    "SCHEMA",
+    "Applied",
+    "Cursor",
+    "Query",
+    "Reader",
+    "Refused",
+    "Writer",
+    "open_reader",
+    "open_writer",
+]
