@@ -31,7 +31,7 @@ from typing import Any
 
 import redis
 import redis.asyncio
-from redis.asyncio.connection import AbstractConnection, BlockingConnectionPool, ConnectionPool
+from redis.asyncio.connection import AbstractConnection, BlockingConnectionPool
 from redis.backoff import NoBackoff
 from redis.exceptions import AuthenticationError, NoScriptError, RedisError, ResponseError
 from redis.maint_notifications import MaintNotificationsConfig
@@ -201,9 +201,10 @@ class _Link:
                 " or use another REDIS_KEY_PREFIX"
             )
         reply = yield evaluate((script("epoch"), [self.keys.epoch], (run_id, secrets.token_hex(6))))
-        self._enter(reply.decode())
+        self.enter(reply.decode())
 
-    def _enter(self, epoch: str) -> None:
+    def enter(self, epoch: str) -> None:
+        """Take an epoch that somebody else began."""
         before, self.epoch = self.epoch, epoch
         if before and before != epoch:
             logger.warning("Redis at %s restarted or lost data: epoch %s begins", self.address, epoch)
@@ -266,7 +267,7 @@ class Pool(BlockingConnectionPool):
                 self._released.pop(connection, None)
                 await self.destroy(connection)
         while self.size < self._minimum:
-            connection = await self.get_connection()
+            connection = await self.get_connection()  # type: ignore[no-untyped-call]
             await self.release(connection)
 
     async def destroy(self, connection: AbstractConnection) -> None:
@@ -303,7 +304,9 @@ class Link(_Link):
         self.client = redis.asyncio.Redis(connection_pool=self.pool)
         # The heartbeat must not wait behind a busy pool: what it measures is the link, not the load.
         self.probe = redis.asyncio.Redis(
-            connection_pool=ConnectionPool(max_connections=2, **self._connection_options())
+            connection_pool=BlockingConnectionPool(
+                max_connections=4, timeout=settings.redis_timeout, **self._connection_options()
+            )
         )
         self._reaper: asyncio.Task[None] | None = None
 
@@ -402,7 +405,7 @@ class Link(_Link):
         """Agree anew on layout and epoch, because they are gone from Redis (it was flushed)."""
         server = self.server
         assert server is not None
-        connection = await self.pool.get_connection()
+        connection = await self.pool.get_connection()  # type: ignore[no-untyped-call]
         try:
             await self._converse(connection, self.agree(server.run_id))
         finally:

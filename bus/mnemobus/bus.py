@@ -1,0 +1,874 @@
+"""The public face: one `Bus` per process, opened by `connect`.
+
+A write goes to the log (log.py) and leaves marks on what it touches (marks.py). A read looks in this process
+(local.py), then in Redis (shared.py), then in the store (store/). The feed (feed.py) drops what went stale.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import binascii
+import logging
+import secrets
+from collections import OrderedDict
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from datetime import datetime
+from types import TracebackType
+from typing import Any, Final, Literal
+
+import orjson
+from redis.exceptions import RedisError
+
+from .connection import AWAY, Link
+from .errors import (
+    BusClosed,
+    DimensionChanged,
+    InvalidMemory,
+    InvalidQuery,
+    LogUnavailable,
+    MemoryNotFound,
+    NotCommitted,
+    SettingsError,
+    StoreError,
+    StoreUnavailable,
+)
+from .events import DELETE, DELETE_ROOM, UPDATE, Event
+from .feed import Feed
+from .keys import (
+    Dimensions,
+    Version,
+    agent_scope,
+    entity_scope,
+    id_scope,
+    room_scope,
+    world_scope,
+)
+from .local import MISS, LocalCache, clock
+from .log import Publisher, Syncer
+from .marks import Entry, Marks
+from .memory import (
+    Context,
+    Memories,
+    Memory,
+    Row,
+    canonical_id,
+    check_dimensions,
+    check_name,
+    check_size,
+    check_table,
+    encode,
+    encode_embedding,
+    encode_object,
+    pack_rows,
+    to_micros,
+    unpack_rows,
+)
+from .settings import Settings
+from .shared import Lease, SharedCache
+from .stats import Health, Stats
+from .store import Cursor, Query, open_reader
+
+logger = logging.getLogger("mnemobus")
+
+Durability = Literal["logged", "synced", "committed"]
+Place = Memory | datetime | tuple[datetime, str]
+"""A place in a listing: a memory, or a date, or a date and the id of the memory that has it."""
+
+MAX_LIMIT = 10_000
+"""Memories that one query returns at most."""
+_KNOWN_DIMENSIONS = 10_000
+"""Memories whose dimensions a bus remembers."""
+_JOIN_PATIENCE = 0.05
+"""Seconds that a read waits for its feed partition; without it the read is not cached."""
+_FIRST_ID = "00000000-0000-0000-0000-000000000000"
+_LAST_ID = "ffffffff-ffff-ffff-ffff-ffffffffffff"
+_GET = "get"
+
+
+class _Keep:
+    def __repr__(self) -> str:
+        return "KEEP"
+
+
+KEEP: Final = _Keep()
+"""In place of a field that :meth:`Bus.update` shall leave as it is."""
+
+
+class Receipt:
+    """A write that is in the log.
+
+    id       of the memory; of the room for `delete_room`
+    version  what the log gave the write
+    """
+
+    __slots__ = ("_bus", "_entry", "id")
+
+    def __init__(self, bus: Bus, id: str, entry: Entry) -> None:
+        self._bus = bus
+        self._entry = entry
+        self.id = id
+
+    @property
+    def version(self) -> Version:
+        return self._entry.version
+
+    async def committed(self, timeout: float = 5.0) -> None:
+        """Return once the store has the write.
+
+        Raises NotCommitted after ``timeout`` seconds (the write is in the log, and will get there) and
+        WriteRejected if it went to the dead letters.
+        """
+        await self._bus._committed(self._entry, timeout)
+
+    def __repr__(self) -> str:
+        return f"Receipt(id={self.id!r}, version={str(self.version)!r})"
+
+
+@dataclass(slots=True)
+class _Plan:
+    """One query: what it depends on, its name in each tier, and how its answer is found, packed and shown.
+
+    key     in L1
+    field   in L2
+    find    asks the store
+    show    makes what the caller gets of what was found: (found, source, stale)
+    """
+
+    scope: str
+    table: str
+    key: Any
+    field: bytes
+    find: Callable[[], Awaitable[Any]]
+    pack: Callable[[Any], bytes]
+    unpack: Callable[[bytes], Any]
+    show: Callable[[Any, str, bool], Any]
+
+
+def connect(**settings: Any) -> Bus:
+    """A bus, to be used as ``async with mnemobus.connect() as bus``.
+
+    Settings come from the environment and ``.env``; keywords, named as the fields of
+    :class:`mnemobus.Settings`, override them. Raises SettingsError that names the variable.
+    """
+    return Bus(Settings.load(**settings))
+
+
+class Bus:
+    """An agent's way to its memories. One per process (or event loop); tasks share it.
+
+    Any call may be cancelled at any time. A cancelled write may or may not have been logged; the bus
+    behaves as if it had been.
+    """
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+        self.id = secrets.token_hex(8)
+        """Names this bus among all that share its Redis: its producer id in the log."""
+        self._link = Link(settings)
+        self._reader = open_reader(settings)
+        self._local = LocalCache(settings.local_max_entries, settings.local_max_bytes)
+        self._shared = SharedCache(self._link, settings.lease)
+        self._marks = Marks(self._link)
+        self._feed = Feed(self._link, self._local, self._marks, self.id)
+        self._publishers = [
+            Publisher(self._link, p, self.id, self._logged) for p in range(settings.log_partitions)
+        ]
+        self._syncers = [Syncer(self._link, p) for p in range(settings.log_partitions)]
+        self._dimensions: OrderedDict[str, Dimensions] = OrderedDict()
+        self._embedding_lengths: dict[str, int] = {}
+        self._seen: dict[int, Version] = {}
+        """The last version that this bus wrote or observed, by log partition: its token."""
+        self._state = "new"
+        self._misses = 0
+        self._shared_loads = 0
+        self._stale_reads = 0
+        self._own_write_waits = 0
+        self._own_write_timeouts = 0
+        self._epochs = 0
+        self._link.on_epoch.append(self._count_epoch)
+
+    # Life
+
+    async def open(self) -> None:
+        """Connect. Done by ``async with``.
+
+        A Redis or a store that is away is no error (the bus degrades, and recovers), both are. A Redis that is not
+        fit for use (it could evict the log, refuses the login, is laid out differently) is a SettingsError.
+        """
+        if self._state != "new":
+            raise BusClosed("a bus is opened once; connect() gives a new one")
+        self._state = "open"
+        try:
+            redis_error, store_error = await asyncio.gather(self._open_redis(), self._open_store())
+            if redis_error is not None and store_error is not None:
+                raise StoreUnavailable(
+                    f"neither Redis ({self._link.address}: {redis_error}) nor the store ({store_error}) can be"
+                    " reached"
+                )
+            for what, error in (("Redis", redis_error), ("the store", store_error)):
+                if error is not None:
+                    logger.warning("%s is away, going on without it: %s", what, error)
+            await self._link.start()
+            await self._feed.start()
+        except BaseException:
+            await self.close()
+            raise
+
+    async def _open_redis(self) -> Exception | None:
+        try:
+            await self._link.client.ping()
+        except AWAY as error:
+            return error
+        return None
+
+    async def _open_store(self) -> Exception | None:
+        try:
+            await self._reader.open()
+        except StoreUnavailable as error:
+            return error
+        return None
+
+    async def close(self) -> None:
+        """Publish what is queued, then let go of everything. Done by ``async with``; safe to repeat."""
+        if self._state == "closed":
+            return
+        self._state = "closed"
+        for publisher in self._publishers:
+            await publisher.close()
+        await self._marks.close()
+        await self._feed.close()
+        with suppress(StoreError):
+            await self._reader.close()
+        await self._link.close()
+
+    async def __aenter__(self) -> Bus:
+        await self.open()
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.close()
+
+    def _check_open(self) -> None:
+        if self._state != "open":
+            raise BusClosed(f"the bus is {'closed' if self._state == 'closed' else 'not open yet'}")
+
+    def _count_epoch(self, epoch: str) -> None:
+        self._epochs += 1
+
+    @property
+    def on_drop(self) -> Callable[[str], None] | None:
+        """Called with each scope whose cached results were just dropped; for measuring. Must not raise."""
+        return self._local.on_drop
+
+    @on_drop.setter
+    def on_drop(self, callback: Callable[[str], None] | None) -> None:
+        self._local.on_drop = callback
+
+    # Writes
+
+    async def write(self, memory: Memory, *, durability: Durability | None = None) -> Receipt:
+        """Log a memory, new or as a whole in place of what has its id.
+
+        durability: "logged" (the default, see MNEMOBUS_DURABILITY): it is in the log; "synced": and on disk or on a
+        replica there; "committed": and in the store.
+
+        Raises InvalidMemory, which names the field, before anything leaves the process; WriteFailed if the log does
+        not take it.
+        """
+        self._check_open()
+        [receipt] = await self._publish([await self._put(memory)], durability)
+        return receipt
+
+    async def write_many(
+        self, memories: Iterable[Memory], *, durability: Durability | None = None
+    ) -> list[Receipt]:
+        """Log memories; receipts in the order given. One publish per partition of the log.
+
+        All are validated before the first is logged. Not a transaction: if it raises WriteFailed, memories of
+        other partitions may have been logged.
+        """
+        self._check_open()
+        events = []
+        for index, memory in enumerate(memories):
+            try:
+                events.append(await self._put(memory))
+            except InvalidMemory as error:
+                raise type(error)(f"memories[{index}].{error.field}", error.reason) from None
+        return await self._publish(events, durability)
+
+    async def _put(self, memory: Memory) -> Event:
+        row = encode(memory, self.settings.max_memory_bytes)
+        event = Event.put(row)
+        known = self._known_dimensions(row.id)
+        if known is not None and known != event.dimensions:
+            self._refuse_dimensions(known, event.dimensions)
+        if row.embedding is not None:
+            await self._check_embedding(row.table, row.embedding)
+        return event
+
+    @staticmethod
+    def _refuse_dimensions(known: Dimensions, given: Dimensions) -> None:
+        for name, before, now in zip(Dimensions._fields, known, given, strict=True):
+            if before != now:
+                raise DimensionChanged(
+                    name, f"is {before!r} and would become {now!r}; dimensions never change: use a new id"
+                )
+
+    async def _check_embedding(self, table: str, embedding: bytes) -> None:
+        length = self._embedding_lengths.get(table)
+        if length is None:
+            with suppress(StoreUnavailable):  # then it is left to the worker
+                length = await self._reader.embedding_length(table)
+        given = len(embedding) // 4
+        if length is not None and length != given:
+            raise InvalidMemory("embedding", f"{given} floats, but those of table {table!r} have {length}")
+        self._embedding_lengths[table] = given
+
+    async def update(
+        self,
+        id: str,
+        *,
+        content: Mapping[str, Any] | _Keep = KEEP,
+        metadata: Mapping[str, Any] | _Keep = KEEP,
+        embedding: Sequence[float] | _Keep | None = KEEP,
+        durability: Durability | None = None,
+    ) -> Receipt:
+        """Change what is given, and nothing else, of a memory; ``embedding=None`` removes its embedding.
+
+        Two agents that update different fields at once both win. Raises MemoryNotFound if there is no such memory,
+        else as `write`.
+        """
+        self._check_open()
+        id = canonical_id(id)
+        if content is KEEP and metadata is KEEP and embedding is KEEP:
+            raise InvalidMemory("update", "give content, metadata or embedding")
+        new_content = None if isinstance(content, _Keep) else encode_object("content", content)
+        new_metadata = None if isinstance(metadata, _Keep) else encode_object("metadata", metadata)
+        new_embedding = None if isinstance(embedding, _Keep) else (encode_embedding(embedding) or b"")
+        dimensions = await self._find_dimensions(id)
+        if dimensions is None:
+            raise MemoryNotFound(f"there is no memory {id}")
+        row = Row(id, *dimensions, new_content or b"", new_metadata or b"", new_embedding, 0, Version(0, 0))
+        check_size(row, self.settings.max_memory_bytes)
+        if new_embedding:
+            await self._check_embedding(dimensions.table, new_embedding)
+        event = Event(UPDATE, dimensions, id, new_content, new_metadata, new_embedding)
+        [receipt] = await self._publish([event], durability)
+        return receipt
+
+    async def delete(self, id: str, *, durability: Durability | None = None) -> Receipt | None:
+        """Delete a memory; None if there is none with this id."""
+        [receipt] = await self.delete_many([id], durability=durability)
+        return receipt
+
+    async def delete_many(
+        self, ids: Iterable[str], *, durability: Durability | None = None
+    ) -> list[Receipt | None]:
+        """Delete memories; for each id, in order, a receipt, or None if there is no such memory."""
+        self._check_open()
+        names = [canonical_id(id) for id in ids]
+        found = await asyncio.gather(*map(self._find_dimensions, names))
+        events = [
+            Event(DELETE, dimensions, id)
+            for id, dimensions in zip(names, found, strict=True)
+            if dimensions is not None
+        ]
+        receipts = iter(await self._publish(events, durability))
+        return [None if dimensions is None else next(receipts) for dimensions in found]
+
+    async def delete_room(self, table: str, *, room: str, durability: Durability | None = None) -> Receipt:
+        """Delete all of a table's memories in a room, also those logged before and not committed yet."""
+        self._check_open()
+        dimensions = Dimensions(table, room)
+        check_dimensions(dimensions)
+        [receipt] = await self._publish([Event(DELETE_ROOM, dimensions)], durability)
+        return receipt
+
+    async def _publish(self, events: Sequence[Event], durability: Durability | None) -> list[Receipt]:
+        durability = durability or self.settings.durability
+        if durability not in ("logged", "synced", "committed"):
+            raise InvalidQuery(f"durability must be logged, synced or committed, not {durability!r}")
+        partitions = [self._link.keys.log_partition(event.dimensions.room) for event in events]
+        if durability == "synced":
+            for syncer in self._syncers[:1]:
+                syncer.check()
+        futures = [
+            self._publishers[partition].publish(event)
+            for partition, event in zip(partitions, events, strict=True)
+        ]
+        try:
+            versions = await asyncio.gather(*futures)
+        except (LogUnavailable, asyncio.CancelledError):
+            # Any of them may have been logged, or be logged yet: what they touch is not to be trusted.
+            for event in events:
+                self._drop(event)
+            raise
+        receipts = [
+            Receipt(self, event.id or event.dimensions.room, Entry(partition, version))
+            for partition, event, version in zip(partitions, events, versions, strict=True)
+        ]
+        if durability == "synced":
+            await asyncio.gather(*(self._syncers[partition].sync() for partition in set(partitions)))
+        elif durability == "committed":
+            await asyncio.gather(*(receipt.committed(self.settings.write_timeout) for receipt in receipts))
+        return receipts
+
+    def _logged(self, partition: int, event: Event, version: Version) -> None:
+        """A write of this bus is in the log: nothing that it touches may be answered without it."""
+        self._drop(event)
+        deadline = asyncio.get_running_loop().time() + self.settings.own_write_timeout
+        everywhere = event.op == DELETE_ROOM
+        self._marks.mark(Entry(partition, version), event.scopes(), deadline, everywhere=everywhere)
+        self._seen[partition] = max(self._seen.get(partition, version), version)
+        if event.id:
+            self._remember_dimensions(event.id, event.dimensions)
+
+    def _drop(self, event: Event) -> None:
+        if event.op == DELETE_ROOM:
+            for scope in list(self._local):
+                if not scope.startswith("room:"):
+                    self._local.drop(scope)
+        for scope in event.scopes():
+            self._local.drop(scope)
+
+    def _known_dimensions(self, id: str) -> Dimensions | None:
+        known = self._dimensions.get(id)
+        if known is None:
+            cached = self._local.last_known(id_scope(id), _GET)
+            if isinstance(cached, Memory):
+                known = cached.dimensions
+        return known
+
+    def _remember_dimensions(self, id: str, dimensions: Dimensions) -> None:
+        self._dimensions[id] = dimensions
+        self._dimensions.move_to_end(id)
+        if len(self._dimensions) > _KNOWN_DIMENSIONS:
+            self._dimensions.popitem(last=False)
+
+    async def _find_dimensions(self, id: str) -> Dimensions | None:
+        known = self._known_dimensions(id)
+        if known is None:
+            memory = await self.get(id)
+            known = None if memory is None else memory.dimensions
+        return known
+
+    async def _committed(self, entry: Entry, timeout: float) -> None:
+        self._check_open()
+        await self._marks.wait(entry, timeout)
+
+    # Reads
+
+    async def get(self, id: str) -> Memory | None:
+        """The memory with this id, or None.
+
+        From the nearest tier that has it and may answer. Raises StoreUnavailable if none can.
+        """
+        found = self._local.hit(f"id:{id}", _GET)
+        if found is not MISS:
+            return found  # type: ignore[no-any-return]
+        return await self._get(canonical_id(id))
+
+    async def _get(self, id: str) -> Memory | None:
+        async def find() -> list[Row]:
+            row = await self._reader.get(id)
+            return [] if row is None else [row]
+
+        plan = _Plan(id_scope(id), "", _GET, b"get", find, pack_rows, unpack_rows, _show_one)
+        return await self._read(plan)  # type: ignore[no-any-return]
+
+    async def recent(
+        self,
+        table: str,
+        *,
+        room: str | None = None,
+        entity: str | None = None,
+        agent: str | None = None,
+        world: str | None = None,
+        limit: int = 20,
+        before: Place | None = None,
+        after: Place | None = None,
+    ) -> Memories:
+        """The newest ``limit`` memories of a table that match every dimension given, newest first.
+
+        ``before`` and ``after`` page: pass the last memory of one page to get the next. Memories with the same date
+        are in the order of their ids, so that paging neither repeats nor misses one. With ``after`` alone the
+        answer holds those nearest to it.
+
+        Raises InvalidQuery, or StoreUnavailable if no tier can answer.
+        """
+        scope = _scope(table, room, entity, agent, world)
+        key = (
+            (limit, entity, agent, world, _cursor(before), _cursor(after, last=True))
+            if (before is not None or after is not None)
+            else (limit, entity, agent, world)
+        )
+        found = self._local.hit(scope, key)
+        if found is not MISS:
+            return found  # type: ignore[no-any-return]
+        return await self._recent(scope, key, table, room, entity, agent, world, limit, before, after)
+
+    async def _recent(
+        self,
+        scope: str,
+        key: Any,
+        table: str,
+        room: str | None,
+        entity: str | None,
+        agent: str | None,
+        world: str | None,
+        limit: int,
+        before: Place | None,
+        after: Place | None,
+    ) -> Memories:
+        if not isinstance(limit, int) or not 1 <= limit <= MAX_LIMIT:
+            raise InvalidQuery(f"limit must be between 1 and {MAX_LIMIT}, not {limit!r}")
+        query = _query(table, room, entity, agent, world, before, after)
+
+        async def find() -> list[Row]:
+            return await self._reader.recent(query, limit)
+
+        field = _field("recent", query, limit)
+        plan = _Plan(scope, table, key, field, find, pack_rows, unpack_rows, _show_many)
+        return await self._read(plan)  # type: ignore[no-any-return]
+
+    async def count(
+        self,
+        table: str,
+        *,
+        room: str | None = None,
+        entity: str | None = None,
+        agent: str | None = None,
+        world: str | None = None,
+        before: Place | None = None,
+        after: Place | None = None,
+    ) -> int:
+        """How many memories of a table match every dimension given. Raises as `recent`."""
+        scope = _scope(table, room, entity, agent, world)
+        query = _query(table, room, entity, agent, world, before, after)
+        key = ("count", query)
+        found = self._local.hit(scope, key)
+        if found is not MISS:
+            return found  # type: ignore[no-any-return]
+
+        async def find() -> int:
+            return await self._reader.count(query)
+
+        plan = _Plan(scope, table, key, _field("count", query, 0), find, _pack_count, int, _show_count)
+        return await self._read(plan)  # type: ignore[no-any-return]
+
+    async def context(
+        self, *, room: str, entity: str | None = None, messages: int = 5, facts: int = 6
+    ) -> Context:
+        """What an agent needs at the start of a turn, read at once.
+
+        The newest of table "messages" in the room, and of table "facts" about the entity (in the room, where no
+        entity is given).
+        """
+        said, known = await asyncio.gather(
+            self.recent("messages", room=room, limit=messages),
+            self.recent("facts", room=room if entity is None else None, entity=entity, limit=facts),
+        )
+        return Context(said, known)
+
+    async def _read(self, plan: _Plan) -> Any:
+        self._check_open()
+        stale = plan.scope in self._marks and not await self._wait_for_own_writes(plan.scope)
+        partition = self._link.keys.feed_partition(plan.scope)
+        joined = await self._feed.join(partition, _JOIN_PATIENCE)
+        if joined and not stale and plan.scope not in self._marks:
+            bucket = self._local.open(plan.scope, partition, self.settings.ttl(plan.table))
+        else:
+            bucket = self._local.orphan(plan.scope, partition)
+        load = bucket.loads.get(plan.key)
+        if load is None:
+            load = asyncio.create_task(self._load(plan, bucket))
+            bucket.loads[plan.key] = load
+            load.add_done_callback(lambda done: _forget_load(bucket, plan.key, done))
+        else:
+            self._shared_loads += 1
+        found, source, last_known = await asyncio.shield(load)
+        stale = stale or last_known
+        self._stale_reads += stale
+        return plan.show(found, source, stale)
+
+    async def _wait_for_own_writes(self, scope: str) -> bool:
+        """Whether the writes of this bus that touch a scope are in the store, after waiting for it."""
+        self._own_write_waits += 1
+        await self._feed.join(self._link.keys.feed_partition(scope), 0)
+        if await self._marks.settle(scope):
+            return True
+        self._own_write_timeouts += 1
+        return False
+
+    async def _load(self, plan: _Plan, bucket: Any) -> tuple[Any, str, bool]:
+        """What is found for a query beyond L1: (found, source, whether it is only the last known copy)."""
+        lease: Lease | None = None
+        if self._feed.up:
+            try:
+                reply = await self._shared.lookup(plan.scope, plan.field, self.settings.ttl(plan.table))
+                if isinstance(reply, bytes):
+                    found = await self._unpack(plan, reply)
+                    if found is not MISS:
+                        self._cache(plan, bucket, found, len(reply))
+                        return found, "shared", False
+                else:
+                    lease = reply
+            except (*AWAY, SettingsError) as error:
+                self._feed.suspect(error)
+            except RedisError as error:
+                logger.warning("the shared cache can't be used: %s", error)
+        try:
+            found = await plan.find()
+        except StoreUnavailable:
+            last = self._local.last_known(plan.scope, plan.key)
+            if last is MISS:
+                raise
+            return last, "local", True
+        self._misses += 1
+        packed = plan.pack(found)
+        self._cache(plan, bucket, found, len(packed))
+        if lease is not None:
+            try:
+                await self._shared.fill(lease, packed)
+            except (*AWAY, SettingsError) as error:
+                self._feed.suspect(error)
+        return found, "store", False
+
+    async def _unpack(self, plan: _Plan, packed: bytes) -> Any:
+        try:
+            return plan.unpack(packed)
+        except (ValueError, TypeError, KeyError) as error:
+            logger.error("a shared result for %s makes no sense (%s): dropping it", plan.scope, error)
+            await self._shared.discard(plan.scope)
+            return MISS
+
+    def _cache(self, plan: _Plan, bucket: Any, found: Any, size: int) -> None:
+        self._local.put(bucket, plan.key, plan.show(found, "local", False), size)
+
+    # Across agents
+
+    def token(self) -> str:
+        """What another bus needs to `observe` all that this one has written and observed so far."""
+        state = {str(partition): str(version) for partition, version in sorted(self._seen.items())}
+        return base64.urlsafe_b64encode(orjson.dumps(state)).decode().rstrip("=")
+
+    async def observe(self, token: str, timeout: float = 5.0) -> None:
+        """Return once every query of this bus sees what the bus that made the token had written by then.
+
+        Raises NotCommitted after ``timeout`` seconds, InvalidQuery for a token that is none.
+        """
+        self._check_open()
+        wanted = self._parse_token(token)
+        try:
+            async with asyncio.timeout(timeout):
+                await self._observe(wanted)
+        except TimeoutError:
+            raise NotCommitted(
+                f"what the token names was not in the store after {timeout:g} s. Are workers running?"
+            ) from None
+        for partition, version in wanted.items():
+            self._seen[partition] = max(self._seen.get(partition, version), version)
+
+    def _parse_token(self, token: str) -> dict[int, Version]:
+        try:
+            state = orjson.loads(base64.b64decode(token + "=" * (-len(token) % 4), b"-_", validate=True))
+            wanted = {int(partition): Version.parse(version) for partition, version in state.items()}
+        except (ValueError, TypeError, AttributeError, binascii.Error):
+            raise InvalidQuery(f"{token!r} is not a token of this bus") from None
+        if any(not 0 <= partition < self.settings.log_partitions for partition in wanted):
+            raise InvalidQuery("the token is of a bus with other log partitions")
+        return wanted
+
+    async def _observe(self, wanted: dict[int, Version]) -> None:
+        left = dict(wanted)
+        pause = 0.002
+        while left:
+            try:
+                states = await self._marks.state(list(left))
+            except AWAY as error:
+                logger.debug("can't ask what is applied: %s", error)
+            else:
+                left = {
+                    partition: version
+                    for (partition, version), state in zip(left.items(), states, strict=True)
+                    if not state.passed(version)
+                }
+                if not left:
+                    break
+            await asyncio.sleep(pause)
+            pause = min(pause * 1.5, 0.05)
+        # All of it is fanned out. What the fan-out has not brought here yet, a heartbeat fetches.
+        while not await self._feed.sync():
+            await asyncio.sleep(pause)
+
+    # What it tells of itself
+
+    def stats(self) -> Stats:
+        """Figures since the bus was opened."""
+        local, shared, feed = self._local, self._shared, self._feed
+        return Stats(
+            hits_local=local.hits,
+            hits_shared=shared.hits,
+            misses=self._misses,
+            shared_loads=self._shared_loads,
+            stale_reads=self._stale_reads,
+            own_write_waits=self._own_write_waits,
+            own_write_timeouts=self._own_write_timeouts,
+            entries=local.entries,
+            bytes=local.bytes,
+            drops=local.drops,
+            evictions=local.evictions,
+            fills=shared.fills,
+            refused_fills=shared.refused_fills,
+            writes=sum(p.events for p in self._publishers),
+            publish_calls=sum(p.calls for p in self._publishers),
+            publish_retries=sum(p.retries for p in self._publishers),
+            marks=len(self._marks),
+            listening=feed.listening,
+            invalidations=feed.invalidations,
+            gaps=feed.gaps,
+            replays=feed.replays,
+            resets=feed.resets,
+            reconnects=feed.reconnects,
+            epochs=self._epochs,
+            bad_messages=feed.bad_messages,
+            failed_heartbeats=feed.failed_heartbeats,
+            restarted_tasks=feed.restarted_tasks,
+        )
+
+    async def health(self) -> Health:
+        """How the bus is, now: asks Redis and the store."""
+        self._check_open()
+        problems: list[str] = []
+        redis, backlog, dead = await self._redis_health(problems)
+        try:
+            schema = await self._reader.schema()
+            store = f"schema {schema}"
+        except StoreError as error:
+            store = str(error)
+            problems.append(f"the store can't be read: {error}")
+        age = clock() - self._feed.last_good
+        if clock() < self._local.fresh_until:
+            feed = f"local copies are served; verified {age:.1f} s ago"
+        else:
+            feed = "local copies are not served"
+            problems.append(f"the feed is not verified: {self._feed.trouble or 'no heartbeat yet'}")
+        return Health(not problems, redis, store, feed, backlog, dead, tuple(problems))
+
+    async def _redis_health(self, problems: list[str]) -> tuple[str, int, int]:
+        keys = self._link.keys
+        partitions = range(self.settings.log_partitions)
+        try:
+            replies = await self._link.pipeline(
+                [("HMGET", keys.meter(p), "added", "applied") for p in partitions]
+                + [("XLEN", keys.dead(p)) for p in partitions],
+                client=self._link.probe,
+            )
+        except (*AWAY, RedisError, SettingsError) as error:
+            problems.append(f"Redis can't be used: {error}")
+            return str(error), -1, -1
+        for reply in replies:
+            if isinstance(reply, Exception):
+                problems.append(f"Redis can't be used: {reply}")
+                return str(reply), -1, -1
+        meters, letters = replies[: len(partitions)], replies[len(partitions) :]
+        backlog = sum(int(added or 0) - int(applied or 0) for added, applied in meters)
+        dead = sum(letters)
+        if dead:
+            problems.append(f"{dead} dead letters: writes that no worker could apply")
+        return str(self._link.server), max(backlog, 0), dead
+
+
+def _scope(table: str, room: str | None, entity: str | None, agent: str | None, world: str | None) -> str:
+    """The scope that a query depends on: the narrowest that it names."""
+    if room is not None:
+        return room_scope(table, room)
+    if entity is not None:
+        return entity_scope(table, entity)
+    if agent is not None:
+        return agent_scope(table, agent)
+    if world is not None:
+        return world_scope(table, world)
+    raise InvalidQuery("name at least one of room, entity, agent and world")
+
+
+def _query(
+    table: str,
+    room: str | None,
+    entity: str | None,
+    agent: str | None,
+    world: str | None,
+    before: Place | None,
+    after: Place | None,
+) -> Query:
+    try:
+        check_table(table)
+        for field, value in (("room", room), ("entity", entity), ("agent", agent), ("world", world)):
+            if value is not None:
+                check_name(field, value)
+    except InvalidMemory as error:
+        raise InvalidQuery(str(error)) from None
+    return Query(table, room, agent, entity, world, _cursor(before), _cursor(after, last=True))
+
+
+def _cursor(place: Place | None, *, last: bool = False) -> Cursor | None:
+    """A place as the store compares it. A date alone stands before (``last``: after) all that have it."""
+    if place is None:
+        return None
+    if isinstance(place, Memory):
+        place = (place.created_at, place.id)
+    if isinstance(place, datetime):
+        place = (place, _LAST_ID if last else _FIRST_ID)
+    if not isinstance(place, tuple) or len(place) != 2 or not isinstance(place[0], datetime):
+        raise InvalidQuery(
+            f"before and after take a Memory, a datetime, or a datetime and an id, not {place!r}"
+        )
+    if place[0].utcoffset() is None:
+        raise InvalidQuery(f"before and after need a time zone: {place[0].isoformat()}")
+    try:
+        return Cursor(to_micros(place[0]), canonical_id(place[1]))
+    except InvalidMemory as error:
+        raise InvalidQuery(str(error)) from None
+
+
+def _field(kind: str, query: Query, limit: int) -> bytes:
+    """The query's name in its L2 bucket, the same in every process."""
+    before = None if query.before is None else list(query.before)
+    after = None if query.after is None else list(query.after)
+    return orjson.dumps([kind, limit, query.entity, query.agent, query.world, before, after])
+
+
+def _show_one(rows: list[Row] | Memory | None, source: str, stale: bool) -> Memory | None:
+    if isinstance(rows, list):
+        memory = Memory._stored(rows[0]) if rows else None
+    else:  # the last known copy
+        memory = rows
+    return memory._as_stale() if stale and memory is not None else memory
+
+
+def _show_many(rows: list[Row] | Memories, source: str, stale: bool) -> Memories:
+    items = tuple(rows) if isinstance(rows, Memories) else tuple(map(Memory._stored, rows))
+    return Memories(items, source, stale)
+
+
+def _show_count(count: int, source: str, stale: bool) -> int:
+    return count
+
+
+def _pack_count(count: int) -> bytes:
+    return b"%d" % count
+
+
+def _forget_load(bucket: Any, key: Any, load: asyncio.Task[Any]) -> None:
+    if bucket.loads.get(key) is load:
+        del bucket.loads[key]
+    if not load.cancelled():
+        load.exception()  # a load that nobody waits for any more must not complain of it
+
+
+__all__ = ["KEEP", "Bus", "Receipt", "connect"]

@@ -1,0 +1,537 @@
+"""The feed, as a listener hears it: which invalidations there were, and whether all of them were heard.
+
+A feed partition is a short stream and a channel that carry the same messages. Each message has an ID and names the
+one before it. For every partition that it listens to, the bus knows its *position*: the ID up to which everything is
+applied here.
+
+Invariant: a bucket is live only in a partition whose position is known, and every invalidation of it that is not
+yet applied here lies after that position. So it does not matter how messages come, or whether they come at all, as
+long as someone goes through the stream from the position on:
+
+- A message whose predecessor is the position is applied and becomes the position. One at or before the position
+  was applied already. Any other shows a gap: what it names is dropped at once (that is always safe), the position
+  stays, and the heartbeat is called.
+- The heartbeat, on another connection, reads the heads of all partitions, in one round trip. Where a head is
+  not the position, and pub/sub has not brought it a moment later, it replays the stream from the position. If the
+  stream no longer reaches back that far, or the head lies *before* the position, the partition's buckets are
+  dropped and the head becomes the position.
+- Only a heartbeat that left every position at (or beyond) its head moves `LocalCache.fresh_until` on, to the moment
+  the heartbeat *began* plus ``max_staleness``. A lost message, a half-open link or a reconnect without a word thus
+  costs at most that much (G5), whatever pub/sub does; pub/sub is what makes it fast.
+- A new epoch (Redis restarted, failed over or was flushed) drops everything, and positions are read anew.
+
+Joining a partition: SUBSCRIBE, its confirmation, then the head as the position; what arrives meanwhile is kept
+and goes through the rules above once the position is known. Partitions that hold no bucket for a while are left.
+
+Each heartbeat also publishes a probe on the bus's own channel. A link on which not even the probes arrive is half
+open, and is replaced.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from typing import Any
+
+import orjson
+from redis.asyncio.connection import AbstractConnection
+from redis.exceptions import RedisError, ResponseError
+
+from .connection import AWAY, Call, Command, Link, script
+from .errors import SettingsError
+from .keys import Version
+from .local import LocalCache, clock
+from .marks import Marks
+
+logger = logging.getLogger("mnemobus.feed")
+
+REPLAY = 500
+"""Messages read at a time when the feed is replayed."""
+_GRACE = (0.002, 0.005, 0.010)
+"""Seconds that a head may be ahead of its position before pub/sub counts as having lost something."""
+_LINGER = 30.0
+"""Seconds that a partition without a bucket is still listened to."""
+
+
+@dataclass(frozen=True, slots=True)
+class Invalidation:
+    """One message of the feed.
+
+    versions  the events that it answers for, of one log partition
+    scopes    what they touched, in the feed partition that the message went through
+    dead      those of the events that could not be applied, with the reason
+    """
+
+    id: Version
+    previous: Version
+    log_partition: int
+    versions: tuple[Version, ...]
+    scopes: tuple[str, ...]
+    dead: dict[Version, str]
+
+
+def decode(id: bytes | str, previous: bytes | str, payload: bytes) -> Invalidation:
+    """The message of an ID, its predecessor's ID and a JSON payload; ValueError if it is none.
+
+    Payload: {"p": log partition, "v": [versions], "s": [scopes], "d": {version: reason}}, "d" only where needed.
+    """
+    body = orjson.loads(payload)
+    if not isinstance(body, dict):
+        raise ValueError("the payload is no JSON object")
+    partition, versions, scopes, dead = body.get("p"), body.get("v"), body.get("s"), body.get("d", {})
+    if not isinstance(partition, int) or not isinstance(versions, list) or not isinstance(dead, dict):
+        raise ValueError("p, v or d is missing or of another type")
+    if not isinstance(scopes, list) or not all(isinstance(scope, str) for scope in scopes):
+        raise ValueError("s is no list of scopes")
+    return Invalidation(
+        Version.parse(id),
+        Version.parse(previous),
+        partition,
+        tuple(Version.parse(str(v)) for v in versions),
+        tuple(scopes),
+        {Version.parse(str(v)): str(reason) for v, reason in dead.items()},
+    )
+
+
+def decode_message(data: bytes) -> Invalidation:
+    """A message of a feed channel: ``<id> <previous id> <payload>``; ValueError if it is none."""
+    parts = data.split(b" ", 2)
+    if len(parts) != 3:
+        raise ValueError("not of the form <id> <previous id> <payload>")
+    return decode(*parts)
+
+
+def decode_entry(id: bytes, fields: Sequence[bytes]) -> Invalidation:
+    """An entry of a feed stream; ValueError if it is none."""
+    named = dict(zip(fields[::2], fields[1::2], strict=True))
+    if b"prev" not in named or b"m" not in named:
+        raise ValueError("prev or m is missing")
+    return decode(id, named[b"prev"], named[b"m"])
+
+
+@dataclass(slots=True)
+class _Partition:
+    """What the bus knows of one feed partition that it listens to."""
+
+    number: int
+    channel: bytes
+    position: Version | None = None
+    """None while the position is being found out; messages wait in `early` then."""
+    early: list[Invalidation] = field(default_factory=list)
+    confirmed: bool = False
+    ready: asyncio.Event = field(default_factory=asyncio.Event)
+    idle_since: float | None = None
+
+
+class Feed:
+    """Listens to the feed for one bus and keeps its L1 in step."""
+
+    def __init__(self, link: Link, local: LocalCache, marks: Marks, bus_id: str) -> None:
+        self._link = link
+        self._settings = link.settings
+        self._local = local
+        self._marks = marks
+        self._own_channel = link.keys.agent_channel(bus_id).encode()
+        self._partitions: dict[int, _Partition] = {}
+        self._by_channel: dict[bytes, _Partition] = {}
+        self._connection: AbstractConnection | None = None
+        self._heard = clock()
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._wake = asyncio.Event()
+        self._beats = 0
+        self._beaten = asyncio.Condition()
+        self.up = False
+        """Whether the last heartbeat reached Redis."""
+        self.trouble = ""
+        """Why it did not, for people."""
+        self.last_good = 0.0
+        """When, by `clock`, the last good heartbeat began."""
+        self.invalidations = 0
+        self.gaps = 0
+        self.replays = 0
+        self.resets = 0
+        self.reconnects = 0
+        self.bad_messages = 0
+        self.failed_heartbeats = 0
+        self.restarted_tasks = 0
+
+    # Life
+
+    async def start(self) -> None:
+        """Begin to listen and to beat; returns after the first heartbeat, good or not."""
+        self._link.on_epoch.append(self._on_epoch)
+        self._spawn("feed-listen", self._listen)
+        await self._beat_once()
+        self._spawn("feed-heartbeat", self._beat)
+
+    async def close(self) -> None:
+        for task in list(self._tasks):
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        if self._connection is not None:
+            with suppress(*AWAY, RedisError):
+                await self._connection.disconnect(nowait=True)
+        with suppress(ValueError):
+            self._link.on_epoch.remove(self._on_epoch)
+
+    def _spawn(self, name: str, work: Callable[[], Awaitable[None]]) -> None:
+        """Run a task for the life of the feed: if it dies, say so, and start it again."""
+
+        async def supervise() -> None:
+            while True:
+                try:
+                    await work()
+                    return
+                except Exception:
+                    self.restarted_tasks += 1
+                    logger.exception("%s died; starting it again", name)
+                    await asyncio.sleep(self._settings.redis_create_retry_interval / 1000)
+
+        task = asyncio.create_task(supervise(), name=f"mnemobus-{name}")
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    # Listening
+
+    async def join(self, number: int, patience: float) -> bool:
+        """Whether the bus listens to a feed partition and knows its position; begins to, if it doesn't.
+
+        Waits ``patience`` seconds at most for that; afterwards it goes on in the background.
+        """
+        partition = self._partitions.get(number)
+        if partition is None:
+            channel = self._link.keys.feed(number).encode()
+            partition = _Partition(number, channel)
+            self._partitions[number] = partition
+            self._by_channel[channel] = partition
+            await self._send("SUBSCRIBE", channel)
+        if partition.position is not None:
+            return True
+        if self.up and patience > 0:
+            with suppress(TimeoutError):
+                async with asyncio.timeout(patience):
+                    await partition.ready.wait()
+        return partition.position is not None
+
+    def joined(self, number: int) -> bool:
+        """Whether the bus listens to a feed partition and knows its position."""
+        partition = self._partitions.get(number)
+        return partition is not None and partition.position is not None
+
+    async def _send(self, *command: str | bytes) -> None:
+        """Send on the listening connection, if there is one; a new one subscribes to all on its own."""
+        connection = self._connection
+        if connection is not None:
+            with suppress(*AWAY, RedisError):  # the reader of this connection sees the same, and replaces it
+                await connection.send_command(*command, check_health=False)
+
+    async def _listen(self) -> None:
+        """Hold a connection to Redis, subscribed to all partitions, and hear what comes."""
+        said = ""
+        while True:
+            connection = self._link.dedicated()
+            try:
+                await connection.connect()
+                said = ""
+                self._heard = clock()
+                for partition in self._partitions.values():
+                    partition.confirmed = False
+                self._connection = connection
+                channels = [p.channel for p in self._partitions.values()]
+                await connection.send_command("SUBSCRIBE", self._own_channel, *channels, check_health=False)
+                while True:
+                    self._hear(await connection.read_response(timeout=float("inf"), push_request=True))
+            except (*AWAY, RedisError, SettingsError) as error:
+                if str(error) != said:
+                    said = str(error)
+                    logger.warning("the feed's connection to Redis at %s broke: %s", self._link.address, said)
+            finally:
+                self.reconnects += self._connection is not None
+                self._connection = None
+                with suppress(*AWAY, RedisError):
+                    await connection.disconnect(nowait=True)
+            await asyncio.sleep(self._retry)
+
+    def _hear(self, reply: Any) -> None:
+        """One push of the listening connection; never raises for what it says."""
+        self._heard = clock()
+        if not isinstance(reply, list) or len(reply) < 3:
+            return
+        kind, channel, data = reply[:3]
+        if kind == b"message":
+            partition = self._by_channel.get(channel)
+            if partition is None:
+                return
+            try:
+                message = decode_message(data)
+            except (ValueError, TypeError) as error:
+                self._bad(partition, data, error)
+            else:
+                self._receive(partition, message)
+        elif kind == b"subscribe":
+            partition = self._by_channel.get(channel)
+            if partition is not None and not partition.confirmed:
+                partition.confirmed = True
+                if partition.position is None:
+                    self._once(self._settle(partition))
+                else:  # again, after a reconnect: what was missed lies after the position
+                    self._wake.set()
+
+    def _bad(self, partition: _Partition, data: object, error: Exception) -> None:
+        self.bad_messages += 1
+        shown = data[:200] if isinstance(data, bytes) else data
+        logger.error(
+            "a message on %r is not one of the feed: %s: %r", partition.channel.decode(), error, shown
+        )
+        self._wake.set()  # if it was one, and spoiled, the stream has it
+
+    def _once(self, work: Any) -> None:
+        """Run a coroutine in the background; the heartbeat does what it leaves undone."""
+
+        async def attempt() -> None:
+            try:
+                await work
+            except (*AWAY, RedisError, SettingsError) as error:
+                logger.debug("left to the next heartbeat: %s", error)
+            except Exception:
+                self.restarted_tasks += 1
+                logger.exception("a task of the feed died; the next heartbeat goes on with it")
+
+        task = asyncio.create_task(attempt(), name="mnemobus-feed-settle")
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _settle(self, partition: _Partition) -> None:
+        """Find the position of a partition that was just joined."""
+        epoch = self._link.epoch
+        [head] = await self._link.pipeline([self._head(partition)], client=self._link.probe)
+        if isinstance(head, Exception):
+            raise head
+        if epoch == self._link.epoch:
+            self._place(partition, Version.parse(head))
+
+    def _place(self, partition: _Partition, position: Version) -> None:
+        """Give a partition its position, and go through what came before it was known."""
+        partition.position = position
+        early, partition.early = partition.early, []
+        for message in early:
+            self._receive(partition, message)
+        partition.ready.set()
+
+    def _receive(self, partition: _Partition, message: Invalidation) -> None:
+        position = partition.position
+        if position is None:
+            partition.early.append(message)
+            self._apply(partition, message)  # a replay may be under way; to drop too much is safe
+            return
+        if message.id <= position:
+            return
+        self._apply(partition, message)
+        if message.previous == position:
+            partition.position = message.id
+            return
+        self.gaps += 1
+        self._wake.set()
+
+    def _apply(self, partition: _Partition, message: Invalidation) -> None:
+        self.invalidations += 1
+        drop = self._local.drop
+        for scope in message.scopes:
+            drop(scope)
+        self._marks.named(partition.number, message.log_partition, message.versions, message.dead)
+
+    # The heartbeat
+
+    async def _beat(self) -> None:
+        interval = self._settings.heartbeat
+        while True:
+            with suppress(TimeoutError):
+                async with asyncio.timeout(interval if self.up else min(interval, self._retry)):
+                    await self._wake.wait()
+            self._wake.clear()
+            await self._beat_once()
+
+    @property
+    def _retry(self) -> float:
+        return self._settings.redis_create_retry_interval / 1000
+
+    async def _beat_once(self) -> None:
+        started = clock()
+        try:
+            async with asyncio.timeout(self._settings.redis_timeout):
+                await self._verify()
+        except (*AWAY, ResponseError, SettingsError) as error:
+            self.failed_heartbeats += 1
+            trouble = str(error) or "no answer in time"
+            if self.up or trouble != self.trouble:
+                logger.warning("no heartbeat with Redis at %s: %s", self._link.address, trouble)
+            self.up, self.trouble = False, trouble
+        else:
+            if not self.up and self.trouble:
+                logger.info("Redis at %s is back", self._link.address)
+            self.up, self.trouble = True, ""
+            self.last_good = started
+            self._local.fresh_until = started + self._settings.max_staleness
+        self._beats += 1
+        async with self._beaten:
+            self._beaten.notify_all()
+
+    async def sync(self) -> bool:
+        """A heartbeat that begins now: whether everything that Redis has is applied here."""
+        target = self._beats + 2  # one may be under way that began before
+        self._wake.set()
+        async with self._beaten:
+            while self._beats < target:
+                await self._beaten.wait()
+                self._wake.set()
+        return self.up
+
+    def suspect(self, error: Exception) -> None:
+        """A call found Redis away: look at once instead of letting others find out the same."""
+        if self.up:
+            self.up, self.trouble = False, str(error)
+            logger.warning("Redis at %s does not answer: %s", self._link.address, error)
+            self._wake.set()
+
+    def _head(self, partition: _Partition) -> Call:
+        return (script("head"), [self._link.keys.feed(partition.number)], ())
+
+    async def _verify(self) -> None:
+        """Compare every position with its head, and bring it there; raises if that can't be done."""
+        for _ in range(3):
+            epoch = self._link.epoch
+            # With the positions as they are now: a head that is read later can't honestly lie before one of them.
+            known = [
+                (p, p.position) for p in self._partitions.values() if p.confirmed or p.position is not None
+            ]
+            commands: list[Command | Call] = [
+                ("HGET", self._link.keys.epoch, "epoch"),
+                ("PUBLISH", self._own_channel, str(self._beats)),
+                *(self._head(p) for p, _ in known),
+            ]
+            replies = await self._link.pipeline(commands, client=self._link.probe)
+            for reply in replies:
+                if isinstance(reply, Exception):
+                    raise reply
+            if replies[0] is None:
+                if len(self._marks):
+                    logger.error("Redis was flushed: %d writes may be lost with its log", len(self._marks))
+                self._marks.forget()
+                await self._link.renew_epoch()
+            elif replies[0].decode() != self._link.epoch:
+                self._link.enter(replies[0].decode())
+            if epoch != self._link.epoch:  # at first, or because Redis lost what it knew: begin again
+                continue
+            heads = [
+                (p, before, Version.parse(head)) for (p, before), head in zip(known, replies[2:], strict=True)
+            ]
+            for partition, before, head in heads:
+                if partition.position is None:
+                    self._place(partition, head)
+                elif before is not None and head < before:
+                    self._reset(partition, head)
+            await self._catch_up([(partition, head) for partition, _, head in heads])
+            await self._marks.beat()
+            await self._look_after_link()
+            if epoch == self._link.epoch:
+                return
+        raise TimeoutError("Redis restarts again and again")
+
+    async def _catch_up(self, heads: list[tuple[_Partition, Version]]) -> None:
+        for pause in _GRACE:
+            if not any(_behind(p, head) for p, head in heads):
+                return
+            await asyncio.sleep(pause)
+        for partition, head in heads:
+            if _behind(partition, head):
+                await self._replay(partition)
+
+    def _reset(self, partition: _Partition, head: Version) -> None:
+        """Drop all of a partition, because what happened between its position and the head is unknown."""
+        self.resets += 1
+        self._local.drop_partition(partition.number)
+        partition.position = None
+        self._place(partition, head)
+
+    async def _replay(self, partition: _Partition) -> None:
+        """Apply what the stream has after the position."""
+        position = partition.position
+        assert position is not None
+        self.replays += 1
+        logger.debug("replaying feed partition %d from %s", partition.number, position)
+        epoch = self._link.epoch
+        partition.position = None  # messages that come meanwhile wait
+        try:
+            while True:
+                entries = await self._link.probe.execute_command(
+                    "XRANGE", self._link.keys.feed(partition.number), f"({position}", "+", "COUNT", REPLAY
+                )
+                for id, fields in _pairs(entries):
+                    try:
+                        message = decode_entry(id, fields)
+                    except (ValueError, TypeError) as error:
+                        self._bad(partition, fields, error)
+                        self._local.drop_partition(partition.number)
+                        position = Version.parse(id)
+                        continue
+                    if message.previous != position:  # the stream no longer reaches back
+                        self.resets += 1
+                        self._local.drop_partition(partition.number)
+                    self._apply(partition, message)
+                    position = message.id
+                if len(entries) < REPLAY:
+                    break
+        finally:
+            if epoch == self._link.epoch:
+                self._place(partition, position)
+
+    async def _look_after_link(self) -> None:
+        silent = clock() - self._heard
+        connection = self._connection
+        if connection is not None and silent > max(
+            3 * self._settings.heartbeat, self._settings.max_staleness
+        ):
+            logger.warning("nothing was heard from the feed for %.1f s: replacing its connection", silent)
+            self._heard = clock()
+            await connection.disconnect(nowait=True)
+        now = clock()
+        for partition in list(self._partitions.values()):
+            if self._local.holds(partition.number):
+                partition.idle_since = None
+            elif partition.idle_since is None:
+                partition.idle_since = now
+            elif now - partition.idle_since > _LINGER:
+                del self._partitions[partition.number]
+                del self._by_channel[partition.channel]
+                await self._send("UNSUBSCRIBE", partition.channel)
+
+    def _on_epoch(self, epoch: str) -> None:
+        """Everything may have changed without a word."""
+        self._local.clear()
+        for partition in self._partitions.values():
+            partition.position = None
+            partition.early.clear()
+            partition.ready.clear()
+        self._wake.set()
+
+    @property
+    def listening(self) -> int:
+        """How many feed partitions are listened to."""
+        return len(self._partitions)
+
+
+def _behind(partition: _Partition, head: Version) -> bool:
+    return partition.position is not None and partition.position < head
+
+
+def _pairs(entries: Any) -> list[tuple[bytes, list[bytes]]]:
+    """XRANGE's reply, whose fields redis-py may have made a dict of."""
+    out = []
+    for id, fields in entries:
+        if isinstance(fields, dict):
+            fields = [x for pair in fields.items() for x in pair]
+        out.append((id, fields))
+    return out

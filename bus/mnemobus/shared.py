@@ -1,0 +1,102 @@
+"""L2: query results in Redis, shared by all agents.
+
+A bucket is a hash, named by epoch and scope. Who misses takes a lease, a field of that hash, reads the store and
+fills; the fill is accepted only while its lease is there. The fan-out of a write unlinks the whole hash, leases and
+all, after the write is committed: so a fill that read the store before cannot arrive after (G4; leases as in
+Nishtala et al., NSDI 2013). Eviction and expiry do the same as an invalidation: whatever is lost, it fails safe.
+
+The lease also holds back the herd: others wait a moment for the fill, then read the store without filling.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import secrets
+from contextlib import suppress
+from itertools import count
+
+from redis.exceptions import ResponseError
+
+from .connection import AWAY, Link
+
+logger = logging.getLogger("mnemobus.shared")
+
+MAX_FIELDS = 512
+"""Results and leases that one bucket may hold."""
+MAX_RESULT = 4 << 20
+"""Bytes above which a result is not shared."""
+_PATIENCE = (0.002, 0.005, 0.010, 0.020)
+"""Seconds between looks for a fill that another has the lease for."""
+
+
+class Lease:
+    """The right to fill one query's result."""
+
+    __slots__ = ("epoch", "field", "key", "token")
+
+    def __init__(self, key: str, field: bytes, token: str, epoch: str) -> None:
+        self.key = key
+        self.field = field
+        self.token = token
+        self.epoch = epoch
+
+
+class SharedCache:
+    """The L2 of a bus. Raises one of AWAY if Redis can't be reached."""
+
+    def __init__(self, link: Link, lease: float) -> None:
+        self._link = link
+        self._lease_ms = int(lease * 1000)
+        self._tokens = (f"{secrets.token_hex(6)}.{n}" for n in count())
+        self.hits = 0
+        self.fills = 0
+        self.refused_fills = 0
+
+    async def lookup(self, scope: str, field: bytes, ttl: float) -> bytes | Lease | None:
+        """The result; or a lease to fill it; or None if it is neither there nor ours to fill."""
+        for pause in (*_PATIENCE, None):
+            reply, lease = await self._look(scope, field, ttl)
+            if isinstance(reply, bytes):
+                self.hits += 1
+                return reply
+            if reply == 1:
+                return lease
+            if reply == 2 or pause is None:
+                return None
+            await asyncio.sleep(pause)
+        return None
+
+    async def _look(self, scope: str, field: bytes, ttl: float) -> tuple[bytes | int, Lease]:
+        while True:
+            epoch = self._link.epoch
+            lease = Lease(self._link.keys.bucket(epoch, scope), field, next(self._tokens), epoch)
+            args = (field, lease.token, self._lease_ms, int(ttl * 1000), MAX_FIELDS)
+            try:
+                reply = await self._link.run("lookup", [lease.key], args)
+            except ResponseError as error:  # full, or a key of another kind in the way
+                logger.warning("the shared cache can't be used: %s", error)
+                return 2, lease
+            # What a bucket of an older epoch holds may be older than the store knows.
+            if epoch == self._link.epoch:
+                return reply, lease
+
+    async def fill(self, lease: Lease, result: bytes) -> bool:
+        """Share a result; whether the lease still held."""
+        if len(result) > MAX_RESULT or lease.epoch != self._link.epoch:
+            return False
+        try:
+            accepted = bool(await self._link.run("fill", [lease.key], (lease.field, lease.token, result)))
+        except ResponseError as error:
+            logger.warning("a result could not be shared: %s", error)
+            return False
+        if accepted:
+            self.fills += 1
+        else:
+            self.refused_fills += 1
+        return accepted
+
+    async def discard(self, scope: str) -> None:
+        """Drop a bucket whose content makes no sense."""
+        with suppress(ResponseError, *AWAY):
+            await self._link.client.unlink(self._link.keys.bucket(self._link.epoch, scope))

@@ -1,0 +1,92 @@
+"""What a bus tells of itself: figures since it was opened, and its state of health."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Stats:
+    """Figures of one bus since it was opened.
+
+    Reads
+        hits_local        answered from this process (L1)
+        hits_shared       answered from Redis (L2)
+        misses            answered from the store
+        shared_loads      reads that waited for another's read of the same query
+        stale_reads       answers marked stale
+        own_write_waits   reads that had to wait for a write of this bus
+        own_write_timeouts  of these, those that gave up waiting, and were marked stale
+    L1
+        entries, bytes    results held now, and roughly what they take
+        drops             buckets dropped because their scope was invalidated
+        evictions         buckets dropped for room
+    L2
+        fills             results shared
+        refused_fills     results that came too late to be shared: their scope was invalidated meanwhile
+    Writes
+        writes            events logged
+        publish_calls     round trips that took; fewer than the writes where writes went together
+        publish_retries   calls repeated because their outcome was unknown or the log was busy
+        marks             writes of this bus that the feed has not named yet
+    The feed
+        listening         feed partitions listened to
+        invalidations     messages applied
+        gaps              messages whose predecessor was missing
+        replays           times that a part of the feed was read again
+        resets            times that a partition was dropped whole, since the feed didn't reach back
+        reconnects        times that the listening connection was lost
+        epochs            times that Redis had restarted, failed over or lost its data
+        bad_messages      messages that were none
+        failed_heartbeats heartbeats that could not verify every position
+        restarted_tasks   background tasks that died and were started again
+    """
+
+    hits_local: int
+    hits_shared: int
+    misses: int
+    shared_loads: int
+    stale_reads: int
+    own_write_waits: int
+    own_write_timeouts: int
+    entries: int
+    bytes: int
+    drops: int
+    evictions: int
+    fills: int
+    refused_fills: int
+    writes: int
+    publish_calls: int
+    publish_retries: int
+    marks: int
+    listening: int
+    invalidations: int
+    gaps: int
+    replays: int
+    resets: int
+    reconnects: int
+    epochs: int
+    bad_messages: int
+    failed_heartbeats: int
+    restarted_tasks: int
+
+
+@dataclass(frozen=True, slots=True)
+class Health:
+    """How a bus is, in words for people.
+
+    ok            everything works
+    redis, store  what answers there, or why nothing does
+    feed          whether local copies are served, and since when they are verified
+    backlog       events in the log that no worker has applied yet; -1 if Redis is away
+    dead_letters  events that no worker could apply; -1 if Redis is away
+    problems      what is wrong, one sentence each
+    """
+
+    ok: bool
+    redis: str
+    store: str
+    feed: str
+    backlog: int
+    dead_letters: int
+    problems: tuple[str, ...]
