@@ -12,10 +12,8 @@ import binascii
 import logging
 import secrets
 from collections import OrderedDict
-from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
-from datetime import datetime
 from types import TracebackType
 from typing import Any, Final, Literal
 
@@ -40,11 +38,7 @@ from .feed import Feed
 from .keys import (
     Dimensions,
     Version,
-    agent_scope,
-    entity_scope,
     id_scope,
-    room_scope,
-    world_scope,
 )
 from .local import MISS, LocalCache, clock
 from .log import Publisher, Syncer
@@ -56,35 +50,39 @@ from .memory import (
     Row,
     canonical_id,
     check_dimensions,
-    check_name,
     check_size,
-    check_table,
     encode,
     encode_embedding,
     encode_object,
     pack_rows,
-    to_micros,
     unpack_rows,
+)
+from .query import (
+    Place,
+    Plan,
+    cursor_of,
+    field_of,
+    pack_count,
+    query_of,
+    scope_of,
+    show_count,
+    show_many,
+    show_one,
 )
 from .settings import Settings
 from .shared import Lease, SharedCache
 from .stats import Health, Stats
-from .store import Cursor, Query, open_reader
+from .store import open_reader
 
 logger = logging.getLogger("mnemobus")
 
 Durability = Literal["logged", "synced", "committed"]
-Place = Memory | datetime | tuple[datetime, str]
-"""A place in a listing: a memory, or a date, or a date and the id of the memory that has it."""
-
 MAX_LIMIT = 10_000
 """Memories that one query returns at most."""
 _KNOWN_DIMENSIONS = 10_000
 """Memories whose dimensions a bus remembers."""
 _JOIN_PATIENCE = 0.05
 """Seconds that a read waits for its feed partition; without it the read is not cached."""
-_FIRST_ID = "00000000-0000-0000-0000-000000000000"
-_LAST_ID = "ffffffff-ffff-ffff-ffff-ffffffffffff"
 _GET = "get"
 
 
@@ -125,26 +123,6 @@ class Receipt:
 
     def __repr__(self) -> str:
         return f"Receipt(id={self.id!r}, version={str(self.version)!r})"
-
-
-@dataclass(slots=True)
-class _Plan:
-    """One query: what it depends on, its name in each tier, and how its answer is found, packed and shown.
-
-    key     in L1
-    field   in L2
-    find    asks the store
-    show    makes what the caller gets of what was found: (found, source, stale)
-    """
-
-    scope: str
-    table: str
-    key: Any
-    field: bytes
-    find: Callable[[], Awaitable[Any]]
-    pack: Callable[[Any], bytes]
-    unpack: Callable[[bytes], Any]
-    show: Callable[[Any, str, bool], Any]
 
 
 def connect(**settings: Any) -> Bus:
@@ -478,7 +456,7 @@ class Bus:
             row = await self._reader.get(id)
             return [] if row is None else [row]
 
-        plan = _Plan(id_scope(id), "", _GET, b"get", find, pack_rows, unpack_rows, _show_one)
+        plan = Plan(id_scope(id), "", _GET, b"get", find, pack_rows, unpack_rows, show_one)
         return await self._read(plan)  # type: ignore[no-any-return]
 
     async def recent(
@@ -501,9 +479,9 @@ class Bus:
 
         Raises InvalidQuery, or StoreUnavailable if no tier can answer.
         """
-        scope = _scope(table, room, entity, agent, world)
+        scope = scope_of(table, room, entity, agent, world)
         key = (
-            (limit, entity, agent, world, _cursor(before), _cursor(after, last=True))
+            (limit, entity, agent, world, cursor_of(before), cursor_of(after, last=True))
             if (before is not None or after is not None)
             else (limit, entity, agent, world)
         )
@@ -527,13 +505,13 @@ class Bus:
     ) -> Memories:
         if not isinstance(limit, int) or not 1 <= limit <= MAX_LIMIT:
             raise InvalidQuery(f"limit must be between 1 and {MAX_LIMIT}, not {limit!r}")
-        query = _query(table, room, entity, agent, world, before, after)
+        query = query_of(table, room, entity, agent, world, before, after)
 
         async def find() -> list[Row]:
             return await self._reader.recent(query, limit)
 
-        field = _field("recent", query, limit)
-        plan = _Plan(scope, table, key, field, find, pack_rows, unpack_rows, _show_many)
+        field = field_of("recent", query, limit)
+        plan = Plan(scope, table, key, field, find, pack_rows, unpack_rows, show_many)
         return await self._read(plan)  # type: ignore[no-any-return]
 
     async def count(
@@ -548,8 +526,8 @@ class Bus:
         after: Place | None = None,
     ) -> int:
         """How many memories of a table match every dimension given. Raises as `recent`."""
-        scope = _scope(table, room, entity, agent, world)
-        query = _query(table, room, entity, agent, world, before, after)
+        scope = scope_of(table, room, entity, agent, world)
+        query = query_of(table, room, entity, agent, world, before, after)
         key = ("count", query)
         found = self._local.hit(scope, key)
         if found is not MISS:
@@ -558,7 +536,7 @@ class Bus:
         async def find() -> int:
             return await self._reader.count(query)
 
-        plan = _Plan(scope, table, key, _field("count", query, 0), find, _pack_count, int, _show_count)
+        plan = Plan(scope, table, key, field_of("count", query, 0), find, pack_count, int, show_count)
         return await self._read(plan)  # type: ignore[no-any-return]
 
     async def context(
@@ -575,7 +553,7 @@ class Bus:
         )
         return Context(said, known)
 
-    async def _read(self, plan: _Plan) -> Any:
+    async def _read(self, plan: Plan) -> Any:
         self._check_open()
         stale = plan.scope in self._marks and not await self._wait_for_own_writes(plan.scope)
         partition = self._link.keys.feed_partition(plan.scope)
@@ -605,7 +583,7 @@ class Bus:
         self._own_write_timeouts += 1
         return False
 
-    async def _load(self, plan: _Plan, bucket: Any) -> tuple[Any, str, bool]:
+    async def _load(self, plan: Plan, bucket: Any) -> tuple[Any, str, bool]:
         """What is found for a query beyond L1: (found, source, whether it is only the last known copy)."""
         lease: Lease | None = None
         if self._feed.up:
@@ -639,7 +617,7 @@ class Bus:
                 self._feed.suspect(error)
         return found, "store", False
 
-    async def _unpack(self, plan: _Plan, packed: bytes) -> Any:
+    async def _unpack(self, plan: Plan, packed: bytes) -> Any:
         try:
             return plan.unpack(packed)
         except (ValueError, TypeError, KeyError) as error:
@@ -647,7 +625,7 @@ class Bus:
             await self._shared.discard(plan.scope)
             return MISS
 
-    def _cache(self, plan: _Plan, bucket: Any, found: Any, size: int) -> None:
+    def _cache(self, plan: Plan, bucket: Any, found: Any, size: int) -> None:
         self._local.put(bucket, plan.key, plan.show(found, "local", False), size)
 
     # Across agents
@@ -704,7 +682,7 @@ class Bus:
             pause = min(pause * 1.5, 0.05)
         # All of it is fanned out. What the fan-out has not brought here yet, a heartbeat fetches.
         while not await self._feed.sync():
-            await asyncio.sleep(pause)
+            logger.debug("the heartbeat failed; another one")
 
     # What it tells of itself
 
@@ -782,86 +760,6 @@ class Bus:
         if dead:
             problems.append(f"{dead} dead letters: writes that no worker could apply")
         return str(self._link.server), max(backlog, 0), dead
-
-
-def _scope(table: str, room: str | None, entity: str | None, agent: str | None, world: str | None) -> str:
-    """The scope that a query depends on: the narrowest that it names."""
-    if room is not None:
-        return room_scope(table, room)
-    if entity is not None:
-        return entity_scope(table, entity)
-    if agent is not None:
-        return agent_scope(table, agent)
-    if world is not None:
-        return world_scope(table, world)
-    raise InvalidQuery("name at least one of room, entity, agent and world")
-
-
-def _query(
-    table: str,
-    room: str | None,
-    entity: str | None,
-    agent: str | None,
-    world: str | None,
-    before: Place | None,
-    after: Place | None,
-) -> Query:
-    try:
-        check_table(table)
-        for field, value in (("room", room), ("entity", entity), ("agent", agent), ("world", world)):
-            if value is not None:
-                check_name(field, value)
-    except InvalidMemory as error:
-        raise InvalidQuery(str(error)) from None
-    return Query(table, room, agent, entity, world, _cursor(before), _cursor(after, last=True))
-
-
-def _cursor(place: Place | None, *, last: bool = False) -> Cursor | None:
-    """A place as the store compares it. A date alone stands before (``last``: after) all that have it."""
-    if place is None:
-        return None
-    if isinstance(place, Memory):
-        place = (place.created_at, place.id)
-    if isinstance(place, datetime):
-        place = (place, _LAST_ID if last else _FIRST_ID)
-    if not isinstance(place, tuple) or len(place) != 2 or not isinstance(place[0], datetime):
-        raise InvalidQuery(
-            f"before and after take a Memory, a datetime, or a datetime and an id, not {place!r}"
-        )
-    if place[0].utcoffset() is None:
-        raise InvalidQuery(f"before and after need a time zone: {place[0].isoformat()}")
-    try:
-        return Cursor(to_micros(place[0]), canonical_id(place[1]))
-    except InvalidMemory as error:
-        raise InvalidQuery(str(error)) from None
-
-
-def _field(kind: str, query: Query, limit: int) -> bytes:
-    """The query's name in its L2 bucket, the same in every process."""
-    before = None if query.before is None else list(query.before)
-    after = None if query.after is None else list(query.after)
-    return orjson.dumps([kind, limit, query.entity, query.agent, query.world, before, after])
-
-
-def _show_one(rows: list[Row] | Memory | None, source: str, stale: bool) -> Memory | None:
-    if isinstance(rows, list):
-        memory = Memory._stored(rows[0]) if rows else None
-    else:  # the last known copy
-        memory = rows
-    return memory._as_stale() if stale and memory is not None else memory
-
-
-def _show_many(rows: list[Row] | Memories, source: str, stale: bool) -> Memories:
-    items = tuple(rows) if isinstance(rows, Memories) else tuple(map(Memory._stored, rows))
-    return Memories(items, source, stale)
-
-
-def _show_count(count: int, source: str, stale: bool) -> int:
-    return count
-
-
-def _pack_count(count: int) -> bytes:
-    return b"%d" % count
 
 
 def _forget_load(bucket: Any, key: Any, load: asyncio.Task[Any]) -> None:

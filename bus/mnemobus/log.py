@@ -251,6 +251,8 @@ class Syncer:
                 try:
                     await self._once()
                 except Exception as error:  # every waiter must hear of it, whatever it is
+                    if not isinstance(error, MnemobusError):
+                        logger.exception("waiting for the log to be synced failed")
                     for done in waiting:
                         if not done.done():
                             done.set_exception(error)

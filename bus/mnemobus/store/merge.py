@@ -18,16 +18,29 @@ has seen the same events holds the same thing (G2, G3, G8). From the registers f
 
 `collapse` does this for the events of one batch; the upserts of sqlite.py and postgres.py say the same in
 SQL for what meets in the table. Versions are compared packed (`Version.pack`), the empty value being before all.
+
+Deleting a room sets a tombstone for it and the deleted register of those of its memories that are there, or
+hold a value. What is already dead and erased is left alone, or a room that is emptied every day would cost
+more each day: a row's own register may lag behind its room's tombstone, and every write that meets such a
+row takes the higher of the two.
+
+Two things are no matter of merging: a memory's dimensions never change, and a table's embeddings are of one
+length. The first to be committed counts; an event that contradicts it is refused, and nothing else with it.
+`apply` sees to that, in the one transaction of a batch.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass, field
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
 
 from ..events import DELETE, DELETE_ROOM, PUT, Event
-from ..keys import Dimensions, Version
-from . import Refused
+from ..keys import Dimensions
+from . import Applied, Refused
+
+Room = tuple[str, str]
+"""A table and a room in it."""
 
 NEVER = b""
 """Before every packed version: a register that was not set."""
@@ -35,7 +48,7 @@ NEVER = b""
 
 @dataclass(slots=True)
 class Delta:
-    """What a batch does to one memory: its registers, and the events they come from.
+    """What a batch does to one memory: its registers.
 
     Versions are packed; NEVER where nothing in the batch set the register. A register's value is that of
     the higher of ``put`` and its own version.
@@ -52,37 +65,33 @@ class Delta:
     content: bytes | None = None
     metadata: bytes | None = None
     embedding: bytes | None = None
-    events: list[Event] = field(default_factory=list)
 
 
 @dataclass(slots=True)
 class Batch:
-    """A batch, collapsed: one delta per memory in the order of ids, and the last deletion of each room."""
+    """The events of a batch that name a memory, collapsed: one delta per memory, in the order of ids."""
 
     deltas: list[Delta]
-    rooms: dict[tuple[str, str], bytes]
     refused: list[Refused]
 
 
-def collapse(events: Iterable[Event]) -> Batch:
-    """One delta per memory. Events that disagree with the first of their memory's in the batch about its
-    dimensions are refused: dimensions never change."""
+def collapse(events: Iterable[Event], known: Mapping[str, Dimensions] | None = None) -> Batch:
+    """One delta per memory. Events that disagree about their memory's dimensions with ``known``, or else
+    with the first of its events in the batch, are refused: dimensions never change."""
+    dimensions = dict(known or {})
     deltas: dict[str, Delta] = {}
-    rooms: dict[tuple[str, str], bytes] = {}
     refused: list[Refused] = []
     for event in events:
-        version = event.version.pack()
         if event.op == DELETE_ROOM:
-            key = (event.dimensions.table, event.dimensions.room)
-            rooms[key] = max(rooms.get(key, NEVER), version)
+            continue
+        expected = dimensions.setdefault(event.id, event.dimensions)
+        if expected != event.dimensions:
+            refused.append(Refused(event, dimensions_changed(event, expected)))
             continue
         delta = deltas.get(event.id)
         if delta is None:
-            delta = deltas[event.id] = Delta(event.id, event.dimensions)
-        elif delta.dimensions != event.dimensions:
-            refused.append(Refused(event, dimensions_changed(event, delta.dimensions)))
-            continue
-        delta.events.append(event)
+            delta = deltas[event.id] = Delta(event.id, expected)
+        version = event.version.pack()
         if event.op == DELETE:
             delta.deleted = max(delta.deleted, version)
             continue
@@ -91,7 +100,7 @@ def collapse(events: Iterable[Event]) -> Batch:
                 _put(delta, event, version)
         else:
             _update(delta, event, version)
-    return Batch([deltas[id] for id in sorted(deltas)], rooms, refused)
+    return Batch([deltas[id] for id in sorted(deltas)], refused)
 
 
 def _put(delta: Delta, event: Event, version: bytes) -> None:
@@ -136,6 +145,146 @@ def embedding_length_changed(event: Event, length: int) -> str:
     return f"an embedding of {given} floats; those of table {event.dimensions.table!r} have {length}"
 
 
-def version_of(*packed: bytes | None) -> Version:
-    """The highest of some packed versions: what a reader sees as the memory's version."""
-    return Version.unpack(max(p for p in packed if p))
+class Transaction(Protocol):
+    """The steps of a batch's transaction that differ between stores. What they read is current, and stays so
+    until the commit."""
+
+    def lock(self, shared: Collection[Room], exclusive: Collection[Room]) -> None:
+        """Keep others from deleting the ``shared`` rooms, and from writing into the ``exclusive`` ones: a
+        put and the deletion of its room must not pass each other unseen."""
+
+    def bury(self, rooms: Mapping[Room, bytes]) -> None:
+        """Raise the tombstones of rooms to these versions."""
+
+    def lengths(self, tables: Collection[str]) -> dict[str, int]:
+        """The lengths of the embeddings of those of the tables that have any."""
+
+    def claim(self, lengths: Mapping[str, int]) -> None:
+        """Fix these lengths for the tables that have none yet."""
+
+    def dimensions(self, ids: Collection[str]) -> dict[str, Dimensions]:
+        """The dimensions of those of the memories that the table knows, alive or not."""
+
+    def upsert(self, deltas: Sequence[Delta]) -> Collection[str]:
+        """Merge into the table; the ids of the rows that changed. Rows of other dimensions are left alone."""
+
+    def clear(self, room: Room, last: bytes, versions: Collection[bytes]) -> list[tuple[str, Dimensions]]:
+        """Delete what is in the room and older than ``last``; all that any of ``versions`` ever put an end to."""
+
+
+def apply(transaction: Transaction, events: Sequence[Event]) -> Applied:
+    """Apply a batch within a transaction, which the caller begins and commits."""
+    applied = Applied()
+    deletions: dict[Room, set[bytes]] = {}
+    for event in events:
+        if event.op == DELETE_ROOM:
+            deletions.setdefault(event.dimensions[:2], set()).add(event.version.pack())
+    transaction.lock({event.dimensions[:2] for event in events} - deletions.keys(), deletions)
+    if deletions:
+        transaction.bury({room: max(versions) for room, versions in deletions.items()})
+
+    # What is stored decides which of several contradicting events is refused, but it is not looked up before
+    # something looks like a contradiction. Then the batch is collapsed again, knowing better; most batches
+    # need no second round.
+    known: dict[str, Dimensions] = {}
+    while True:
+        batch = _collapse(transaction, events, known)
+        applied.won.update(transaction.upsert(batch.deltas))
+        lost = [delta for delta in batch.deltas if delta.id not in applied.won]
+        stored = transaction.dimensions([delta.id for delta in lost]) if lost else {}
+        clashes = {d.id: stored[d.id] for d in lost if stored.get(d.id, d.dimensions) != d.dimensions}
+        if not clashes:
+            break
+        known.update(clashes)
+    applied.refused = batch.refused
+
+    for room, versions in sorted(deletions.items()):
+        applied.cleared += transaction.clear(room, max(versions), versions)
+    return applied
+
+
+def _collapse(transaction: Transaction, events: Sequence[Event], known: dict[str, Dimensions]) -> Batch:
+    """The batch without the events whose embedding is of another length than its table's, which are refused;
+    fixes the length of tables that have none yet."""
+    wrong: list[Refused] = []
+    vectors = [event for event in events if event.embedding]
+    if vectors:
+        tables = {event.dimensions.table for event in vectors}
+        lengths = transaction.lengths(tables)
+        first = [event for event in vectors if event.dimensions.table not in lengths]
+        if first:
+            # An event that is going to be refused must not decide for a whole table.
+            known.update(transaction.dimensions({event.id for event in first}))
+            refused = {id(item.event) for item in collapse(events, known).refused}
+            claims: dict[str, int] = {}
+            for event in first:
+                if id(event) not in refused:
+                    claims.setdefault(event.dimensions.table, _floats(event))
+            transaction.claim(claims)
+            lengths = transaction.lengths(tables)
+        wrong = [
+            Refused(event, embedding_length_changed(event, length))
+            for event in vectors
+            if (length := lengths.get(event.dimensions.table)) not in (None, _floats(event))
+        ]
+        unfit = {id(item.event) for item in wrong}
+        events = [event for event in events if id(event) not in unfit]
+    batch = collapse(events, known)
+    batch.refused += wrong
+    return batch
+
+
+def _floats(event: Event) -> int:
+    return len(event.embedding or b"") // 4
+
+
+def merging(greatest: str, same: str) -> str:
+    """The end of the upsert of deltas into ``memories AS m``: the rules above, in SQL.
+
+    greatest  the name of the function
+    same      the operator that compares values which may be NULL
+    """
+    keep = [
+        f"{register} = {greatest}(m.{register}, excluded.{register})"
+        for register in (*(f"{field}_version" for field in _FIELDS), "put_version", "deleted_version")
+    ]
+    values = [
+        f"""{field} = CASE
+            WHEN {greatest}(m.put_version, m.{field}_version, excluded.put_version, excluded.{field}_version)
+                <= {greatest}(m.deleted_version, excluded.deleted_version) THEN NULL
+            WHEN {greatest}(excluded.put_version, excluded.{field}_version)
+                > {greatest}(m.put_version, m.{field}_version) THEN excluded.{field}
+            ELSE m.{field} END"""
+        for field in _FIELDS
+    ]
+    newer = [
+        f"excluded.{register} > m.{register}"
+        for register in ("put_version", "deleted_version", *(f"{field}_version" for field in _FIELDS))
+    ]
+    dimensions = [f"m.{name} {same} excluded.{name}" for name in ("tbl", "room", "agent", "entity", "world")]
+    return f"""
+        ON CONFLICT (id) DO UPDATE SET
+            created_us = CASE
+                WHEN excluded.put_version > m.put_version THEN excluded.created_us ELSE m.created_us END,
+            {", ".join(values + keep)}
+        WHERE ({" OR ".join(newer)}) AND {" AND ".join(dimensions)}
+    """
+
+
+def clearing(greatest: str) -> list[str]:
+    """The statements that delete what is in a room, with ``?`` for :func:`cleared_by`'s parameters."""
+    values = [
+        f"{field} = CASE WHEN {greatest}(put_version, {field}_version) > ? THEN {field} END" for field in _FIELDS
+    ]
+    return [
+        f"UPDATE memories SET deleted_version = ?, {', '.join(values)}"
+        f" WHERE tbl = ? AND room = ? AND {which} AND deleted_version < ?"
+        for which in ("live", "pending")
+    ]
+
+
+def clearing_parameters(room: Room, version: bytes) -> list[str | bytes]:
+    return [version] * 4 + [*room, version]
+
+
+_FIELDS = ("content", "metadata", "embedding")
