@@ -1,0 +1,264 @@
+"""The command line: what there is and how it is called. Each command's work is in a module of its own.
+
+Exit status: 0, all is well; 1, it failed or found something wrong; 2, called or configured wrongly; 130, Ctrl-C.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from .. import __version__
+from ..errors import MnemobusError, SettingsError
+
+app = typer.Typer(
+    name="mnemobus",
+    help="The invalidation bus that keeps the memories of many AI agents coherent."
+    "\n\nSettings come from the environment and from .env; env.template documents each.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+Json = Annotated[bool, typer.Option("--json", help="Print JSON, for a program to read.")]
+
+
+def main() -> None:
+    """Run the command line of this process, and exit."""
+    try:
+        app(prog_name="mnemobus")
+    except MnemobusError as error:
+        print(f"mnemobus: {error}", file=sys.stderr)
+        sys.exit(2 if isinstance(error, SettingsError) else 1)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        print(f"mnemobus {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    from .console import set_up_logging
+
+    set_up_logging()
+
+
+@app.command("demo")
+def _demo(
+    agents: Annotated[int, typer.Option(min=2, max=32, help="Agent processes.")] = 3,
+    writes: Annotated[
+        int, typer.Option(min=100, max=100_000, help="Records of conversation to write.")
+    ] = 2_400,
+    external: Annotated[
+        bool,
+        typer.Option(
+            "--external", help="Use the Redis, the database and the workers that run already; kill nothing."
+        ),
+    ] = False,
+    wait: Annotated[
+        float, typer.Option(min=0, help="With --external: seconds to wait for all of it to be there.")
+    ] = 60.0,
+    json: Json = False,
+) -> None:
+    """See the whole system at work on this machine, and let it prove itself.
+
+    Starts Redis and two worker processes in a temporary directory, and agents
+    that hold conversations: each reads its context, writes, updates, deletes.
+    Half way, one worker is killed. In the end every acknowledged write must be
+    in the store, and every agent must see what the store has; else the exit
+    status is 1.
+
+    \b
+    Examples:
+      mnemobus demo
+      mnemobus demo --agents 6 --writes 10000
+      REDIS_URL=redis://redis:6379/0 mnemobus demo --external
+    """
+    from .demo import run
+
+    raise typer.Exit(run(agents=agents, writes=writes, external=external, wait=wait, json=json))
+
+
+@app.command("up")
+def _up(
+    processes: Annotated[
+        int | None,
+        typer.Option("--processes", "-p", min=1, help="Worker processes [MNEMOBUS_WORKER_PROCESSES]."),
+    ] = None,
+    threads: Annotated[
+        int | None, typer.Option("--threads", "-t", min=1, help="Threads of each [MNEMOBUS_WORKER_THREADS].")
+    ] = None,
+    port: Annotated[
+        int | None, typer.Option(min=1, max=65535, help="Port for Redis, instead of REDIS_URL's.")
+    ] = None,
+    json: Json = False,
+) -> None:
+    """Run Redis and workers on this machine until Ctrl-C: all that agents need, for development.
+
+    Redis listens where REDIS_URL says, on this machine only, and keeps its data
+    in MNEMOBUS_DATA_DIR. Memories go to MNEMOBUS_DATABASE_URL: a SQLite file by
+    default; PostgreSQL works as well. Whatever happens to this process, no
+    other is left behind.
+
+    \b
+    Examples:
+      mnemobus up
+      mnemobus up --port 6390 --processes 4
+      MNEMOBUS_DATABASE_URL=postgresql://me@localhost/memories mnemobus up
+    """
+    from .up import run
+
+    raise typer.Exit(run(processes=processes, threads=threads, port=port, json=json))
+
+
+@app.command("worker", context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+def _worker(
+    context: typer.Context,
+    processes: Annotated[
+        int | None,
+        typer.Option("--processes", "-p", min=1, help="Worker processes [MNEMOBUS_WORKER_PROCESSES]."),
+    ] = None,
+    threads: Annotated[
+        int | None, typer.Option("--threads", "-t", min=1, help="Threads of each [MNEMOBUS_WORKER_THREADS].")
+    ] = None,
+) -> None:
+    """Run the worker pool: Dramatiq's own command line, with the settings. More options are passed on to it.
+
+    It exits when one of its processes dies: let a service manager start it again.
+
+    \b
+    Examples:
+      mnemobus worker
+      mnemobus worker --processes 4 --threads 8
+      mnemobus worker --log-file workers.log
+    """
+    from .worker import run
+
+    run(processes=processes, threads=threads, extra=context.args)
+
+
+@app.command("import")
+def _import(
+    file: Annotated[
+        Path,
+        typer.Argument(help="A file with one JSON object per line; - for standard input.", allow_dash=True),
+    ],
+    on_error: Annotated[
+        str, typer.Option(help="stop at the first bad line, or skip bad lines.", metavar="[stop|skip]")
+    ] = "stop",
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Also write lines whose memory is stored with other content.")
+    ] = False,
+    wait: Annotated[
+        bool,
+        typer.Option(
+            "--wait/--no-wait", help="Wait until the store has everything; or only until the log has."
+        ),
+    ] = True,
+    json: Json = False,
+) -> None:
+    """Import memories from a file, one JSON object per line.
+
+    Needed are table, room and content; id, agent, entity, world, metadata,
+    embedding and created_at may be given.
+
+    It can be stopped at any time and run again: a line whose memory is stored
+    already is skipped. If the stored one differs (it was updated since), it is
+    left as it is, unless --overwrite is given. A memory that was deleted since
+    is imported again. A line without id gets one that is made of what the line
+    says: the same line is the same memory, however often it comes.
+
+    Each bad line is named, with its number and the reason; the exit status is 1
+    if there were any.
+
+    \b
+    Examples:
+      mnemobus import conversations.jsonl
+      mnemobus import --on-error skip big.jsonl
+      zcat old.jsonl.gz | mnemobus import -
+    """
+    if on_error not in ("stop", "skip"):
+        raise typer.BadParameter(f"{on_error!r} is neither 'stop' nor 'skip'.", param_hint="--on-error")
+    from .importing import run
+
+    raise typer.Exit(run(file=file, skip=on_error == "skip", overwrite=overwrite, wait=wait, json=json))
+
+
+@app.command("stats")
+def _stats(
+    watch: Annotated[
+        bool, typer.Option("--watch", "-w", help="Show it again and again, until Ctrl-C.")
+    ] = False,
+    every: Annotated[float, typer.Option(min=0.1, help="With --watch: seconds between.")] = 2.0,
+    json: Json = False,
+) -> None:
+    """Show figures of the log, the workers, the feed, Redis and the store.
+
+    \b
+    Examples:
+      mnemobus stats
+      mnemobus stats --watch
+      mnemobus stats --json | jq .backlog
+    """
+    from .stats import run
+
+    run(watch=every if watch else None, json=json)
+
+
+@app.command("tail")
+def _tail(
+    events: Annotated[bool, typer.Option("--events", help="Only writes.")] = False,
+    invalidations: Annotated[bool, typer.Option("--invalidations", help="Only invalidations.")] = False,
+    since: Annotated[
+        str | None,
+        typer.Option(
+            help="Begin there: 90s, 15m, 2h or 1d ago, a date with a zone, or a stream ID.", metavar="WHEN"
+        ),
+    ] = None,
+    count: Annotated[int | None, typer.Option("--count", "-n", min=1, help="Stop after so many.")] = None,
+    json: Json = False,
+) -> None:
+    """Show writes and invalidations as they pass. Takes nothing away from the workers.
+
+    \b
+    Examples:
+      mnemobus tail
+      mnemobus tail --events --since 10m
+      mnemobus tail --invalidations --json --count 100
+    """
+    from .tail import run
+
+    both = events == invalidations
+    run(events=events or both, invalidations=invalidations or both, since=since, count=count, json=json)
+
+
+@app.command("doctor")
+def _doctor(json: Json = False) -> None:
+    """Check Redis, the store and the workers, and say what to do about what is wrong.
+
+    The exit status is 1 if anything fails; a warning is none.
+
+    \b
+    Examples:
+      mnemobus doctor
+      mnemobus doctor --json
+    """
+    from .doctor import run
+
+    raise typer.Exit(run(json=json))
+
+
+__all__ = ["app", "main"]

@@ -1,0 +1,64 @@
+"""A look into Redis that changes nothing there: without the handshake that opens a bus, which would agree on a
+layout and an epoch, and would refuse a server before anybody could say what is wrong with it."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import asynccontextmanager
+from typing import Any
+
+import redis.asyncio
+from redis.asyncio.connection import ConnectionPool
+from redis.asyncio.retry import Retry
+from redis.backoff import NoBackoff
+
+from ..connection import Command, Link
+from ..keys import Keyspace
+from ..settings import Settings
+
+
+@asynccontextmanager
+async def looking_at(settings: Settings) -> AsyncIterator[redis.asyncio.Redis]:
+    """A client for the server in the settings. What it raises is one of AWAY, or a RedisError."""
+    link = Link(settings)
+    options = link._connection_options()
+    options.pop("redis_connect_func")
+    options["retry"] = Retry(NoBackoff(), 0)
+    client = redis.asyncio.Redis(connection_pool=ConnectionPool(max_connections=4, **options))
+    try:
+        yield client
+    finally:
+        await client.connection_pool.aclose()
+
+
+async def ask(client: redis.asyncio.Redis, commands: Sequence[Command]) -> list[Any]:
+    """The replies to commands, sent together; errors among them as values."""
+    async with client.pipeline(transaction=False) as pipe:
+        for command in commands:
+            pipe.execute_command(*command)
+        return list(await pipe.execute(raise_on_error=False))
+
+
+async def info(client: redis.asyncio.Redis) -> dict[str, str]:
+    """All that INFO says."""
+    return {name: str(value) for name, value in (await client.info()).items()}
+
+
+async def keyspace(client: redis.asyncio.Redis, settings: Settings) -> Keyspace:
+    """The keys of the bus as they are there; as configured, where nobody has connected yet."""
+    keys = Keyspace(settings.redis_key_prefix, settings.log_partitions, settings.feed_partitions)
+    log, feed = await client.hmget(keys.layout, ["log_partitions", "feed_partitions"])
+    if log and feed:
+        keys = Keyspace(settings.redis_key_prefix, int(log), int(feed))
+    return keys
+
+
+def table(reply: Any) -> dict[str, Any]:
+    """A map as either protocol has it, with names as text."""
+    if not isinstance(reply, Mapping):
+        reply = dict(zip(reply[::2], reply[1::2], strict=True))
+    return {k.decode() if isinstance(k, bytes) else str(k): v for k, v in reply.items()}
+
+
+def text(value: Any) -> str:
+    return value.decode("utf-8", "replace") if isinstance(value, bytes) else str(value)

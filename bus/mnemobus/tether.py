@@ -1,0 +1,72 @@
+"""Run a command that dies with its parent, however the parent dies: by SIGKILL too.
+
+    python -IS tether.py PARENT COMMAND [ARGUMENT...]
+
+On Linux the kernel sees to it (PR_SET_PDEATHSIG), and the command takes this process's place, pid and all. A
+callback between fork and exec could do the same, but is not safe in a process that has threads.
+
+Elsewhere this process stays, as the command's parent, and ends it once its own parent has gone. What
+the command has forked goes with it: it runs in a session of its own.
+
+The signal is SIGKILL, since nobody is left who could wait and try a stronger one. Nothing is lost by it: Redis
+has written its append-only file before it answers, and what a worker was applying is claimed by another.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import subprocess
+import sys
+from types import FrameType
+from typing import NoReturn
+
+_PR_SET_PDEATHSIG = 1
+
+
+def tie(parent: int) -> bool:
+    """Have the kernel kill this process once its parent, whose pid is ``parent``, is dead.
+
+    Answers False where the kernel can't. It watches the thread that forked: let that be the parent's main one.
+    """
+    if sys.platform != "linux":
+        return False
+    if ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0) != 0:
+        return False
+    if os.getppid() != parent:  # it died before the kernel was told
+        os.kill(os.getpid(), signal.SIGKILL)
+    return True
+
+
+def watch(parent: int, command: list[str], every: float = 0.5) -> int:
+    """Run a command, pass on SIGTERM and SIGINT, and kill it with all it forked once ``parent`` is dead.
+
+    Returns the command's exit status, as a shell has it.
+    """
+    child = subprocess.Popen(command, start_new_session=True)
+
+    def forward(number: int, _frame: FrameType | None) -> None:
+        child.send_signal(number)
+
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, forward)
+    while True:
+        try:
+            code = child.wait(every)
+        except subprocess.TimeoutExpired:
+            if os.getppid() != parent:
+                os.killpg(child.pid, signal.SIGKILL)
+        else:
+            return code if code >= 0 else 128 - code
+
+
+def main(arguments: list[str]) -> NoReturn:
+    parent, command = int(arguments[0]), arguments[1:]
+    if tie(parent):
+        os.execv(command[0], command)
+    sys.exit(watch(parent, command))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
