@@ -45,6 +45,8 @@ Room = tuple[str, str]
 NEVER = b""
 """Before every packed version: a register that was not set."""
 
+_FIELDS = ("content", "metadata", "embedding")
+
 
 @dataclass(slots=True)
 class Delta:
@@ -272,9 +274,10 @@ def merging(greatest: str, same: str) -> str:
 
 
 def clearing(greatest: str) -> list[str]:
-    """The statements that delete what is in a room, with ``?`` for :func:`cleared_by`'s parameters."""
+    """The statements that delete what is in a room, with ``?`` for :func:`clearing_parameters`."""
     values = [
-        f"{field} = CASE WHEN {greatest}(put_version, {field}_version) > ? THEN {field} END" for field in _FIELDS
+        f"{field} = CASE WHEN {greatest}(put_version, {field}_version) > ? THEN {field} END"
+        for field in _FIELDS
     ]
     return [
         f"UPDATE memories SET deleted_version = ?, {', '.join(values)}"
@@ -284,7 +287,4 @@ def clearing(greatest: str) -> list[str]:
 
 
 def clearing_parameters(room: Room, version: bytes) -> list[str | bytes]:
-    return [version] * 4 + [*room, version]
-
-
-_FIELDS = ("content", "metadata", "embedding")
+    return [version, version, version, version, *room, version]

@@ -1,0 +1,50 @@
+"""The schema's numbered migrations: ``migrations/<kind>/<number>_<name>.sql``, each applied in a transaction.
+
+How they are kept from being applied twice is each store's own affair (an advisory lock, BEGIN IMMEDIATE):
+what decides is the number in the table ``migrations``, read inside the transaction.
+"""
+
+from __future__ import annotations
+
+import logging
+from importlib.resources import files
+from typing import Literal, NamedTuple
+
+from .. import store
+from ..errors import SchemaError
+
+_log = logging.getLogger(__name__)
+
+
+class Migration(NamedTuple):
+    """One step of the schema, from ``number - 1`` to ``number``."""
+
+    number: int
+    name: str
+    sql: str
+
+
+def load(kind: Literal["sqlite", "postgres"]) -> list[Migration]:
+    """All migrations of one kind of store, in order."""
+    found = []
+    for file in (files(__package__) / "migrations" / kind).iterdir():
+        number, _, name = file.name.removesuffix(".sql").partition("_")
+        if file.name.endswith(".sql"):
+            found.append(Migration(int(number), name, file.read_text("utf-8")))
+    return sorted(found)
+
+
+def check(number: int, where: str) -> None:
+    """SchemaError if a reader of this version can't read a schema of this number."""
+    if number < store.SCHEMA:
+        raise SchemaError(
+            f"{where} has schema {number}, and this version of mnemobus needs {store.SCHEMA}:"
+            " start a worker of this version (mnemobus worker), which upgrades it"
+        )
+    if number > store.SCHEMA:
+        _log.warning(
+            "%s has schema %d, newer than %d, which this version of mnemobus knows: upgrade mnemobus here too",
+            where,
+            number,
+            store.SCHEMA,
+        )
