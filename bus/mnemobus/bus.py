@@ -586,7 +586,7 @@ class Bus:
     async def _load(self, plan: Plan, bucket: Any) -> tuple[Any, str, bool]:
         """What is found for a query beyond L1: (found, source, whether it is only the last known copy)."""
         lease: Lease | None = None
-        if self._feed.up:
+        if self._feed.reachable:
             try:
                 reply = await self._shared.lookup(plan.scope, plan.field, self.settings.ttl(plan.table))
                 if isinstance(reply, bytes):

@@ -518,6 +518,11 @@ class Feed:
         self._wake.set()
 
     @property
+    def reachable(self) -> bool:
+        """Whether to ask Redis at all: a heartbeat that is overdue means that a call would hang, too."""
+        return self.up and clock() < self._local.fresh_until
+
+    @property
     def listening(self) -> int:
         """How many feed partitions are listened to."""
         return len(self._partitions)

@@ -161,8 +161,8 @@ class Publisher:
             raise self._busy(error) from None
         except AWAY as error:
             raise LogUnavailable(
-                f"Redis at {self._link.address} could not be reached for {self._settings.write_timeout:g} s"
-                f" ({error}); the write may or may not be in the log"
+                f"Redis at {self._link.address} could not be reached in time ({error}; MNEMOBUS_WRITE_TIMEOUT is"
+                f" {self._settings.write_timeout:g} s): the write may or may not be in the log"
             ) from error
         raise AssertionError("unreachable")
 

@@ -1,0 +1,398 @@
+"""Staying in step: lost, repeated, spoiled and forged messages, reconnects, restarts, flushes; late fills."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from typing import Any
+
+import mnemobus
+import orjson
+import pytest
+import redis.asyncio
+from mnemobus import Memory, Settings, StoreUnavailable
+from mnemobus.keys import Keyspace, room_scope
+from mnemobus.local import clock
+from servers import RedisServer, eventually
+
+Connect = Callable[..., mnemobus.Bus]
+ROOM = room_scope("messages", "r1")
+
+
+def said(text: str, room: str = "r1", **fields: object) -> Memory:
+    return Memory(table="messages", room=room, content={"text": text}, **fields)  # type: ignore[arg-type]
+
+
+@pytest.fixture
+async def client(settings: Settings) -> AsyncIterator[redis.asyncio.Redis]:
+    client = redis.asyncio.Redis.from_url(settings.redis_url, protocol=2)
+    yield client
+    await client.aclose()
+
+
+def keys_of(settings: Settings) -> Keyspace:
+    return Keyspace(settings.redis_key_prefix, settings.log_partitions, settings.feed_partitions)
+
+
+async def cached(bus: mnemobus.Bus, room: str = "r1") -> list[str]:
+    """The room as the bus has it, from its own copy."""
+
+    async def local() -> bool:
+        return (await bus.recent("messages", room=room)).source == "local"
+
+    await eventually(local)
+    return [m.content["text"] for m in await bus.recent("messages", room=room)]
+
+
+async def write_past_pubsub(bus: mnemobus.Bus, client: redis.asyncio.Redis, settings: Settings, text: str) -> None:
+    """Commit a write while no message of the feed reaches anybody: PUBLISH goes nowhere for that moment."""
+    # A rename would be simpler, but workers call PUBLISH by its name; so the listeners are cut off instead, and
+    # reconnect only after the fan-out has been published.
+    await client.execute_command("CLIENT", "KILL", "TYPE", "pubsub")
+    await bus.write(said(text), durability="committed")
+
+
+async def test_g5_a_single_lost_message_is_found_and_repaired_within_the_bound(
+    settings: Settings, pool: Settings, connect: Connect, client: redis.asyncio.Redis
+) -> None:
+    async with connect() as bus:
+        await bus.write(said("1"), durability="committed")
+        assert await cached(bus) == ["1"]
+        before = bus.stats()
+
+        # When exactly one message is lost: it is in the feed, but was never published
+        feed = keys_of(settings).feed(keys_of(settings).feed_partition(ROOM))
+        last = await client.xrevrange(feed, count=1)
+        payload = orjson.dumps({"p": 0, "v": ["1-1"], "s": [ROOM]})
+        lost = await client.xadd(feed, {"prev": last[0][0], "m": payload})
+        began = clock()
+
+        # Then the copy is dropped, by replay, within max_staleness
+        await eventually(lambda: bus.stats().drops > before.drops)
+        assert clock() - began < settings.max_staleness
+        assert bus.stats().replays == before.replays + 1
+        assert bus.stats().resets == before.resets
+        # and the next message finds its predecessor
+        await client.publish(feed, await client.xadd(feed, {"prev": lost, "m": payload}) + b" " + lost + b" " + payload)
+        await eventually(lambda: bus.stats().invalidations >= before.invalidations + 2)
+        assert bus.stats().gaps == before.gaps
+
+
+async def test_g5_a_gap_is_seen_with_the_next_message(
+    settings: Settings, pool: Settings, connect: Connect, client: redis.asyncio.Redis
+) -> None:
+    async with connect(heartbeat=5, max_staleness=20) as bus:
+        await bus.write(said("1"), durability="committed")
+        assert await cached(bus) == ["1"]
+        feed = keys_of(settings).feed(keys_of(settings).feed_partition(ROOM))
+        last = (await client.xrevrange(feed, count=1))[0][0]
+        payload = orjson.dumps({"p": 0, "v": ["1-1"], "s": [ROOM]})
+        other = orjson.dumps({"p": 0, "v": ["1-2"], "s": ["id:other"]})
+
+        # Given a message about the room that is lost
+        lost = await client.xadd(feed, {"prev": last, "m": payload})
+        # When the next one, about something else, arrives long before a heartbeat is due
+        following = await client.xadd(feed, {"prev": lost, "m": other})
+        await client.publish(feed, following + b" " + lost + b" " + other)
+
+        # Then the room is dropped all the same
+        await eventually(lambda: bus.stats().drops == 1)
+        assert (bus.stats().gaps, bus.stats().replays) == (1, 1)
+
+
+async def test_messages_twice_late_spoiled_or_forged_do_no_harm(
+    settings: Settings, pool: Settings, connect: Connect, client: redis.asyncio.Redis
+) -> None:
+    async with connect() as bus:
+        await bus.write(said("1"), durability="committed")
+        assert await cached(bus) == ["1"]
+        feed = keys_of(settings).feed(keys_of(settings).feed_partition(ROOM))
+        [(last, fields)] = await client.xrevrange(feed, count=1)
+
+        # When a message comes again, and with it all kinds of things that are none
+        again = last + b" " + fields[b"prev"] + b" " + fields[b"m"]
+        for data in (
+            again,
+            again,
+            b"",
+            b"nonsense",
+            b"1-1 0-0 {}",
+            b"1-1 0-0 [1]",
+            b'1-1 0-0 {"p":0,"v":[],"s":[7]}',
+            b'1-1 0-0 {"p":0,"v":["x"],"s":[]}',
+            b"\xff\xfe \x00 \x01",
+            b'99999999999999-0 5-5 {"p":0,"v":[],"s":[]}',
+            b"99999999999999999999999999-0 0-0 {}",
+        ):
+            await client.publish(feed, data)
+        await eventually(lambda: bus.stats().bad_messages == 8)
+
+        # Then the bus has heard them, and hears what follows
+        await bus.write(said("2"), durability="committed")
+        assert await cached(bus) == ["2", "1"]
+        async with connect() as other:
+            await other.write(said("3"), durability="committed")
+        await eventually(lambda: bus.stats().entries == 0)
+        assert await cached(bus) == ["3", "2", "1"]
+        assert bus.stats().restarted_tasks == 0
+
+
+async def test_a_forged_position_beyond_the_head_is_found_out(
+    settings: Settings, pool: Settings, connect: Connect, client: redis.asyncio.Redis
+) -> None:
+    async with connect() as bus:
+        await bus.write(said("1"), durability="committed")
+        assert await cached(bus) == ["1"]
+        feed = keys_of(settings).feed(keys_of(settings).feed_partition(ROOM))
+        last = (await client.xrevrange(feed, count=1))[0][0]
+        # Given a message that follows the last, with an ID from the future, that the stream does not have
+        await client.publish(feed, b"99999999999999-0 " + last + b' {"p":0,"v":[],"s":[]}')
+        # Then the heartbeat finds the position ahead of the head, and drops what it can't vouch for
+        await eventually(lambda: bus.stats().resets == 1)
+        assert await cached(bus) == ["1"]
+        await bus.write(said("2"), durability="committed")
+        assert await cached(bus) == ["2", "1"]
+
+
+async def test_g5_a_feed_that_no_longer_reaches_back_drops_the_partition(
+    settings: Settings, pool: Settings, connect: Connect, client: redis.asyncio.Redis
+) -> None:
+    async with connect() as bus:
+        await bus.write(said("1"), durability="committed")
+        assert await cached(bus) == ["1"]
+        feed = keys_of(settings).feed(keys_of(settings).feed_partition(ROOM))
+        last = (await client.xrevrange(feed, count=1))[0][0]
+        # When messages are lost, and trimmed before the bus looks
+        other = orjson.dumps({"p": 0, "v": [], "s": ["id:other"]})
+        async with client.pipeline(transaction=True) as pipe:
+            for n in range(3):
+                pipe.xadd(feed, {"prev": last if n == 0 else b"1-1", "m": other})
+            pipe.xtrim(feed, maxlen=1, approximate=False)
+            await pipe.execute()
+        # Then the room is dropped, though no message that is left names it
+        await eventually(lambda: bus.stats().drops == 1)
+        assert bus.stats().resets == 1
+
+
+async def test_g5_a_cut_of_the_listening_connection_loses_nothing(
+    settings: Settings, pool: Settings, connect: Connect, client: redis.asyncio.Redis
+) -> None:
+    async with connect() as bus, connect() as writer:
+        await writer.write(said("0"), durability="committed")
+        for n in range(1, 6):
+            assert (await cached(bus))[0] == str(n - 1)
+            # When its connection is cut, and something is written before it is back
+            await write_past_pubsub(writer, client, settings, str(n))
+            # Then it hears of it
+            async def heard(n: int = n) -> bool:
+                return (await bus.recent("messages", room="r1"))[0].content["text"] == str(n)
+
+            await eventually(heard, timeout=settings.max_staleness + 2)
+        assert bus.stats().reconnects >= 5
+
+
+async def test_g5_local_copies_are_not_served_while_redis_does_not_answer(own_redis: Any, settings: Settings, tmp_path: Any) -> None:
+    # Given a bus with a local copy, on a Redis of its own
+    server: RedisServer = own_redis()
+    overrides = {"redis_url": server.url, "heartbeat": 0.1, "max_staleness": 0.5, "redis_timeout": 0.5}
+    async with mnemobus.connect(**{**settings.model_dump(), **overrides}) as bus:
+        await eventually(lambda: local_twice(bus))
+
+        # When that Redis hangs
+        server.pause()
+        await asyncio.sleep(settings.max_staleness / 2 + 0.1)
+
+        # Then reads come from the store, and say so
+        answer = await bus.recent("messages", room="r1")
+        assert (answer.source, answer.stale) == ("store", False)
+        health = await bus.health()
+        assert not health.ok
+        assert any("the feed is not verified" in problem for problem in health.problems)
+
+        # And when it goes on, local copies are served again
+        server.resume()
+        await eventually(lambda: local_twice(bus))
+
+
+async def local_twice(bus: mnemobus.Bus) -> bool:
+    await bus.recent("messages", room="r1")
+    return (await bus.recent("messages", room="r1")).source == "local"
+
+
+async def test_g5_a_restart_of_redis_begins_a_new_epoch(own_redis: Any, settings: Settings) -> None:
+    server: RedisServer = own_redis()
+    async with mnemobus.connect(**{**settings.model_dump(), "redis_url": server.url}) as bus:
+        await eventually(lambda: local_twice(bus))
+        async with redis.asyncio.Redis.from_url(server.url) as client:
+            before = await client.hget(keys_of(settings).epoch, "epoch")
+            shared = [key async for key in client.scan_iter("*:b:*")]
+        assert len(shared) == 1
+
+        # When Redis restarts with all it had
+        server.restart()
+
+        # Then what L2 held is out of reach, under the old epoch, and L1 starts anew
+        await eventually(lambda: bus.stats().epochs == 1)
+        await eventually(lambda: local_twice(bus))
+        async with redis.asyncio.Redis.from_url(server.url) as client:
+            after = await client.hget(keys_of(settings).epoch, "epoch")
+            assert after != before
+            assert len([key async for key in client.scan_iter("*:b:*")]) == 2
+        assert bus.stats().misses == 2
+
+        # And when it restarts empty, once more
+        server.restart(empty=True)
+        await eventually(lambda: bus.stats().epochs == 2)
+        await eventually(lambda: local_twice(bus))
+
+
+async def test_g5_a_flush_begins_a_new_epoch(
+    own_redis: Any, settings: Settings
+) -> None:
+    server: RedisServer = own_redis()
+    async with mnemobus.connect(**{**settings.model_dump(), "redis_url": server.url}) as bus:
+        await eventually(lambda: local_twice(bus))
+        async with redis.asyncio.Redis.from_url(server.url) as client:
+            await client.flushall()
+        await eventually(lambda: bus.stats().epochs == 1)
+        await eventually(lambda: local_twice(bus))
+
+
+async def test_g7_with_redis_away_reads_go_on_and_writes_fail_clearly(own_redis: Any, settings: Settings) -> None:
+    server: RedisServer = own_redis()
+    overrides = {"redis_url": server.url, "write_timeout": 0.5}
+    async with mnemobus.connect(**{**settings.model_dump(), **overrides}) as bus:
+        await eventually(lambda: local_twice(bus))
+        server.stop()
+        await eventually(lambda: not bus._feed.up)
+        assert (await bus.recent("messages", room="r2")).source == "store"
+        with pytest.raises(mnemobus.LogUnavailable, match="could not be reached in time .* may or may not be in the log"):
+            await bus.write(said("x"))
+        server.start()
+        await eventually(lambda: local_twice(bus))
+        await bus.write(said("x"))
+
+
+async def test_g7_with_both_away_the_last_known_copy_is_served_and_marked(own_redis: Any, settings: Settings) -> None:
+    server: RedisServer = own_redis()
+    async with mnemobus.connect(**{**settings.model_dump(), "redis_url": server.url}) as bus:
+        await eventually(lambda: local_twice(bus))
+        await bus.count("messages", room="r1")
+        server.stop()
+        # When the store goes, too
+        await bus._reader.close()
+
+        # Then what was known is served, marked; what was not known is a clear error
+        async def stale() -> bool:
+            return (await bus.recent("messages", room="r1")).stale
+
+        await eventually(stale)
+        assert (await bus.recent("messages", room="r1")).source == "local"
+        with pytest.raises(StoreUnavailable):
+            await bus.recent("messages", room="r2")
+        assert bus.stats().stale_reads >= 2
+
+
+async def test_g7_a_bus_opens_with_redis_away_and_finds_it_later(own_redis: Any, settings: Settings) -> None:
+    server: RedisServer = own_redis()
+    server.stop()
+    async with mnemobus.connect(**{**settings.model_dump(), "redis_url": server.url}) as bus:
+        assert (await bus.recent("messages", room="r1")).source == "store"
+        server.start()
+        await eventually(lambda: local_twice(bus))
+
+
+async def test_with_both_away_a_bus_does_not_open(settings: Settings, tmp_path: Any) -> None:
+    (tmp_path / "file").write_text("")
+    overrides = {"redis_url": "redis://127.0.0.1:1", "database_url": f"sqlite:///{tmp_path}/file/x.db"}
+    with pytest.raises(StoreUnavailable, match="neither Redis .* nor the store .* can be reached"):
+        async with mnemobus.connect(**{**settings.model_dump(), **overrides}):
+            pass
+
+
+class SlowStore:
+    """The bus's own reader, whose answers can be held back after it has read them."""
+
+    def __init__(self, bus: mnemobus.Bus) -> None:
+        self.reader, self.reads, self.gate = bus._reader, 0, asyncio.Event()
+        bus._reader = self  # type: ignore[assignment]
+
+    async def recent(self, *arguments: Any) -> Any:
+        rows = await self.reader.recent(*arguments)
+        self.reads += 1
+        await self.gate.wait()
+        return rows
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.reader, name)
+
+
+async def test_g4_a_load_that_an_invalidation_overtakes_enters_no_cache(pool: Settings, connect: Connect) -> None:
+    async with connect() as slow, connect() as quick:
+        await quick.write(said("old"), durability="committed")
+        store = SlowStore(slow)
+        # Given a read that has the old rows in hand, and two that share it
+        early = [asyncio.create_task(slow.recent("messages", room="r1")) for _ in range(3)]
+        await eventually(lambda: store.reads == 1)
+
+        # When the room changes before it comes back, and the reader hears of it
+        heard = slow.stats().invalidations
+        await quick.write(said("new"), durability="committed")
+        await eventually(lambda: slow.stats().invalidations > heard)
+        # and another read begins after that
+        late = asyncio.create_task(slow.recent("messages", room="r1"))
+        await eventually(lambda: store.reads == 2)
+        store.gate.set()
+
+        # Then the early ones may have the old answer, but the late one shares nothing with them
+        assert [len(await task) for task in early] == [1, 1, 1]
+        assert [m.content["text"] for m in await late] == ["new", "old"]
+        # and the old one is in neither cache
+        assert slow.stats().refused_fills >= 1
+        assert len(await slow.recent("messages", room="r1")) == 2
+        async with connect() as third:
+            assert len(await third.recent("messages", room="r1")) == 2
+
+
+async def test_a_herd_of_agents_reads_the_store_once(pool: Settings, connect: Connect) -> None:
+    async with connect() as first, connect() as second, connect() as third:
+        await first.write(said("x"), durability="committed")
+        agents = (first, second, third)
+        await asyncio.gather(*(agent.recent("messages", room="other") for agent in agents))
+        before = sum(agent.stats().misses for agent in agents)
+        answers = await asyncio.gather(*(agent.recent("messages", room="r1") for agent in agents))
+        assert [len(answer) for answer in answers] == [1, 1, 1]
+        assert sum(agent.stats().misses for agent in agents) == before + 1
+
+
+async def test_an_agent_listens_only_to_what_it_holds(
+    settings: Settings, pool: Settings, connect: Connect, client: redis.asyncio.Redis
+) -> None:
+    keys = keys_of(settings)
+    channels = [keys.feed(f) for f in range(settings.feed_partitions)]
+
+    async def listeners() -> int:
+        reply = await client.execute_command("PUBSUB", "NUMSUB", *channels)
+        return int(sum(n for _, n in reply) if isinstance(reply[0], tuple) else sum(reply[1::2]))
+
+    async with connect() as bus:
+        assert await listeners() == 0
+        await bus.recent("messages", room="r1")
+        assert await listeners() == 1
+        await bus.recent("messages", room="r1", limit=5)
+        await bus.count("messages", room="r1")
+        assert await listeners() == 1
+
+
+async def test_a_spoiled_result_in_redis_is_dropped_and_read_anew(
+    settings: Settings, pool: Settings, connect: Connect, client: redis.asyncio.Redis
+) -> None:
+    async with connect() as first:
+        await first.write(said("x"), durability="committed")
+        await first.recent("messages", room="r1")
+        [key] = [k async for k in client.scan_iter(f"*{settings.redis_key_prefix}:f*:b:*")]
+        for field in await client.hkeys(key):
+            await client.hset(key, field, b"spoiled")
+        async with connect() as second:
+            assert [m.content["text"] for m in await second.recent("messages", room="r1")] == ["x"]
+            assert second.stats().misses == 1

@@ -1,0 +1,184 @@
+"""The log: once, in order, bounded, and as durable as was asked for."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from typing import Any
+
+import mnemobus
+import pytest
+import redis.asyncio
+from mnemobus import BacklogFull, DurabilityUnavailable, LogFull, Memory, Settings, Version, WriteFailed
+from mnemobus.connection import Link
+from mnemobus.events import DELETE_ROOM, Event
+from mnemobus.keys import Dimensions
+from mnemobus.log import Publisher
+from servers import RedisServer, eventually
+
+Connect = Callable[..., mnemobus.Bus]
+
+
+def said(text: str, room: str = "r1") -> Memory:
+    return Memory(table="messages", room=room, content={"text": text})
+
+
+async def length(url: str, settings: Settings) -> int:
+    async with redis.asyncio.Redis.from_url(url) as client:
+        keys = Link(settings).keys
+        return sum([await client.xlen(keys.log(p)) for p in range(settings.log_partitions)])
+
+
+def event(room: str = "r1") -> list[Any]:
+    fields = Event(DELETE_ROOM, Dimensions("messages", room)).fields()
+    return [len(fields), *fields]
+
+
+async def test_g1_a_call_that_is_repeated_is_answered_and_not_done_again(settings: Settings) -> None:
+    link = Link(settings)
+    keys = [link.keys.log(0), link.keys.producers(0), link.keys.meter(0)]
+
+    async def publish(producer: str, sequence: int, events: int) -> Any:
+        return await link.run("publish", keys, [producer, sequence, 100, *event() * events])
+
+    first = await publish("a", 1, 3)
+    assert len(first) == 3
+    assert sorted(map(Version.parse, first)) == list(map(Version.parse, first))
+    assert await publish("a", 1, 3) == first
+    assert await publish("b", 1, 1) != first
+    second = await publish("a", 2, 1)
+    assert await publish("a", 2, 1) == second
+    # A late copy of a call that was overtaken writes nothing
+    with pytest.raises(redis.ResponseError, match="SUPERSEDED 2"):
+        await publish("a", 1, 3)
+    assert await link.client.xlen(keys[0]) == 5
+    assert await link.client.hget(keys[2], "added") == b"5"
+    await link.close()
+
+
+async def test_g1_a_publish_whose_answer_is_lost_is_repeated_and_logged_once(own_redis: Any, settings: Settings) -> None:
+    # Given a Redis that takes calls and does not answer in time
+    server: RedisServer = own_redis()
+    overrides = {"redis_url": server.url, "redis_timeout": 0.3, "write_timeout": 10}
+    async with mnemobus.connect(**{**settings.model_dump(), **overrides}) as bus:
+        await bus.write(said("0"))
+        server.pause()
+        writing = asyncio.create_task(bus.write(said("1")))
+        # When the call has timed out, was repeated, and Redis then goes on and executes what it had received
+        await eventually(lambda: bus.stats().publish_retries >= 1)
+        server.resume()
+        await writing
+        # Then the write is in the log once
+        await bus.write(said("2"))
+        assert await length(server.url, settings) == 3
+        assert bus.stats().publish_calls > 3
+
+
+async def test_g1_a_write_waits_out_a_restart(own_redis: Any, settings: Settings) -> None:
+    server: RedisServer = own_redis()
+    async with mnemobus.connect(**{**settings.model_dump(), "redis_url": server.url}) as bus:
+        await bus.write(said("0"))
+        server.stop()
+        writes = [asyncio.create_task(bus.write(said(str(n)))) for n in range(20)]
+        await eventually(lambda: bus.stats().publish_retries >= 1)
+        server.start()
+        versions = [(await write).version for write in writes]
+        assert versions == sorted(versions)
+        assert await length(server.url, settings) == 21
+
+
+async def test_backpressure_makes_writes_wait_then_fail(settings: Settings, connect: Connect) -> None:
+    # Given no workers, and room for five events
+    async with connect(max_backlog=5, write_timeout=0.3) as bus:
+        for n in range(5):
+            await bus.write(said(str(n)))
+        # Then the sixth write waits, and fails
+        loop = asyncio.get_running_loop()
+        began = loop.time()
+        with pytest.raises(BacklogFull, match="holds 5 events that no worker has applied yet .*nothing was written"):
+            await bus.write(said("6"))
+        assert loop.time() - began > 0.1
+        # while another partition takes writes as ever
+        others = [r for r in map(str, range(50)) if bus._link.keys.log_partition(r) != bus._link.keys.log_partition("r1")]
+        await bus.write(said("x", room=others[0]))
+        assert await length(settings.redis_url, settings) == 6
+
+
+async def test_backpressure_ends_when_workers_catch_up(pool: Settings, connect: Connect) -> None:
+    async with connect(max_backlog=3, write_timeout=10) as bus:
+        for n in range(40):
+            await bus.write(said(str(n)))
+        await eventually(lambda: counted(bus, 40))
+
+
+async def counted(bus: mnemobus.Bus, n: int) -> bool:
+    return await bus.count("messages", room="r1") == n
+
+
+async def test_a_full_redis_refuses_the_write_and_nothing_is_half_written(own_redis: Any, settings: Settings) -> None:
+    server: RedisServer = own_redis()
+    async with mnemobus.connect(**{**settings.model_dump(), "redis_url": server.url}) as bus:
+        await bus.write(said("0"))
+        async with redis.asyncio.Redis.from_url(server.url) as client:
+            await client.config_set("maxmemory", "1mb")
+            before = await length(server.url, settings)
+            with pytest.raises(LogFull, match="out of memory .*nothing was written"):
+                await bus.write_many([said(str(n)) for n in range(10)])
+            assert await length(server.url, settings) == before
+            await client.config_set("maxmemory", "0")
+        await bus.write(said("1"))
+
+
+async def test_synced_means_on_disk_or_an_error_before_anything_is_written(
+    own_redis: Any, settings: Settings
+) -> None:
+    server: RedisServer = own_redis()
+    async with redis.asyncio.Redis.from_url(server.url) as client:
+        info = await client.info()
+    async with mnemobus.connect(**{**settings.model_dump(), "redis_url": server.url}) as bus:
+        major, minor = (int(n) for n in info["redis_version"].split(".")[:2])
+        if (major, minor) >= (7, 2):
+            receipts = await asyncio.gather(*(bus.write(said(str(n)), durability="synced") for n in range(20)))
+            assert len({r.version for r in receipts}) == 20
+        else:
+            with pytest.raises(DurabilityUnavailable, match=r"needs an append-only file and Redis 7.2 .*Nothing was written"):
+                await bus.write(said("x"), durability="synced")
+            assert await length(server.url, settings) == 0
+    # and a server that writes its file before it answers is as good
+    async with redis.asyncio.Redis.from_url(server.url) as client:
+        await client.config_set("appendfsync", "always")
+    async with mnemobus.connect(**{**settings.model_dump(), "redis_url": server.url}) as bus:
+        await bus.write(said("y"), durability="synced")
+
+
+async def test_a_durability_that_does_not_exist_is_refused(settings: Settings, connect: Connect) -> None:
+    async with connect() as bus:
+        with pytest.raises(mnemobus.InvalidQuery, match="durability must be logged, synced or committed, not 'maybe'"):
+            await bus.write(said("x"), durability="maybe")  # type: ignore[arg-type]
+
+
+async def test_a_producer_that_another_process_has_overtaken_is_told(settings: Settings) -> None:
+    link = Link(settings)
+    logged: list[Version] = []
+    ahead = Publisher(link, 0, "same", lambda p, e, v: logged.append(v))
+    behind = Publisher(link, 0, "same", lambda p, e, v: logged.append(v))
+    for _ in range(2):
+        await ahead.publish(Event(DELETE_ROOM, Dimensions("messages", "r")))
+    with pytest.raises(WriteFailed, match="producer same is in use by another process"):
+        behind._sequence = 0
+        await behind.publish(Event(DELETE_ROOM, Dimensions("messages", "r")))
+    assert len(logged) == 2
+    await link.close()
+
+
+async def test_g1_what_follows_a_logged_write_follows_although_its_caller_is_gone(
+    settings: Settings, connect: Connect
+) -> None:
+    async with connect() as bus:
+        task = asyncio.create_task(bus.write(said("x")))
+        await asyncio.sleep(0)
+        await asyncio.sleep(0)
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+        await eventually(lambda: bus.stats().writes == 1)
+        assert bus.stats().marks == 1
