@@ -154,7 +154,13 @@ def _worker(
 def _import(
     file: Annotated[
         Path,
-        typer.Argument(help="A file with one JSON object per line; - for standard input.", allow_dash=True),
+        typer.Argument(
+            help="A file with one JSON object per line; - for standard input.",
+            allow_dash=True,
+            exists=True,
+            dir_okay=False,
+            readable=True,
+        ),
     ],
     on_error: Annotated[
         str, typer.Option(help="stop at the first bad line, or skip bad lines.", metavar="[stop|skip]")

@@ -13,6 +13,7 @@ from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 
 from ..connection import Command, Link
+from ..errors import SettingsError
 from ..keys import Keyspace
 from ..settings import Settings
 
@@ -29,6 +30,12 @@ async def looking_at(settings: Settings) -> AsyncIterator[redis.asyncio.Redis]:
         yield client
     finally:
         await client.connection_pool.aclose()
+
+
+def refusal(settings: Settings, error: Exception) -> SettingsError | None:
+    """The error as one of the settings, if the server refuses the login: to wait won't help."""
+    explained = Link(settings).explain(error)
+    return explained if isinstance(explained, SettingsError) else None
 
 
 async def ask(client: redis.asyncio.Redis, commands: Sequence[Command]) -> list[Any]:

@@ -1,0 +1,214 @@
+"""``mnemobus stats``: what is in the log, the feed and the store."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from typing import Any
+
+from redis.exceptions import RedisError
+
+from ..connection import AWAY
+from ..errors import MnemobusError
+from ..keys import APPLY_GROUP, Version
+from ..settings import Settings, hide_password
+from ..store import open_reader
+from .console import emit, out, size
+from .inspection import ask, info, keyspace, looking_at, refusal, table, text
+
+
+def run(*, watch: float | None, json: bool) -> None:
+    asyncio.run(_main(Settings.load(), watch, json))
+
+
+async def _main(settings: Settings, watch: float | None, json: bool) -> None:
+    if watch is None:
+        figures = await gather(settings)
+        emit(figures) if json else out().print(render(figures))
+        trouble = figures["redis"].get("error") or figures["store"].get("error")
+        if trouble:
+            raise MnemobusError(trouble)
+    elif json:
+        while True:
+            emit(await gather(settings))
+            await asyncio.sleep(watch)
+    else:
+        from rich.live import Live
+
+        with Live(console=out(), auto_refresh=False, screen=out().is_terminal) as live:
+            while True:
+                live.update(render(await gather(settings)), refresh=True)
+                await asyncio.sleep(watch)
+
+
+async def gather(settings: Settings) -> dict[str, Any]:
+    """All figures, as they are printed with --json; ``error`` in place of those that can't be told."""
+    redis, store = await asyncio.gather(_redis(settings), _store(settings))
+    partitions = redis.pop("log", [])
+    return {
+        "backlog": sum(p["backlog"] for p in partitions) if partitions else None,
+        "dead_letters": sum(p["dead_letters"] for p in partitions) if partitions else None,
+        "log": partitions,
+        "feed": redis.pop("feed", {}),
+        "redis": redis,
+        "store": store,
+    }
+
+
+async def _redis(settings: Settings) -> dict[str, Any]:
+    where = hide_password(settings.redis_url)
+    try:
+        async with looking_at(settings) as client:
+            server = await info(client)
+            keys = await keyspace(client, settings)
+            partitions = range(keys.log_partitions)
+            replies = await ask(
+                client,
+                [
+                    command
+                    for p in partitions
+                    for command in (
+                        ("XLEN", keys.log(p)),
+                        ("HMGET", keys.meter(p), "added", "applied"),
+                        ("XINFO", "GROUPS", keys.log(p)),
+                        ("XINFO", "CONSUMERS", keys.log(p), APPLY_GROUP),
+                        ("XLEN", keys.dead(p)),
+                        ("XRANGE", keys.log(p), "-", "+", "COUNT", 1),
+                        ("XPENDING", keys.log(p), APPLY_GROUP),
+                    )
+                ],
+            )
+            given = [_last_delivered(replies[7 * p + 2]) for p in partitions]
+            next_up = await ask(
+                client, [("XRANGE", keys.log(p), f"({given[p]}", "+", "COUNT", 1) for p in partitions]
+            )
+            feeds = range(keys.feed_partitions)
+            feed = await ask(client, [("XLEN", keys.feed(f)) for f in feeds])
+            listeners = await client.pubsub_numsub(*(keys.feed(f) for f in feeds))
+            epoch = await client.hget(keys.epoch, "epoch")
+            seconds, micros = await client.time()
+            now = seconds + micros / 1e6
+    except (*AWAY, RedisError) as error:
+        trouble = refusal(settings, error) or f"Redis at {where} can't be asked: {error}"
+        return {"address": where, "error": str(trouble)}
+    return {
+        "address": where,
+        "version": server.get("valkey_version") or server.get("redis_version"),
+        "epoch": text(epoch) if epoch else None,
+        "used_memory": int(server.get("used_memory", 0)),
+        "max_memory": int(server.get("maxmemory", 0)),
+        "policy": server.get("maxmemory_policy"),
+        "clients": int(server.get("connected_clients", 0)),
+        "log": [_partition(p, [*replies[7 * p : 7 * p + 7], next_up[p]], now) for p in partitions],
+        "feed": {
+            "partitions": keys.feed_partitions,
+            "messages": sum(n for n in feed if isinstance(n, int)),
+            "subscriptions": sum(int(n) for _, n in listeners),
+        },
+    }
+
+
+def _last_delivered(groups: Any) -> str:
+    for group in map(table, () if isinstance(groups, Exception) else groups):
+        if text(group["name"]) == APPLY_GROUP:
+            return text(group["last-delivered-id"])
+    return "0-0"
+
+
+def _partition(number: int, replies: list[Any], now: float) -> dict[str, Any]:
+    length, meter, _groups, consumers, dead, first, pending, next_up = (
+        None if isinstance(reply, Exception) else reply for reply in replies
+    )
+    added, applied = (int(n or 0) for n in meter or (0, 0))
+    waiting = [pending[1]] if pending and pending[0] else [entry[0] for entry in next_up or ()]
+    return {
+        "partition": number,
+        "length": length or 0,
+        "added": added,
+        "applied": applied,
+        "backlog": max(added - applied, 0),
+        "pending": int(pending[0]) if pending else 0,
+        "waiting_seconds": _age(waiting[0], now) if waiting else None,
+        "oldest_seconds": _age(first[0][0], now) if first else None,
+        "dead_letters": dead or 0,
+        "consumers": [
+            {"name": text(c["name"]), "pending": int(c["pending"]), "idle_ms": int(c["idle"])}
+            for c in map(table, consumers or ())
+        ],
+    }
+
+
+def _age(id: bytes, now: float) -> float:
+    """Seconds since an entry was added, by the server's clock."""
+    return max(round(now - Version.parse(id).ms / 1000, 3), 0.0)
+
+
+async def _store(settings: Settings) -> dict[str, Any]:
+    reader = open_reader(settings)
+    where = hide_password(settings.database_url)
+    try:
+        await reader.open()
+        tables = await reader.totals()
+        return {
+            "url": where,
+            "schema": await reader.schema(),
+            "tables": tables,
+            "memories": sum(tables.values()),
+        }
+    except MnemobusError as error:
+        return {"url": where, "error": f"the store can't be asked: {error}"}
+    finally:
+        await reader.close()
+
+
+def render(figures: dict[str, Any]) -> Any:
+    from rich.console import Group
+    from rich.table import Table
+
+    log = Table(title=f"log, at {time.strftime('%H:%M:%S')}", title_justify="left")
+    for name in ("partition", "entries", "backlog", "waiting", "pending", "dead letters", "consumers"):
+        log.add_column(name, justify="right")
+    for p in figures["log"]:
+        dead = f"[red]{p['dead_letters']:,}[/red]" if p["dead_letters"] else "0"
+        log.add_row(
+            str(p["partition"]),
+            f"{p['length']:,}",
+            f"{p['backlog']:,}",
+            _span(p["waiting_seconds"]),
+            f"{p['pending']:,}",
+            dead,
+            str(len(p["consumers"])),
+        )
+    rest = Table(show_header=False)
+    rest.add_column()
+    rest.add_column()
+    redis, feed, store = figures["redis"], figures["feed"], figures["store"]
+    if "error" in redis:
+        rest.add_row("Redis", f"[red]{redis['error']}[/red]")
+    else:
+        limit = f" of {size(redis['max_memory'])}" if redis["max_memory"] else ", no limit"
+        rest.add_row(
+            "Redis",
+            f"{redis['version']} at {redis['address']}, {size(redis['used_memory'])}{limit},"
+            f" {redis['policy']}, {redis['clients']} clients",
+        )
+        rest.add_row(
+            "feed",
+            f"{feed['messages']:,} messages kept in {feed['partitions']} partitions,"
+            f" {feed['subscriptions']:,} subscriptions of agents",
+        )
+    if "error" in store:
+        rest.add_row("store", f"[red]{store['error']}[/red]")
+    else:
+        tables = ", ".join(f"{name} {count:,}" for name, count in store["tables"].items()) or "empty"
+        rest.add_row("store", f"{store['url']}, schema {store['schema']}: {tables}")
+    return Group(log, rest) if figures["log"] else rest
+
+
+def _span(seconds: float | None) -> str:
+    if seconds is None:
+        return "-"
+    for unit, length in (("d", 86_400), ("h", 3_600), ("min", 60)):
+        if seconds >= 2 * length:
+            return f"{seconds / length:.0f} {unit}"
+    return f"{seconds:.0f} s"
