@@ -39,6 +39,7 @@ from redis.maint_notifications import MaintNotificationsConfig
 from .errors import SettingsError, UnsafeRedis
 from .keys import Keyspace
 from .settings import POLICIES, Settings, hide_password
+from .tasks import end
 
 logger = logging.getLogger("mnemobus.connection")
 
@@ -365,10 +366,7 @@ class Link(_Link):
             await asyncio.sleep(interval)
 
     async def close(self) -> None:
-        if self._reaper is not None:
-            self._reaper.cancel()
-            with suppress(asyncio.CancelledError):
-                await self._reaper
+        await end([self._reaper])
         await self.pool.aclose()
         with suppress(*AWAY):
             await self.probe.connection_pool.aclose()

@@ -45,6 +45,7 @@ from .errors import SettingsError
 from .keys import Version
 from .local import LocalCache, clock
 from .marks import Marks
+from .tasks import end
 
 logger = logging.getLogger("mnemobus.feed")
 
@@ -168,9 +169,7 @@ class Feed:
         self._spawn("feed-heartbeat", self._beat)
 
     async def close(self) -> None:
-        for task in list(self._tasks):
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await end(self._tasks)
         if self._connection is not None:
             with suppress(*AWAY, RedisError):
                 await self._connection.disconnect(nowait=True)

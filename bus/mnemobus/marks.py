@@ -23,6 +23,7 @@ from typing import Any, NamedTuple
 from .connection import AWAY, Call, Link, script
 from .errors import NotCommitted, WriteRejected
 from .keys import APPLY_GROUP, Version
+from .tasks import end
 
 logger = logging.getLogger("mnemobus.marks")
 
@@ -265,10 +266,7 @@ class Marks:
         self._changed = asyncio.Event()
 
     async def close(self) -> None:
-        if self._poller is not None:
-            self._poller.cancel()
-            with suppress(asyncio.CancelledError):
-                await self._poller
+        await end([self._poller])
 
 
 def _applied(reply: Sequence[bytes]) -> Applied:
