@@ -34,7 +34,9 @@ def said(text: str, room: str = "r1", **fields: object) -> Memory:
     return Memory(table="messages", room=room, content={"text": text}, **fields)  # type: ignore[arg-type]
 
 
-async def test_g1_g2_what_one_agent_writes_another_reads_from_ever_nearer_tiers(pool: Settings, connect: Connect) -> None:
+async def test_g1_g2_what_one_agent_writes_another_reads_from_ever_nearer_tiers(
+    pool: Settings, connect: Connect
+) -> None:
     # Given two agents
     async with connect() as alice, connect() as bob:
         # When one writes, and the store has it
@@ -82,7 +84,9 @@ async def test_a_change_reaches_every_query_of_every_agent(pool: Settings, conne
                 await bob.recent("messages", **dimension)  # type: ignore[arg-type]
                 for dimension in ({"room": "r1"}, {"entity": "e"}, {"agent": "a"}, {"world": "w"})
             ]
-            return one is not None and all(m.content == {"text": "new"} for m in [one, *(found[0] for found in lists)])
+            return one is not None and all(
+                m.content == {"text": "new"} for m in [one, *(found[0] for found in lists)]
+            )
 
         await eventually(sees_new)
 
@@ -111,7 +115,8 @@ async def test_g2_two_agents_that_update_different_fields_both_win(pool: Setting
         assert await alice.get(memory.id) == await bob.get(memory.id) == memory
         # When each changes another field of it, at once
         receipts = await asyncio.gather(
-            alice.update(memory.id, content={"text": "by alice"}), bob.update(memory.id, metadata={"by": "bob"})
+            alice.update(memory.id, content={"text": "by alice"}),
+            bob.update(memory.id, metadata={"by": "bob"}),
         )
         await asyncio.gather(*(r.committed() for r in receipts))
         # Then neither change is lost
@@ -160,7 +165,9 @@ async def test_g3_what_is_deleted_is_gone_from_every_tier(pool: Settings, connec
         assert len(await alice.recent("messages", entity="e")) == 0
         await bob.observe(alice.token())
         assert await bob.get(memories[1].id) is None
-        assert len(await bob.recent("messages", room="r1")) == len(await bob.recent("messages", entity="e")) == 0
+        assert (
+            len(await bob.recent("messages", room="r1")) == len(await bob.recent("messages", entity="e")) == 0
+        )
 
         # And a room that was deleted can be talked in again
         await alice.write(said("again"))
@@ -188,7 +195,9 @@ async def test_paging_neither_repeats_nor_misses_even_among_equal_dates(
         page = await bus.recent("messages", room="r1", limit=size, after=start - timedelta(days=1))
         while page:
             forward += reversed(page)
-            page = await bus.recent("messages", room="r1", limit=size, after=(forward[-1].created_at, forward[-1].id))
+            page = await bus.recent(
+                "messages", room="r1", limit=size, after=(forward[-1].created_at, forward[-1].id)
+            )
 
         # Then both give every memory once, in order
         assert back == newest_first
@@ -285,12 +294,16 @@ async def test_what_is_no_token_is_refused(settings: Settings, connect: Connect,
             await bus.observe(token)
 
 
-async def test_observing_what_is_never_committed_ends_with_a_clear_error(settings: Settings, connect: Connect) -> None:
+async def test_observing_what_is_never_committed_ends_with_a_clear_error(
+    settings: Settings, connect: Connect
+) -> None:
     async with connect() as alice, connect() as bob:
         receipt = await alice.write(said("x"))
         with pytest.raises(NotCommitted, match="was not in the store after 0.1 s. Are workers running"):
             await bob.observe(alice.token(), timeout=0.1)
-        with pytest.raises(NotCommitted, match=r"version \d+-\d+ of log partition \d was not in the store after 0.1 s"):
+        with pytest.raises(
+            NotCommitted, match=r"version \d+-\d+ of log partition \d was not in the store after 0.1 s"
+        ):
             await receipt.committed(timeout=0.1)
         with pytest.raises(NotCommitted):
             await alice.write(said("y"), durability="committed")
@@ -311,11 +324,15 @@ async def test_dimensions_never_change(pool: Settings, connect: Connect) -> None
         memory = said("x", entity="e")
         await (await alice.write(memory)).committed()
         # Who knows the memory refuses the write
-        with pytest.raises(DimensionChanged, match="room: is 'r1' and would become 'r2'; dimensions never change"):
+        with pytest.raises(
+            DimensionChanged, match="room: is 'r1' and would become 'r2'; dimensions never change"
+        ):
             await alice.write(said("y", room="r2", id=memory.id, entity="e"))
         # Who doesn't is told by the worker, and the memory stays as it is
         receipt = await bob.write(said("y", id=memory.id, entity="other"))
-        with pytest.raises(WriteRejected, match="would change its entity from 'e' to 'other'; dimensions never change"):
+        with pytest.raises(
+            WriteRejected, match="would change its entity from 'e' to 'other'; dimensions never change"
+        ):
             await receipt.committed()
         assert await bob.get(memory.id) == memory
         health = await bob.health()
@@ -327,9 +344,13 @@ async def test_a_table_has_embeddings_of_one_length(pool: Settings, connect: Con
     async with connect() as alice, connect() as bob:
         await alice.write(said("x", embedding=[0.1] * 3), durability="committed")
         for bus in (alice, bob):
-            with pytest.raises(InvalidMemory, match="embedding: 4 floats, but those of table 'messages' have 3"):
+            with pytest.raises(
+                InvalidMemory, match="embedding: 4 floats, but those of table 'messages' have 3"
+            ):
                 await bus.write(said("y", embedding=[0.1] * 4))
-        await bob.write(Memory(table="facts", room="r", content={}, embedding=[0.1] * 4), durability="committed")
+        await bob.write(
+            Memory(table="facts", room="r", content={}, embedding=[0.1] * 4), durability="committed"
+        )
 
 
 async def test_write_many_keeps_the_order_and_goes_out_in_few_calls(pool: Settings, connect: Connect) -> None:
@@ -388,8 +409,14 @@ async def test_a_copy_can_be_taken_but_not_changed(pool: Settings, connect: Conn
         ({"room": "r", "limit": 0}, "limit must be between 1 and 10000, not 0"),
         ({"room": "r", "limit": 10_001}, "limit must be between 1 and 10000"),
         ({"room": "r", "limit": "5"}, "limit must be between 1 and 10000, not '5'"),
-        ({"room": "r", "before": 5}, "before and after take a Memory, a datetime, or a datetime and an id, not 5"),
-        ({"room": "r", "before": datetime(2026, 1, 1)}, "before and after need a time zone: 2026-01-01T00:00:00"),
+        (
+            {"room": "r", "before": 5},
+            "before and after take a Memory, a datetime, or a datetime and an id, not 5",
+        ),
+        (
+            {"room": "r", "before": datetime(2026, 1, 1)},
+            "before and after need a time zone: 2026-01-01T00:00:00",
+        ),
         ({"room": "r", "after": (datetime(2026, 1, 1, tzinfo=UTC), "x")}, "id: 'x' is not a UUID"),
     ],
 )

@@ -44,7 +44,9 @@ async def cached(bus: mnemobus.Bus, room: str = "r1") -> list[str]:
     return [m.content["text"] for m in await bus.recent("messages", room=room)]
 
 
-async def write_past_pubsub(bus: mnemobus.Bus, client: redis.asyncio.Redis, settings: Settings, text: str) -> None:
+async def write_past_pubsub(
+    bus: mnemobus.Bus, client: redis.asyncio.Redis, settings: Settings, text: str
+) -> None:
     """Commit a write while no message of the feed reaches anybody: PUBLISH goes nowhere for that moment."""
     # A rename would be simpler, but workers call PUBLISH by its name; so the listeners are cut off instead, and
     # reconnect only after the fan-out has been published.
@@ -73,7 +75,9 @@ async def test_g5_a_single_lost_message_is_found_and_repaired_within_the_bound(
         assert bus.stats().replays == before.replays + 1
         assert bus.stats().resets == before.resets
         # and the next message finds its predecessor
-        await client.publish(feed, await client.xadd(feed, {"prev": lost, "m": payload}) + b" " + lost + b" " + payload)
+        await client.publish(
+            feed, await client.xadd(feed, {"prev": lost, "m": payload}) + b" " + lost + b" " + payload
+        )
         await eventually(lambda: bus.stats().invalidations >= before.invalidations + 2)
         assert bus.stats().gaps == before.gaps
 
@@ -183,6 +187,7 @@ async def test_g5_a_cut_of_the_listening_connection_loses_nothing(
             assert (await cached(bus))[0] == str(n - 1)
             # When its connection is cut, and something is written before it is back
             await write_past_pubsub(writer, client, settings, str(n))
+
             # Then it hears of it
             async def heard(n: int = n) -> bool:
                 return (await bus.recent("messages", room="r1"))[0].content["text"] == str(n)
@@ -191,7 +196,9 @@ async def test_g5_a_cut_of_the_listening_connection_loses_nothing(
         assert bus.stats().reconnects >= 5
 
 
-async def test_g5_local_copies_are_not_served_while_redis_does_not_answer(own_redis: Any, settings: Settings, tmp_path: Any) -> None:
+async def test_g5_local_copies_are_not_served_while_redis_does_not_answer(
+    own_redis: Any, settings: Settings, tmp_path: Any
+) -> None:
     # Given a bus with a local copy, on a Redis of its own
     server: RedisServer = own_redis()
     overrides = {"redis_url": server.url, "heartbeat": 0.1, "max_staleness": 0.5, "redis_timeout": 0.5}
@@ -246,9 +253,7 @@ async def test_g5_a_restart_of_redis_begins_a_new_epoch(own_redis: Any, settings
         await eventually(lambda: local_twice(bus))
 
 
-async def test_g5_a_flush_begins_a_new_epoch(
-    own_redis: Any, settings: Settings
-) -> None:
+async def test_g5_a_flush_begins_a_new_epoch(own_redis: Any, settings: Settings) -> None:
     server: RedisServer = own_redis()
     async with mnemobus.connect(**{**settings.model_dump(), "redis_url": server.url}) as bus:
         await eventually(lambda: local_twice(bus))
@@ -258,7 +263,9 @@ async def test_g5_a_flush_begins_a_new_epoch(
         await eventually(lambda: local_twice(bus))
 
 
-async def test_g7_with_redis_away_reads_go_on_and_writes_fail_clearly(own_redis: Any, settings: Settings) -> None:
+async def test_g7_with_redis_away_reads_go_on_and_writes_fail_clearly(
+    own_redis: Any, settings: Settings
+) -> None:
     server: RedisServer = own_redis()
     overrides = {"redis_url": server.url, "write_timeout": 0.5}
     async with mnemobus.connect(**{**settings.model_dump(), **overrides}) as bus:
@@ -266,14 +273,18 @@ async def test_g7_with_redis_away_reads_go_on_and_writes_fail_clearly(own_redis:
         server.stop()
         await eventually(lambda: not bus._feed.up)
         assert (await bus.recent("messages", room="r2")).source == "store"
-        with pytest.raises(mnemobus.LogUnavailable, match="could not be reached in time .* may or may not be in the log"):
+        with pytest.raises(
+            mnemobus.LogUnavailable, match="could not be reached in time .* may or may not be in the log"
+        ):
             await bus.write(said("x"))
         server.start()
         await eventually(lambda: local_twice(bus))
         await bus.write(said("x"))
 
 
-async def test_g7_with_both_away_the_last_known_copy_is_served_and_marked(own_redis: Any, settings: Settings) -> None:
+async def test_g7_with_both_away_the_last_known_copy_is_served_and_marked(
+    own_redis: Any, settings: Settings
+) -> None:
     server: RedisServer = own_redis()
     async with mnemobus.connect(**{**settings.model_dump(), "redis_url": server.url}) as bus:
         await eventually(lambda: local_twice(bus))
@@ -327,7 +338,9 @@ class SlowStore:
         return getattr(self.reader, name)
 
 
-async def test_g4_a_load_that_an_invalidation_overtakes_enters_no_cache(pool: Settings, connect: Connect) -> None:
+async def test_g4_a_load_that_an_invalidation_overtakes_enters_no_cache(
+    pool: Settings, connect: Connect
+) -> None:
     async with connect() as slow, connect() as quick:
         await quick.write(said("old"), durability="committed")
         store = SlowStore(slow)

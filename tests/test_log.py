@@ -56,7 +56,9 @@ async def test_g1_a_call_that_is_repeated_is_answered_and_not_done_again(setting
     await link.close()
 
 
-async def test_g1_a_publish_whose_answer_is_lost_is_repeated_and_logged_once(own_redis: Any, settings: Settings) -> None:
+async def test_g1_a_publish_whose_answer_is_lost_is_repeated_and_logged_once(
+    own_redis: Any, settings: Settings
+) -> None:
     # Given a Redis that takes calls and does not answer in time
     server: RedisServer = own_redis()
     overrides = {"redis_url": server.url, "redis_timeout": 0.3, "write_timeout": 10}
@@ -95,11 +97,17 @@ async def test_backpressure_makes_writes_wait_then_fail(settings: Settings, conn
         # Then the sixth write waits, and fails
         loop = asyncio.get_running_loop()
         began = loop.time()
-        with pytest.raises(BacklogFull, match="holds 5 events that no worker has applied yet .*nothing was written"):
+        with pytest.raises(
+            BacklogFull, match="holds 5 events that no worker has applied yet .*nothing was written"
+        ):
             await bus.write(said("6"))
         assert loop.time() - began > 0.1
         # while another partition takes writes as ever
-        others = [r for r in map(str, range(50)) if bus._link.keys.log_partition(r) != bus._link.keys.log_partition("r1")]
+        others = [
+            r
+            for r in map(str, range(50))
+            if bus._link.keys.log_partition(r) != bus._link.keys.log_partition("r1")
+        ]
         await bus.write(said("x", room=others[0]))
         assert await length(settings.redis_url, settings) == 6
 
@@ -115,7 +123,9 @@ async def counted(bus: mnemobus.Bus, n: int) -> bool:
     return await bus.count("messages", room="r1") == n
 
 
-async def test_a_full_redis_refuses_the_write_and_nothing_is_half_written(own_redis: Any, settings: Settings) -> None:
+async def test_a_full_redis_refuses_the_write_and_nothing_is_half_written(
+    own_redis: Any, settings: Settings
+) -> None:
     server: RedisServer = own_redis()
     async with mnemobus.connect(**{**settings.model_dump(), "redis_url": server.url}) as bus:
         await bus.write(said("0"))
@@ -138,10 +148,14 @@ async def test_synced_means_on_disk_or_an_error_before_anything_is_written(
     async with mnemobus.connect(**{**settings.model_dump(), "redis_url": server.url}) as bus:
         major, minor = (int(n) for n in info["redis_version"].split(".")[:2])
         if (major, minor) >= (7, 2):
-            receipts = await asyncio.gather(*(bus.write(said(str(n)), durability="synced") for n in range(20)))
+            receipts = await asyncio.gather(
+                *(bus.write(said(str(n)), durability="synced") for n in range(20))
+            )
             assert len({r.version for r in receipts}) == 20
         else:
-            with pytest.raises(DurabilityUnavailable, match=r"needs an append-only file and Redis 7.2 .*Nothing was written"):
+            with pytest.raises(
+                DurabilityUnavailable, match=r"needs an append-only file and Redis 7.2 .*Nothing was written"
+            ):
                 await bus.write(said("x"), durability="synced")
             assert await length(server.url, settings) == 0
     # and a server that writes its file before it answers is as good
@@ -153,7 +167,9 @@ async def test_synced_means_on_disk_or_an_error_before_anything_is_written(
 
 async def test_a_durability_that_does_not_exist_is_refused(settings: Settings, connect: Connect) -> None:
     async with connect() as bus:
-        with pytest.raises(mnemobus.InvalidQuery, match="durability must be logged, synced or committed, not 'maybe'"):
+        with pytest.raises(
+            mnemobus.InvalidQuery, match="durability must be logged, synced or committed, not 'maybe'"
+        ):
             await bus.write(said("x"), durability="maybe")  # type: ignore[arg-type]
 
 

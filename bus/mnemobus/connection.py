@@ -267,9 +267,15 @@ class Pool(BlockingConnectionPool):
                 self._available_connections.remove(connection)
                 self._released.pop(connection, None)
                 await self.destroy(connection)
-        while self.size < self._minimum:
-            connection = await self.get_connection()  # type: ignore[no-untyped-call]
-            await self.release(connection)
+        held = []
+        try:
+            while (
+                self.size < self._minimum
+            ):  # idle ones are taken first, so all are held until there are enough
+                held.append(await self.get_connection())  # type: ignore[no-untyped-call]
+        finally:
+            for connection in held:
+                await self.release(connection)
 
     async def destroy(self, connection: AbstractConnection) -> None:
         """Close a connection; after the time for that, without waiting for the server."""

@@ -171,14 +171,11 @@ class Publisher:
         try:
             reply = await self._link.run("publish", self._keys, arguments)
         except OutOfMemoryError:
-            raise LogFull(
-                f"Redis at {self._link.address} is out of memory (maxmemory); nothing was written."
-                " Raise maxmemory, or lower MNEMOBUS_RETENTION"
-            ) from None
+            raise self._full() from None
         except ResponseError as error:
             text = str(error)
-            if "OOM" in text.partition(":")[0]:
-                raise LogFull(f"Redis at {self._link.address} is out of memory: {text}") from None
+            if "OOM command not allowed" in text:  # as 6.2 says it of a script
+                raise self._full() from None
             if text.startswith(("BACKLOG", *_PASSING)):
                 raise _Busy(text) from None
             if text.startswith("SUPERSEDED"):
@@ -188,6 +185,12 @@ class Publisher:
                 ) from None
             raise WriteFailed(f"the log refuses the write: {text}") from error
         return [Version.parse(id) for id in reply]
+
+    def _full(self) -> LogFull:
+        return LogFull(
+            f"Redis at {self._link.address} is out of memory (maxmemory); nothing was written. Raise maxmemory,"
+            " or lower MNEMOBUS_RETENTION"
+        )
 
     def _before_sleep(self, state: RetryCallState) -> None:
         self.retries += 1

@@ -55,7 +55,7 @@ class Settings(BaseSettings):
     )
 
     # Redis
-    redis_url: str = _redis("REDIS_URL", "redis://127.0.0.1:6379/0")
+    redis_url: str = _redis("REDIS_URL", "redis://127.0.0.1:6379/0", repr=False)
     redis_password: str | None = _redis("REDIS_PASSWORD", None, repr=False)
     redis_db: int | None = _redis("REDIS_DB", None, ge=0)
     redis_key_prefix: str = _redis("REDIS_KEY_PREFIX", "mnemobus", pattern=r"^[A-Za-z0-9_.:\-]{1,64}$")
@@ -69,7 +69,7 @@ class Settings(BaseSettings):
     redis_idle_timeout: Positive = _redis("REDIS_IDLE_TIMEOUT", 60_000)
     redis_reap_interval: Positive = _redis("REDIS_REAP_INTERVAL", 1_000)
     redis_create_retry_interval: Positive = _redis("REDIS_CREATE_RETRY_INTERVAL", 200)
-    redis_protocol: Literal[2, 3] = _own("REDIS_PROTOCOL", 3)
+    redis_protocol: int = _own("REDIS_PROTOCOL", 3, ge=2, le=3)
     redis_timeout: Positive = _own("REDIS_TIMEOUT", 2.0)
 
     # The store

@@ -1,0 +1,490 @@
+"""Settings: read from the environment, refused by name, and each with the effect that env.template says.
+
+Effects that need workers or the embedded server are shown in test_workers.py, test_embedded.py and test_cli.py.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import mnemobus
+import pytest
+import redis.asyncio
+from mnemobus import Memory, NotCommitted, Settings, SettingsError, StoreUnavailable, UnsafeRedis
+from mnemobus.connection import AWAY, Link, Pool
+from mnemobus.settings import hide_password
+from servers import RedisServer, eventually
+
+Connect = Callable[..., mnemobus.Bus]
+
+
+def said(text: str, room: str = "r1", **fields: object) -> Memory:
+    return Memory(table="messages", room=room, content={"text": text}, **fields)  # type: ignore[arg-type]
+
+
+@pytest.fixture
+def clean(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> pytest.MonkeyPatch:
+    """An environment without any of our variables, in an empty folder."""
+    for name in Settings.load().environment() | {"DATABASE_URL": "", "REDIS_PASSWORD": "", "REDIS_DB": ""}:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.chdir(tmp_path)
+    return monkeypatch
+
+
+# How they are read
+
+
+def test_keywords_override_the_environment_and_that_the_file(
+    clean: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    assert Settings.load().claim_idle == 5
+    (tmp_path / ".env").write_text("MNEMOBUS_CLAIM_IDLE=7\nMNEMOBUS_LEASE=3\nSOMEBODY_ELSES=1\n")
+    assert Settings.load().claim_idle == 7
+    clean.setenv("MNEMOBUS_CLAIM_IDLE", "8")
+    assert Settings.load().claim_idle == 8
+    assert Settings.load(claim_idle=9).claim_idle == 9
+    assert Settings.load().lease == 3
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("REDIS_URL", "http://x", "REDIS_URL: must begin with redis://, rediss:// or unix://"),
+        ("REDIS_DB", "-1", "REDIS_DB: Input should be greater than or equal to 0 (it is '-1')"),
+        ("REDIS_KEY_PREFIX", "a{b}", "REDIS_KEY_PREFIX: String should match pattern"),
+        ("REDIS_MAX_MEMORY", "lots", "REDIS_MAX_MEMORY: must be a size as Redis has them: 100mb, 2gb"),
+        (
+            "REDIS_EVICTION_POLICY",
+            "allkeys-lru",
+            "REDIS_EVICTION_POLICY: must be one of noeviction, volatile-lru",
+        ),
+        ("REDIS_POOL_MAX", "0", "REDIS_POOL_MAX: Input should be greater than or equal to 1"),
+        ("REDIS_POOL_MIN", "50", "REDIS_POOL_MIN (50) must not exceed REDIS_POOL_MAX (16)"),
+        ("REDIS_IDLE_TIMEOUT", "soon", "REDIS_IDLE_TIMEOUT: Input should be a valid number"),
+        ("MNEMOBUS_REDIS_PROTOCOL", "4", "MNEMOBUS_REDIS_PROTOCOL: Input should be less than or equal to 3"),
+        (
+            "MNEMOBUS_DATABASE_URL",
+            "mysql://x",
+            "MNEMOBUS_DATABASE_URL: must be sqlite:///path/to/file.db or postgresql",
+        ),
+        ("DATABASE_URL", "sqlite:///", "must be sqlite:///path/to/file.db or postgresql://"),
+        (
+            "MNEMOBUS_LOG_PARTITIONS",
+            "0",
+            "MNEMOBUS_LOG_PARTITIONS: Input should be greater than or equal to 1",
+        ),
+        (
+            "MNEMOBUS_DURABILITY",
+            "maybe",
+            "MNEMOBUS_DURABILITY: Input should be 'logged', 'synced' or 'committed'",
+        ),
+        ("MNEMOBUS_CLAIM_IDLE", "0", "MNEMOBUS_CLAIM_IDLE: Input should be greater than or equal to 0.1"),
+        (
+            "MNEMOBUS_MAX_STALENESS",
+            "0.5",
+            "MNEMOBUS_MAX_STALENESS (0.5 s) must exceed MNEMOBUS_HEARTBEAT (1 s)",
+        ),
+        (
+            "MNEMOBUS_TABLE_TTL",
+            "messages",
+            "MNEMOBUS_TABLE_TTL: 'messages' is not of the form table=short|medium|long",
+        ),
+        (
+            "MNEMOBUS_TABLE_TTL",
+            "messages=soon",
+            "MNEMOBUS_TABLE_TTL: messages=soon is neither short, medium, long nor",
+        ),
+        ("MNEMOBUS_TABLE_TTL", "messages=-1", "MNEMOBUS_TABLE_TTL: messages=-1: seconds must be above 0"),
+    ],
+)
+def test_what_is_wrong_is_named(clean: pytest.MonkeyPatch, name: str, value: str, message: str) -> None:
+    clean.setenv(name, value)
+    with pytest.raises(SettingsError) as caught:
+        Settings.load()
+    assert message in str(caught.value)
+
+
+def test_a_keyword_that_is_no_setting_is_refused(clean: pytest.MonkeyPatch) -> None:
+    with pytest.raises(SettingsError, match="reddis_url is no setting; see env.template"):
+        mnemobus.connect(reddis_url="redis://x")
+
+
+def test_settings_can_be_handed_to_another_process(clean: pytest.MonkeyPatch) -> None:
+    settings = Settings.load(
+        redis_password="p",
+        redis_db=3,
+        table_ttl={"a": 5.0, "b": "short"},
+        redis_max_memory="1gb",
+        data_dir="d",
+    )
+    for name, value in settings.environment().items():
+        clean.setenv(name, value)
+    assert Settings.load() == settings
+
+
+def test_passwords_are_not_shown(clean: pytest.MonkeyPatch) -> None:
+    clean.setenv("REDIS_URL", "redis://user:hunter2@h:1/0")
+    clean.setenv("REDIS_PASSWORD", "hunter2")
+    clean.setenv("DATABASE_URL", "postgres://u:hunter2@h/d")
+    settings = Settings.load()
+    assert settings.database_url == "postgresql://u:hunter2@h/d"
+    assert hide_password(settings.redis_url) == "redis://user:***@h:1/0"
+    assert "hunter2" not in repr(settings)
+    clean.setenv("DATABASE_URL", "mysql://u:hunter2@h/d")
+    with pytest.raises(SettingsError) as caught:
+        Settings.load()
+    assert "hunter2" not in str(caught.value)
+
+
+# What they do: Redis
+
+
+async def test_redis_password(own_redis: Any, settings: Settings) -> None:
+    server: RedisServer = own_redis()
+    async with redis.asyncio.Redis.from_url(server.url) as client:
+        await client.config_set("requirepass", "secret")
+    given = {**settings.model_dump(), "redis_url": server.url}
+    for wrong in (None, "guess"):
+        with pytest.raises(SettingsError, match=r"refuses the login: .*\. Set REDIS_PASSWORD"):
+            async with mnemobus.connect(**{**given, "redis_password": wrong}):
+                pass
+    async with mnemobus.connect(**{**given, "redis_password": "secret"}) as bus:
+        await bus.write(said("x"))
+
+
+async def test_redis_db_and_key_prefix(own_redis: Any, settings: Settings) -> None:
+    server: RedisServer = own_redis()
+    given = {**settings.model_dump(), "redis_url": server.url, "redis_db": 3, "redis_key_prefix": "here"}
+    async with mnemobus.connect(**given) as bus:
+        await bus.write(said("x"))
+        await bus.recent("messages", room="r2")
+    async with redis.asyncio.Redis.from_url(server.url, db=3) as client:
+        keys = [key.decode() async for key in client.scan_iter()]
+        assert len(keys) >= 5
+        assert all(key.startswith("{here") for key in keys)
+    async with redis.asyncio.Redis.from_url(server.url, db=0) as client:
+        assert await client.dbsize() == 0
+
+
+async def test_partitions_are_those_of_the_first_to_connect(settings: Settings, connect: Connect) -> None:
+    async with connect(log_partitions=3, feed_partitions=5) as bus:
+        async with redis.asyncio.Redis.from_url(settings.redis_url) as client:
+            assert await client.hgetall(bus._link.keys.layout) == {
+                b"log_partitions": b"3",
+                b"feed_partitions": b"5",
+            }
+        with pytest.raises(SettingsError, match="MNEMOBUS_LOG_PARTITIONS is 4 here but 3 there"):
+            async with connect(log_partitions=4, feed_partitions=5):
+                pass
+        with pytest.raises(SettingsError, match="MNEMOBUS_FEED_PARTITIONS is 64 here but 5 there"):
+            async with connect(log_partitions=3, feed_partitions=64):
+                pass
+
+
+@pytest.mark.parametrize("policy", ["allkeys-lru", "allkeys-random"])
+async def test_a_server_that_may_evict_the_log_is_refused(
+    own_redis: Any, settings: Settings, policy: str
+) -> None:
+    server: RedisServer = own_redis()
+    async with redis.asyncio.Redis.from_url(server.url) as client:
+        await client.config_set("maxmemory-policy", policy)
+    with pytest.raises(
+        UnsafeRedis, match=f"maxmemory-policy {policy}, under which it may evict the log. Set it to"
+    ):
+        async with mnemobus.connect(**{**settings.model_dump(), "redis_url": server.url}):
+            pass
+
+
+async def test_the_pool_has_its_bounds_and_shrinks_when_idle(settings: Settings, connect: Connect) -> None:
+    async with connect(
+        redis_pool_min=2, redis_pool_max=6, redis_idle_timeout=100, redis_reap_interval=50
+    ) as bus:
+        pool = bus._link.pool
+        # REDIS_POOL_MIN: so many are ready before anybody asks
+        await eventually(lambda: pool.size == 2)
+        # REDIS_POOL_MAX: however many ask at once
+        await asyncio.gather(*(bus._link.client.ping() for _ in range(50)))
+        assert pool.size == 6
+        # REDIS_IDLE_TIMEOUT and REDIS_REAP_INTERVAL: what is idle goes, down to the minimum
+        await eventually(lambda: pool.size == 2)
+        assert await bus._link.client.ping()
+
+
+async def test_redis_reap_interval_is_how_often_idle_connections_are_looked_for(connect: Connect) -> None:
+    async with connect(redis_pool_min=0, redis_idle_timeout=1, redis_reap_interval=3_600_000) as bus:
+        await asyncio.gather(*(bus._link.client.ping() for _ in range(5)))
+        await asyncio.sleep(0.1)
+        assert bus._link.pool.size == 5
+
+
+async def test_redis_acquire_timeout_bounds_the_wait_for_a_connection(connect: Connect) -> None:
+    async with connect(redis_pool_min=0, redis_pool_max=1, redis_acquire_timeout=50) as bus:
+        connection = await bus._link.pool.get_connection()
+        with pytest.raises(redis.ConnectionError, match="No connection available"):
+            await bus._link.client.ping()
+        await bus._link.pool.release(connection)
+        assert await bus._link.client.ping()
+
+
+async def test_redis_create_timeout_bounds_the_opening_of_a_connection(settings: Settings) -> None:
+    # Given an address that takes no connection: the queue of the listening socket is full
+    with socket.socket() as deaf:
+        deaf.bind(("127.0.0.1", 0))
+        deaf.listen(0)
+        callers = [socket.socket() for _ in range(4)]
+        for caller in callers:
+            caller.setblocking(False)
+            with suppress(BlockingIOError):
+                caller.connect(deaf.getsockname())
+        link = Link(
+            settings.model_copy(
+                update={
+                    "redis_url": f"redis://127.0.0.1:{deaf.getsockname()[1]}",
+                    "redis_create_timeout": 100,
+                    "redis_timeout": 60,
+                }
+            )
+        )
+        async with asyncio.timeout(20):
+            with pytest.raises(redis.TimeoutError, match="Timeout connecting to server"):
+                await link.client.ping()
+        for caller in callers:
+            caller.close()
+        await link.close()
+
+
+async def test_mnemobus_redis_timeout_bounds_the_wait_for_an_answer(
+    own_redis: Any, settings: Settings
+) -> None:
+    server: RedisServer = own_redis()
+    link = Link(settings.model_copy(update={"redis_url": server.url, "redis_timeout": 0.1}))
+    await link.client.ping()
+    server.pause()
+    async with asyncio.timeout(20):
+        with pytest.raises(AWAY):
+            await link.client.ping()
+    server.resume()
+    await link.close()
+
+
+async def test_redis_destroy_timeout_bounds_the_closing_of_a_connection() -> None:
+    # Given a connection that does not close; no server can be made to do that, so a stand-in for it is used
+    class Stuck:
+        closed: list[bool] = []
+
+        async def disconnect(self, nowait: bool = False) -> None:
+            if not nowait:
+                await asyncio.sleep(3600)
+            self.closed.append(nowait)
+
+    pool = Pool(minimum=0, idle=1, destroy=0.05)
+    async with asyncio.timeout(20):
+        await pool.destroy(Stuck())  # type: ignore[arg-type]
+    assert Stuck.closed == [True]
+
+
+async def test_redis_create_retry_interval_is_the_pause_between_attempts(
+    settings: Settings, connect: Connect
+) -> None:
+    async def attempts(interval: int) -> int:
+        """How often a bus tries to connect, in half a second, to who hangs up at once."""
+        calls = 0
+
+        async def hang_up(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            nonlocal calls
+            calls += 1
+            writer.close()
+
+        server = await asyncio.start_server(hang_up, "127.0.0.1", 0)
+        port = server.sockets[0].getsockname()[1]
+        async with connect(redis_url=f"redis://127.0.0.1:{port}", redis_create_retry_interval=interval):
+            calls = 0
+            await asyncio.sleep(0.5)
+            found = calls
+        server.close()
+        return found
+
+    assert await attempts(20) > 3 * await attempts(400)
+
+
+@pytest.mark.parametrize("protocol", [2, 3])
+async def test_mnemobus_redis_protocol(settings: Settings, connect: Connect, protocol: int) -> None:
+    async with connect(redis_protocol=protocol) as bus:
+        connection = await bus._link.pool.get_connection()
+        assert connection.get_protocol() == protocol
+        await connection.send_command("CLIENT", "LIST")
+        listing = (await connection.read_response()).decode()
+        if "resp=" in listing:
+            assert f"resp={protocol}" in listing
+        await bus._link.pool.release(connection)
+
+
+# What they do: the store
+
+
+async def test_database_url_and_the_folder_is_made(
+    settings: Settings, tmp_path: Path, connect: Connect
+) -> None:
+    path = tmp_path / "some" / "where" / "memories.db"
+    async with connect(database_url=f"sqlite:///{path}"):
+        assert path.exists()
+
+
+async def test_database_pool_max_and_timeout(settings: Settings, postgres_url: str, connect: Connect) -> None:
+    import psycopg
+
+    async with connect(
+        database_url=postgres_url, database_pool_max=2, database_timeout=0.5, local_max_entries=0
+    ) as bus:
+        await asyncio.gather(*(bus.recent("messages", room=f"r{n}") for n in range(20)))
+        async with await psycopg.AsyncConnection.connect(postgres_url, autocommit=True) as other:
+            cursor = await other.execute(
+                "select count(*) from pg_stat_activity where datname = current_database() and pid <> pg_backend_pid()"
+                " and backend_type = 'client backend'"
+            )
+            row = await cursor.fetchone()
+            assert row is not None
+            assert 1 <= row[0] <= 2
+            # A query that hangs is given up
+            async with other.transaction():
+                await other.execute("lock table memories in access exclusive mode")
+                with pytest.raises(StoreUnavailable):
+                    await bus.recent("messages", room="other")
+        assert len(await bus.recent("messages", room="other")) == 0
+
+
+# What they do: writes
+
+
+async def test_mnemobus_durability_is_the_default_of_each_write(connect: Connect) -> None:
+    async with connect(durability="committed", write_timeout=0.1) as bus:
+        with pytest.raises(NotCommitted):
+            await bus.write(said("x"))
+        await bus.write(said("x"), durability="logged")
+
+
+async def test_mnemobus_max_memory_bytes(connect: Connect) -> None:
+    async with connect(max_memory_bytes=200) as bus:
+        with pytest.raises(mnemobus.MemoryTooLarge, match=r"more than max_memory_bytes \(200\)"):
+            await bus.write(said("x" * 200))
+        await bus.write(said("x" * 20))
+
+
+# What they do: caches
+
+
+async def test_mnemobus_heartbeat_is_how_often_the_feed_is_verified(connect: Connect) -> None:
+    async with (
+        connect(heartbeat=0.05, max_staleness=1) as often,
+        connect(heartbeat=0.5, max_staleness=1) as seldom,
+    ):
+        before = often._feed._beats, seldom._feed._beats
+        await asyncio.sleep(1)
+        assert often._feed._beats - before[0] > 2 * (seldom._feed._beats - before[1])
+
+
+async def test_mnemobus_max_staleness_is_how_long_a_copy_is_served_unverified(
+    own_redis: Any, settings: Settings
+) -> None:
+    server: RedisServer = own_redis()
+    given = {**settings.model_dump(), "redis_url": server.url, "heartbeat": 0.1, "redis_timeout": 0.2}
+    async with (
+        mnemobus.connect(**{**given, "max_staleness": 0.3}) as short,
+        mnemobus.connect(**{**given, "max_staleness": 60}) as long,
+    ):
+
+        async def source(bus: mnemobus.Bus) -> str:
+            return (await bus.recent("messages", room="r1")).source
+
+        for bus in (short, long):
+            await bus.recent("messages", room="r1")
+            assert await source(bus) == "local"
+        server.stop()
+        await eventually(lambda: is_store(short))
+        assert await source(long) == "local"
+
+
+async def is_store(bus: mnemobus.Bus) -> bool:
+    return (await bus.recent("messages", room="r1")).source == "store"
+
+
+async def test_mnemobus_lease_is_how_long_one_reader_holds_back_the_others(
+    settings: Settings, connect: Connect
+) -> None:
+    async with connect(lease=0.2) as bus:
+        shared = bus._shared
+        first = await shared.lookup("room:t:r", b"q", 60)
+        assert first is not None
+        assert await shared.lookup("room:t:r", b"q", 60) is None
+        await eventually(lambda: granted(bus))
+        # The first came too late
+        assert not await shared.fill(first, b"late")  # type: ignore[arg-type]
+
+
+async def granted(bus: mnemobus.Bus) -> bool:
+    return await bus._shared.lookup("room:t:r", b"q", 60) is not None
+
+
+async def test_mnemobus_local_max_entries_and_bytes(connect: Connect) -> None:
+    async with connect(local_max_entries=5) as few, connect(local_max_bytes=3000) as small:
+        for bus in (few, small):
+            for n in range(20):
+                await bus.recent("messages", room=f"r{n}")
+            assert bus.stats().evictions > 0
+        assert few.stats().entries == 5
+        assert small.stats().bytes <= 3000
+
+
+async def test_times_to_live_by_class_and_table(settings: Settings, connect: Connect) -> None:
+    ttls = {
+        "ttl_short": 100,
+        "ttl_medium": 200,
+        "ttl_long": 300,
+        "table_ttl": {"messages": "short", "facts": "medium", "x": 40.0},
+    }
+    async with connect(**ttls) as bus, redis.asyncio.Redis.from_url(settings.redis_url) as client:
+        for table, seconds in (("messages", 100), ("facts", 200), ("anything", 300), ("x", 40)):
+            await bus.recent(table, room="r")
+            key = bus._link.keys.bucket(bus._link.epoch, f"room:{table}:r")
+            assert seconds - 5 < await client.ttl(key) <= seconds
+
+
+async def test_a_copy_is_not_served_beyond_its_time_to_live(connect: Connect) -> None:
+    async with connect(ttl_short=0.3) as bus:
+        await bus.recent("messages", room="r")
+        assert (await bus.recent("messages", room="r")).source == "local"
+        await eventually(lambda: not_local(bus))
+
+
+async def not_local(bus: mnemobus.Bus) -> bool:
+    return (await bus.recent("messages", room="r")).source != "local"
+
+
+def test_the_environment_of_a_real_process(tmp_path: Path) -> None:
+    """Through the environment of another process, as a deployment sets them."""
+    code = (
+        "from mnemobus import Settings; s = Settings.load(); print(s.batch_size, s.retention, s.feed_length)"
+    )
+    environment = os.environ | {
+        "MNEMOBUS_BATCH_SIZE": "7",
+        "MNEMOBUS_RETENTION": "60",
+        "MNEMOBUS_FEED_LENGTH": "99",
+    }
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env=environment,
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=60,
+    )
+    assert done.stdout.split() == ["7", "60.0", "99"]
