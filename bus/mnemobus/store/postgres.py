@@ -252,7 +252,11 @@ def _number(connection: Connection[Any]) -> int:
     return int(row[0]) if row else 0
 
 
-_NUMBER = (b"SELECT to_regclass('migrations') IS NOT NULL", b"SELECT max(number) FROM migrations")
+# Not to_regclass(): it answers from a cache, which waiting for an advisory lock does not refresh.
+_NUMBER = (
+    b"SELECT count(*) FROM pg_class WHERE relname = 'migrations' AND pg_table_is_visible(oid)",
+    b"SELECT max(number) FROM migrations",
+)
 
 
 class PostgresReader(SqlReader):

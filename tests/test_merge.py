@@ -1,0 +1,270 @@
+"""Whatever happens to memories, and however the log delivers it: every order ends in the same state."""
+
+from __future__ import annotations
+
+import asyncio
+import sqlite3
+import uuid
+from collections.abc import Iterator
+from contextlib import closing
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from mnemobus import store
+from mnemobus.events import DELETE, DELETE_ROOM, PUT, UPDATE, Event
+from mnemobus.keys import Dimensions, Version
+from mnemobus.settings import Settings
+from mnemobus.store import Query, Writer
+from mnemobus.store.merge import Delta, collapse
+
+MEMORIES = 3
+"""Two in the first room, one in the second."""
+
+
+class Step(NamedTuple):
+    """One write: to a memory, or to the room of a memory. Its place in the history is its version."""
+
+    op: str
+    memory: int
+    fields: frozenset[str] = frozenset()
+
+
+FIELDS = ("content", "metadata", "embedding")
+
+steps = st.one_of(
+    st.builds(Step, st.sampled_from([PUT, PUT, DELETE, DELETE_ROOM]), st.integers(0, MEMORIES - 1)),
+    st.builds(
+        Step,
+        st.just(UPDATE),
+        st.integers(0, MEMORIES - 1),
+        st.frozensets(st.sampled_from([*FIELDS, "no embedding"]), min_size=1),
+    ),
+)
+
+
+class World:
+    """The memories and rooms of one example, apart from those of all others in the same database."""
+
+    def __init__(self) -> None:
+        self.name = uuid.uuid4().hex
+        self.ids = sorted(str(uuid.uuid4()) for _ in range(MEMORIES))
+        self.dimensions = [
+            Dimensions("t", f"{self.name}/{n // 2}", "agent", f"e{n}" if n else None) for n in range(MEMORIES)
+        ]
+
+    def events(self, history: list[Step]) -> list[Event]:
+        return [self._event(step, n) for n, step in enumerate(history, 1)]
+
+    def _event(self, step: Step, n: int) -> Event:
+        dimensions, version = self.dimensions[step.memory], Version(1, n)
+        if step.op == DELETE_ROOM:
+            return Event(DELETE_ROOM, Dimensions(*dimensions[:2]), version=version)
+        event: dict[str, Any] = {}
+        if step.op == PUT:
+            event = {"content": b'{"put":%d}' % n, "metadata": b"{}", "created_us": n}
+            if n % 2:
+                event["embedding"] = n.to_bytes(4, "little") * 2
+        if step.op == UPDATE:
+            values = {
+                "content": b'{"update":%d}' % n,
+                "metadata": b'{"update":%d}' % n,
+                "embedding": n.to_bytes(4, "little") * 2,
+            }
+            event = {field: value for field, value in values.items() if field in step.fields}
+            if "no embedding" in step.fields:
+                event["embedding"] = b""
+        return Event(step.op, dimensions, self.ids[step.memory], version=version, **event)
+
+
+def happened(history: list[Step], world: World) -> list[dict[str, Any] | None]:
+    """The memories after all of this, one step after the other. It knows nothing of registers."""
+    memories: list[dict[str, Any] | None] = [None] * MEMORIES
+    for event, step in zip(world.events(history), history, strict=True):
+        if step.op == PUT:
+            memories[step.memory] = {
+                "content": event.content,
+                "metadata": event.metadata,
+                "embedding": event.embedding,
+                "created_us": event.created_us,
+                "version": event.version,
+            }
+        elif step.op == UPDATE:
+            memory = memories[step.memory]
+            if memory is not None:
+                for field in FIELDS:
+                    value = getattr(event, field)
+                    if value is not None:
+                        memory[field] = value or None
+                memory["version"] = event.version
+        elif step.op == DELETE:
+            memories[step.memory] = None
+        else:
+            for n in range(MEMORIES):
+                if n // 2 == step.memory // 2:
+                    memories[n] = None
+    return memories
+
+
+@st.composite
+def deliveries(draw: st.DrawFn, length: int) -> list[list[int]]:
+    """Batches of places in a history: each at least once, in any order, some again."""
+    places = list(range(length))
+    order = draw(st.permutations(places + draw(st.lists(st.sampled_from(places), max_size=4))))
+    cuts = draw(st.lists(st.integers(0, len(order)), max_size=4))
+    ends = sorted({*cuts, len(order)})
+    return [order[begin:end] for begin, end in zip([0, *ends], ends, strict=False) if begin < end]
+
+
+@st.composite
+def stories(draw: st.DrawFn) -> tuple[list[Step], list[list[int]]]:
+    history = draw(st.lists(steps, min_size=1, max_size=9))
+    return history, draw(deliveries(len(history)))
+
+
+class Store:
+    def __init__(self, url: str) -> None:
+        self.url = url
+        self.writer: Writer = store.open_writer(Settings.load(database_url=url))
+        self.reader = store.open_reader(Settings.load(database_url=url))
+        self.loop = asyncio.Runner()
+
+    def seen(self, world: World) -> list[dict[str, Any] | None]:
+        """The memories as a reader sees them."""
+
+        async def read() -> list[dict[str, Any] | None]:
+            rows = [await self.reader.get(id) for id in world.ids]
+            listed = [
+                row
+                for dimensions in sorted({d[:2] for d in world.dimensions})
+                for row in await self.reader.recent(Query(*dimensions), 99)
+            ]
+            assert sorted(listed) == sorted(row for row in rows if row)
+            return [
+                row
+                and {
+                    "content": row.content,
+                    "metadata": row.metadata,
+                    "embedding": row.embedding,
+                    "created_us": row.created_us,
+                    "version": row.version,
+                }
+                for row in rows
+            ]
+
+        return self.loop.run(read())
+
+    def registers(self, world: World) -> list[tuple[Any, ...]]:
+        """The rows as they are. A row's tombstone is its own or its room's."""
+        statement = """
+            SELECT put_version, content_version, metadata_version, embedding_version,
+                CASE WHEN t.version > deleted_version THEN t.version ELSE deleted_version END,
+                content, metadata, embedding, created_us
+            FROM memories AS m LEFT JOIN room_tombstones AS t ON t.tbl = m.tbl AND t.room = m.room
+            WHERE m.room LIKE ? ORDER BY id
+        """
+        parameters = (f"{world.name}/%",)
+        if self.url.startswith("sqlite"):
+            with closing(sqlite3.connect(self.url.removeprefix("sqlite:///"))) as connection:
+                return connection.execute(statement, parameters).fetchall()
+        import psycopg
+
+        with psycopg.connect(self.url) as connection:
+            return connection.execute(statement.replace("?", "%s").encode(), parameters).fetchall()
+
+
+@pytest.fixture(params=["sqlite", "postgres"])
+def database(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Store]:
+    sqlite = request.param == "sqlite"
+    database = Store(
+        f"sqlite:///{tmp_path}/memories.db" if sqlite else request.getfixturevalue("postgres_url")
+    )
+    database.writer.open()
+    database.loop.run(database.reader.open())
+    yield database
+    database.writer.close()
+    database.loop.run(database.reader.close())
+    database.loop.close()
+
+
+many = settings(
+    max_examples=80,
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)
+
+
+@many
+@given(story=stories())
+def test_g2_g3_g8_every_order_of_batches_ends_in_the_same_state(
+    database: Store, story: tuple[list[Step], list[list[int]]]
+) -> None:
+    history, batches = story
+    # Given one world in which everything is applied in its order, one by one
+    straight = World()
+    for event in straight.events(history):
+        assert not database.writer.apply([event]).refused
+    assert database.seen(straight) == happened(history, straight)
+    # When the same comes to another world in batches, out of order, some of it twice
+    mixed = World()
+    events = mixed.events(history)
+    for batch in batches:
+        assert not database.writer.apply([events[n] for n in batch]).refused
+    # Then it is the same that is there, down to the registers
+    assert database.seen(mixed) == happened(history, mixed)
+    assert database.registers(mixed) == database.registers(straight)
+    # And all of it once more, as a replay brings it, changes nothing that is seen; the next time, nothing at all
+    for batch in batches:
+        database.writer.apply([events[n] for n in batch])
+    assert database.seen(mixed) == happened(history, mixed)
+    assert database.registers(mixed) == database.registers(straight)
+    for batch in batches:
+        assert database.writer.apply([events[n] for n in batch]).won == set()
+
+
+@many
+@given(story=stories())
+def test_g3_whatever_a_deletion_of_a_room_put_an_end_to_is_told(
+    database: Store, story: tuple[list[Step], list[list[int]]]
+) -> None:
+    history, batches = story
+    world = World()
+    events = world.events(history)
+    before = database.seen(world)
+    for batch in batches:
+        # When a worker dies between commit and fan-out, and its batch comes again
+        database.writer.apply([events[n] for n in batch])
+        applied = database.writer.apply([events[n] for n in batch])
+        # Then what is gone from sight is named: by an event of its own, or as cleared with its room
+        after = database.seen(world)
+        told = {id for id, _ in applied.cleared} | {events[n].id for n in batch}
+        for id, dimensions, was, now in zip(world.ids, world.dimensions, before, after, strict=True):
+            assert was == now or id in told
+            assert all(cleared == dimensions for other, cleared in applied.cleared if other == id)
+        before = after
+
+
+@settings(max_examples=300, deadline=None, derandomize=True)
+@given(story=stories())
+def test_collapsing_does_not_depend_on_order_or_duplicates(story: tuple[list[Step], list[list[int]]]) -> None:
+    history, batches = story
+    events = World().events(history)
+    straight = collapse(events)
+    mixed = collapse([events[n] for batch in batches for n in batch])
+    assert straight == mixed
+    assert straight.refused == []
+    assert [delta.id for delta in straight.deltas] == sorted({event.id for event in events if event.id})
+
+
+def test_what_known_dimensions_refuse_leaves_no_delta() -> None:
+    id = str(uuid.uuid4())
+    event = Event(PUT, Dimensions("t", "r"), id, b"{}", b"{}", version=Version(1, 1))
+    assert collapse([event], {id: Dimensions("t", "other")}).deltas == []
+    batch = collapse([event], {id: Dimensions("t", "r")})
+    assert batch.deltas == [
+        Delta(id, Dimensions("t", "r"), put=Version(1, 1).pack(), content=b"{}", metadata=b"{}")
+    ]
