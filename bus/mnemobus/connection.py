@@ -58,11 +58,20 @@ class Script:
     source: str
     sha: str
 
+    def flagged(self, flags: str) -> Script:
+        """The script with flags that Redis 7 and later understand, such as "allow-oom"."""
+        return _script(self.name, f"#!lua flags={flags}\n{self.source}")
+
 
 @cache
 def script(name: str) -> Script:
     """The script in ``lua/<name>.lua`` of this package."""
     source = resources.files("mnemobus").joinpath("lua", f"{name}.lua").read_text("utf-8")
+    return _script(name, source)
+
+
+@cache
+def _script(name: str, source: str) -> Script:
     return Script(name, source, sha1(source.encode(), usedforsecurity=False).hexdigest())
 
 

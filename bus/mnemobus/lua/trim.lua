@@ -1,0 +1,48 @@
+-- Remove from the log what every consumer group has applied and retention no longer asks for.
+--
+-- KEYS[1]  log: the stream of events
+-- ARGV[1]  ms that events are kept at least
+-- Returns  how many entries were removed; at most some thousands at a time
+--
+-- Nothing is removed at or above a group's low-water mark: the lowest pending ID, or the last delivered where
+-- nothing pends. A log without groups is not trimmed.
+
+-- IDs are two unsigned 64-bit numbers; a Lua number would lose digits of them.
+local function smaller(a, b)
+  if #a ~= #b then
+    return #a < #b
+  end
+  return a < b
+end
+
+local function before(a, b)
+  local a_ms, a_seq = string.match(a, '^(%d+)-(%d+)$')
+  local b_ms, b_seq = string.match(b, '^(%d+)-(%d+)$')
+  if a_ms ~= b_ms then
+    return smaller(a_ms, b_ms)
+  end
+  return smaller(a_seq, b_seq)
+end
+
+local groups = redis.pcall('XINFO', 'GROUPS', KEYS[1])
+if groups.err or #groups == 0 then
+  return 0
+end
+local time = redis.call('TIME')
+local oldest = tonumber(time[1]) * 1000 + math.floor(tonumber(time[2]) / 1000) - tonumber(ARGV[1])
+local mark = string.format('%d-0', math.max(oldest, 0))
+for _, group in ipairs(groups) do
+  local fields = {}
+  for i = 1, #group, 2 do
+    fields[group[i]] = group[i + 1]
+  end
+  local low = fields['last-delivered-id']
+  local pending = redis.call('XPENDING', KEYS[1], fields['name'])
+  if pending[1] > 0 then
+    low = pending[2]
+  end
+  if before(low, mark) then
+    mark = low
+  end
+end
+return redis.call('XTRIM', KEYS[1], 'MINID', '~', mark)

@@ -1,0 +1,242 @@
+"""What a worker does with a batch: commit it, tell everyone, and never lose an event on the way.
+
+The order is what keeps the promises. The commit comes first; then the dead letters, if any; then the fan-out; the
+broker confirms last. A worker may die between any two of these, or in them: all of it is done again, to no
+further effect, except that invalidations are sent twice.
+
+Invalidations are sent for every event of the batch, also for those that lost against a newer version in the store: a
+batch that is applied again after a crash between commit and fan-out looks just like that.
+
+Whose fault is it?
+
+- The data's (`Rejected`): the batch is halved until the event that is to blame stands alone. That one goes to the dead
+  letters, with the database's words; the rest is committed.
+- The database's or Redis's (anything else that they raise): wait and try again, for as long as it takes. The entries
+  stay pending, upkeep renews them, nothing goes to the dead letters.
+- Our own (any other exception): the batch fails, stays pending, and is claimed again.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import TypeVar
+
+import orjson
+from redis.exceptions import RedisError
+from tenacity import RetryCallState, Retrying, retry_if_exception_type, wait_random_exponential
+from tenacity.nap import sleep_using_event
+from tenacity.stop import stop_when_event_set
+
+from mnemobus.connection import AWAY, Call, Script, ThreadedLink, script
+from mnemobus.errors import BadEvent, Rejected, StoreUnavailable
+from mnemobus.events import DELETE_ROOM, Event, decode
+from mnemobus.keys import Dimensions, Version
+from mnemobus.settings import Settings
+from mnemobus.store import Applied, Refused, Writer
+
+from .broker import Batch
+
+logger = logging.getLogger("mnemobus.apply")
+
+SCOPES_PER_CALL = 500
+"""Scopes that one fan-out names at most: a script blocks the server while it runs."""
+_REPORT_EVERY = 30.0
+
+T = TypeVar("T")
+
+
+class Stopping(Exception):
+    """The worker is shutting down while it waits; the batch is left to others."""
+
+
+class Applier:
+    """Applies batches, from any number of threads."""
+
+    def __init__(self, settings: Settings, link: ThreadedLink, writer: Writer) -> None:
+        self._settings = settings
+        self._link = link
+        self._writer = writer
+        self._open = False
+        self._opening = threading.Lock()
+        self.stopping = threading.Event()
+        self._figures = threading.Lock()
+        self._events = 0
+        self._batches = 0
+        self._reported = time.monotonic()
+
+    def open(self) -> None:
+        """Open the store, waiting for it if need be. Stopping if the worker shuts down meanwhile."""
+        with self._opening:
+            if not self._open:
+                self._insist("the store", self._writer.open)
+                self._open = True
+
+    def close(self) -> None:
+        with self._opening:
+            if self._open:
+                self._open = False
+                self._writer.close()
+
+    def apply(self, batch: Batch) -> None:
+        """Commit, fan out. What this raises leaves the batch pending."""
+        self.open()
+        events, dead = self._decode(batch)
+        cleared: list[tuple[str, Dimensions]] = []
+        if batch.hopeless is not None:
+            dead = [(Version.parse(batch.entries[0][0]), batch.hopeless)]
+        elif events:
+            applied = self._commit(events)
+            dead += [(refused.event.version, refused.reason) for refused in applied.refused]
+            cleared = applied.cleared
+        if dead:
+            self._insist("the dead letters", lambda: self._bury(batch, dead))
+        self._insist("the fan-out", lambda: self._fan_out(batch.partition, events, cleared, dict(dead)))
+        self._report(len(batch.entries))
+
+    @staticmethod
+    def _decode(batch: Batch) -> tuple[list[Event], list[tuple[Version, str]]]:
+        events, dead = [], []
+        for id, fields in batch.entries:
+            version = Version.parse(id)
+            try:
+                events.append(decode(version, fields))
+            except BadEvent as error:
+                dead.append((version, str(error)))
+        return events, dead
+
+    def _commit(self, events: Sequence[Event]) -> Applied:
+        """Commit what can be committed; the rest is in ``refused``."""
+        try:
+            return self._insist("the store", lambda: self._writer.apply(events))
+        except Rejected as error:
+            if len(events) == 1:
+                return Applied(refused=[Refused(events[0], str(error))])
+            middle = len(events) // 2
+            first, second = self._commit(events[:middle]), self._commit(events[middle:])
+            return Applied(
+                first.won | second.won, first.refused + second.refused, first.cleared + second.cleared
+            )
+
+    def _insist(self, what: str, work: Callable[[], T]) -> T:
+        """Do something that a database or Redis may be in no state for, until it is done or we shut down."""
+
+        def before_sleep(state: RetryCallState) -> None:
+            error = state.outcome.exception() if state.outcome else None
+            log = logger.warning if state.attempt_number in (1, 10, 100) else logger.debug
+            log("%s: %s; trying again until it works", what, error)
+
+        retrying = Retrying(
+            retry=retry_if_exception_type((StoreUnavailable, RedisError, *AWAY)),
+            wait=wait_random_exponential(multiplier=0.1, max=2),
+            sleep=sleep_using_event(self.stopping),
+            stop=stop_when_event_set(self.stopping),
+            before_sleep=before_sleep,
+            reraise=True,
+        )
+        try:
+            return retrying(work)
+        except (StoreUnavailable, RedisError, *AWAY) as error:
+            raise Stopping(f"{what} was not to be had before the worker shut down: {error}") from error
+
+    def _bury(self, batch: Batch, dead: Sequence[tuple[Version, str]]) -> None:
+        fields = dict(batch.entries)
+        key = self._link.keys.dead(batch.partition)
+        calls: list[Call] = []
+        for version, reason in dead:
+            logger.error(
+                "event %s of log partition %d can't be applied: %s", version, batch.partition, reason
+            )
+            calls.append((script("dead"), [key], [str(version), reason, *fields[str(version).encode()]]))
+        for reply in self._link.pipeline(calls):
+            if isinstance(reply, Exception):
+                raise reply
+
+    def _fan_out(
+        self,
+        log_partition: int,
+        events: Sequence[Event],
+        cleared: Sequence[tuple[str, Dimensions]],
+        dead: dict[Version, str],
+    ) -> None:
+        messages = list(self._messages(log_partition, events, cleared, dead))
+        fanout = self._script()
+        while True:
+            epoch = self._link.epoch
+            calls: list[Call] = []
+            for feed_partition, scopes, payload in messages:
+                keys = [self._link.keys.feed(feed_partition)]
+                keys += [self._link.keys.bucket(epoch, scope) for scope in scopes]
+                calls.append((fanout, keys, [payload, self._settings.feed_length]))
+            for reply in self._link.pipeline(calls):
+                if isinstance(reply, Exception):
+                    raise reply
+            if epoch == self._link.epoch:
+                return
+            # Redis restarted meanwhile: the buckets that agents fill now are others.
+
+    def _script(self) -> Script:
+        """fanout.lua; where the server has the flag for it, also when memory is full.
+
+        It frees buckets and keeps the feed at its length: to refuse it would leave agents with stale copies.
+        """
+        plain = script("fanout")
+        server = self._link.server
+        return plain if server is None or server.speaks < (7, 0) else plain.flagged("allow-oom")
+
+    def _messages(
+        self,
+        log_partition: int,
+        events: Sequence[Event],
+        cleared: Sequence[tuple[str, Dimensions]],
+        dead: dict[Version, str],
+    ) -> Iterator[tuple[int, list[str], bytes]]:
+        """Feed partition, scopes and payload of each message; those of deleted rooms themselves come last."""
+        touched: dict[int, tuple[dict[str, None], dict[str, None]]] = {}
+        rooms: dict[int, tuple[dict[str, None], dict[str, None]]] = {}
+        partition_of = self._link.keys.feed_partition
+        for event in events:
+            version = str(event.version)
+            into = rooms if event.op == DELETE_ROOM else touched
+            for scope in event.scopes():
+                scopes, versions = into.setdefault(partition_of(scope), ({}, {}))
+                scopes[scope] = versions[version] = None
+        for id, dimensions in cleared:
+            for scope in dimensions.scopes(id):
+                touched.setdefault(partition_of(scope), ({}, {}))[0][scope] = None
+        reasons = {str(version): reason for version, reason in dead.items()}
+        for group in (touched, rooms):
+            for partition, (scopes, versions) in group.items():
+                names = list(scopes)
+                for start in range(0, len(names), SCOPES_PER_CALL):
+                    last = start + SCOPES_PER_CALL >= len(names)
+                    part = names[start : start + SCOPES_PER_CALL]
+                    # A version is named with the last of its scopes: who waits for it may then read all of them.
+                    body: dict[str, object] = {
+                        "p": log_partition,
+                        "v": list(versions) if last else [],
+                        "s": part,
+                    }
+                    letters = {v: reasons[v] for v in versions if v in reasons} if last and reasons else {}
+                    if letters:
+                        body["d"] = letters
+                    yield partition, part, orjson.dumps(body)
+
+    def _report(self, events: int) -> None:
+        with self._figures:
+            self._events += events
+            self._batches += 1
+            now = time.monotonic()
+            elapsed = now - self._reported
+            if elapsed < _REPORT_EVERY:
+                return
+            logger.info(
+                "applied %d events in %d batches, %.0f a second",
+                self._events,
+                self._batches,
+                self._events / elapsed,
+            )
+            self._events = self._batches = 0
+            self._reported = now

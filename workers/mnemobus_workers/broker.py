@@ -1,0 +1,368 @@
+"""The broker: Dramatiq on consumer groups of Redis Streams.
+
+Each log partition is a Dramatiq queue, and one Dramatiq message is one batch: whatever has gathered in the
+partition, up to a number of events and of bytes. There is no waiting to fill a batch; an idle bus delivers
+one event at once, a busy one hundreds together.
+
+Delivered entries stay *pending* in the consumer group until they are acknowledged, and that comes last. What follows
+from it:
+
+- A worker that dies leaves its entries pending. Others look for entries that have been idle for ``claim_idle`` and
+  claim them. A live worker *renews* (upkeep.py) what it holds, however long it takes.
+- A failed batch is not acknowledged, and no longer renewed: it comes back the same way. Dramatiq would
+  acknowledge a message whose actor raised (only its Retries middleware marks it failed, and that re-enqueues,
+  which a batch can't be), so `BatchProxy` marks itself.
+- Entries that were delivered again and again come one by one, so that an event which kills its worker stands alone;
+  in the end it goes to the dead letters.
+- At shutdown what is held but not begun is handed back, idle enough for others to claim at once.
+
+Dramatiq prefetches messages; here a message is a batch, so a process holds at most two batches per partition.
+
+A Redis that is away is waited for here, in fractions of a second; Dramatiq would restart its consumer after three. Only
+an acknowledgement that fails for long is left to Dramatiq, which repeats it for as long as it takes.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import secrets
+import socket
+import threading
+import time
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import dramatiq
+from dramatiq.errors import ConnectionClosed, QueueNotFound
+from dramatiq.middleware import Middleware
+from redis.exceptions import RedisError, ResponseError
+from tenacity import Retrying, retry_if_exception_type, stop_after_delay, wait_random_exponential
+
+from mnemobus.connection import AWAY, ThreadedLink
+from mnemobus.errors import MnemobusError
+from mnemobus.keys import APPLY_GROUP
+from mnemobus.settings import Settings
+
+logger = logging.getLogger("mnemobus.broker")
+
+ACTOR = "apply"
+HELD_BATCHES = 2
+"""Batches of one partition that a process holds at most: one to work on, one to follow."""
+ALONE_AFTER = 3
+"""Deliveries after which an event comes in a batch of its own."""
+DEAD_AFTER = 20
+"""Deliveries after which it is given up."""
+_FIRST_GUESS = 64 << 10
+"""Bytes that an entry is taken to have before any was seen."""
+_ACK_PATIENCE = 2.0
+_HANDED_OVER = 7 * 86_400_000
+"""Milliseconds of idleness given to an entry that anybody may claim."""
+
+Entry = tuple[bytes, list[bytes]]
+"""An ID, and field names and values, alternating."""
+
+
+class Batch:
+    """Entries of one log partition, delivered together.
+
+    hopeless: why its only entry is not to be tried again, or None
+    """
+
+    __slots__ = ("entries", "hopeless", "partition")
+
+    def __init__(self, partition: int, entries: list[Entry], hopeless: str | None = None) -> None:
+        self.partition = partition
+        self.entries = entries
+        self.hopeless = hopeless
+
+    @property
+    def ids(self) -> list[bytes]:
+        return [id for id, _ in self.entries]
+
+    def __repr__(self) -> str:
+        first, last = self.entries[0][0].decode(), self.entries[-1][0].decode()
+        return f"<{len(self.entries)} events of log partition {self.partition}, {first} to {last}>"
+
+
+class BatchProxy(dramatiq.MessageProxy):
+    """A batch as Dramatiq passes it around; marks itself failed if applying it raised."""
+
+    def __init__(self, queue: str, batch: Batch) -> None:
+        super().__init__(dramatiq.Message(queue, ACTOR, (batch,), {}, {}, message_id=batch.ids[0].decode()))
+        self.batch = batch
+
+    def stuff_exception(self, exception: BaseException) -> None:
+        super().stuff_exception(exception)
+        self.fail()
+
+
+def queue_name(partition: int) -> str:
+    """The Dramatiq queue of a log partition."""
+    return f"log-{partition}"
+
+
+class StreamBroker(dramatiq.Broker):
+    """Delivers what is in the log. Nothing can be enqueued: the log is written through a bus."""
+
+    def __init__(self, settings: Settings, middleware: list[Middleware] | None = None) -> None:
+        super().__init__(middleware=middleware or [])
+        self.settings = settings
+        # Each partition's consumer has one connection while it waits; worker threads and upkeep have others.
+        self.link = ThreadedLink(settings, connections=2 * settings.log_partitions + 64)
+        for command in ("XREADGROUP", "XPENDING", "XCLAIM"):
+            self.link.client.set_response_callback(command, _as_it_is)
+        self.consumer_name = f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(4)}"
+        self.queues: dict[str, int] = {}
+        self.held = Held(settings.log_partitions)
+
+    def declare_queue(self, queue_name: str) -> None:
+        if queue_name in self.queues:
+            return
+        self.emit_before("declare_queue", queue_name)
+        self.queues[queue_name] = int(queue_name.removeprefix("log-"))
+        self.emit_after("declare_queue", queue_name)
+
+    def consume(self, queue_name: str, prefetch: int = 1, timeout: int = 1000) -> StreamConsumer:
+        """A consumer of one log partition; waits ``timeout`` ms for an event, less if sockets time out before."""
+        if queue_name not in self.queues:
+            raise QueueNotFound(queue_name)  # type: ignore[no-untyped-call]
+        return StreamConsumer(self, self.queues[queue_name], timeout)
+
+    def enqueue(self, message: dramatiq.Message[Any], *, delay: int | None = None) -> dramatiq.Message[Any]:
+        """Always a TypeError."""
+        raise TypeError("this broker delivers mnemobus's log and nothing else: write through a bus instead")
+
+    def hand_back(self, batch: Batch) -> None:
+        """Let others claim a batch at once; what they have claimed already stays theirs."""
+        self.link.run(
+            "renew",
+            [self.link.keys.log(batch.partition)],
+            [APPLY_GROUP, self.consumer_name, _HANDED_OVER, *batch.ids],
+        )
+
+    def renew(self) -> None:
+        """Keep others from claiming what this process holds."""
+        for batch in self.held.batches():
+            self.link.run(
+                "renew",
+                [self.link.keys.log(batch.partition)],
+                [APPLY_GROUP, self.consumer_name, 0, *batch.ids],
+            )
+
+    def close(self) -> None:
+        self.link.close()
+
+
+def _as_it_is(reply: Any, **_: Any) -> Any:
+    return reply
+
+
+class Held:
+    """The batches that this process has been given and not let go of. Safe for threads."""
+
+    def __init__(self, partitions: int) -> None:
+        self._lock = threading.Condition()
+        self._batches: list[dict[int, Batch]] = [{} for _ in range(partitions)]
+
+    def add(self, batch: Batch) -> None:
+        with self._lock:
+            self._batches[batch.partition][id(batch)] = batch
+
+    def drop(self, batch: Batch) -> None:
+        with self._lock:
+            self._batches[batch.partition].pop(id(batch), None)
+            self._lock.notify_all()
+
+    def batches(self) -> list[Batch]:
+        with self._lock:
+            return [batch for held in self._batches for batch in held.values()]
+
+    def ids(self, partition: int) -> set[bytes]:
+        with self._lock:
+            return {id for batch in self._batches[partition].values() for id in batch.ids}
+
+    def wait_for_room(self, partition: int, timeout: float) -> bool:
+        """Whether another batch may be taken, after waiting for it if need be."""
+        with self._lock:
+            return self._lock.wait_for(lambda: len(self._batches[partition]) < HELD_BATCHES, timeout)
+
+
+class StreamConsumer(dramatiq.Consumer):
+    """Batches of one log partition: new ones, and from time to time those of a worker that died."""
+
+    def __init__(self, broker: StreamBroker, partition: int, timeout: int) -> None:
+        self._broker = broker
+        self._link = broker.link
+        self._settings = broker.settings
+        self._partition = partition
+        self._queue = queue_name(partition)
+        self._key = broker.link.keys.log(partition)
+        self._timeout = timeout / 1000
+        # A read that blocks longer than the socket would time out on its own connection.
+        self._block = max(1, min(timeout, int(self._settings.redis_timeout * 500)))
+        self._claim_every = self._settings.claim_idle / 5
+        self._claim_next = 0.0
+        self._mean_size = float(_FIRST_GUESS)
+        self._away = 0
+
+    def __next__(self) -> BatchProxy | None:
+        if not self._broker.held.wait_for_room(self._partition, self._timeout):
+            return None
+        try:
+            batch = self._next()
+        except ResponseError as error:
+            if "NOGROUP" in str(error):
+                self._make_group()
+            else:
+                self._wait_out(error)
+            return None
+        except (MnemobusError, RedisError, *AWAY) as error:
+            self._wait_out(error)
+            return None
+        if self._away:
+            logger.info("log partition %d: Redis is back", self._partition)
+            self._away = 0
+        if batch is None:
+            return None
+        self._broker.held.add(batch)
+        return BatchProxy(self._queue, batch)
+
+    def _wait_out(self, error: Exception) -> None:
+        self._away += 1
+        if self._away == 1:
+            logger.warning("log partition %d can't be read, trying until it can: %s", self._partition, error)
+        time.sleep(min(1.0, 0.05 * 2 ** min(self._away, 5)))
+
+    def _make_group(self) -> None:
+        """The consumer group, from the log's beginning; also after Redis lost it."""
+        try:
+            self._link.client.execute_command("XGROUP", "CREATE", self._key, APPLY_GROUP, "0", "MKSTREAM")
+            logger.info("log partition %d: made the consumer group %r", self._partition, APPLY_GROUP)
+        except ResponseError as error:
+            if "BUSYGROUP" not in str(error):  # else another worker was faster
+                self._wait_out(error)
+        except (MnemobusError, *AWAY) as error:
+            self._wait_out(error)
+
+    def _next(self) -> Batch | None:
+        now = time.monotonic()
+        if now >= self._claim_next:
+            batch = self._claim()
+            if batch is not None:
+                return batch  # and look for more before waiting for new ones
+            self._claim_next = now + self._claim_every
+        return self._read()
+
+    def _count(self) -> int:
+        return max(1, min(self._settings.batch_size, int(self._settings.batch_bytes / self._mean_size)))
+
+    def _read(self) -> Batch | None:
+        block = max(1, min(self._block, int(1000 * (self._claim_next - time.monotonic()))))
+        reply = self._link.client.execute_command(
+            "XREADGROUP", "GROUP", APPLY_GROUP, self._broker.consumer_name, "COUNT", self._count(),
+            "BLOCK", block, "STREAMS", self._key, ">",
+        )  # fmt: skip
+        if not reply:
+            return None
+        streams = reply.items() if isinstance(reply, dict) else reply
+        entries = [(id, fields) for _, found in streams for id, fields in found]
+        return self._batch(entries)
+
+    def _batch(self, entries: list[Entry]) -> Batch | None:
+        if not entries:
+            return None
+        some = entries[:: max(1, len(entries) // 16)]
+        mean = sum(len(field) for _, fields in some for field in fields) / len(some)
+        self._mean_size = max(64.0, 0.5 * self._mean_size + 0.5 * mean, mean)
+        return Batch(self._partition, entries)
+
+    def _claim(self) -> Batch | None:
+        """A batch of what nobody has renewed for too long; None if there is nothing of that kind."""
+        idle = int(self._settings.claim_idle * 1000)
+        pending = self._link.client.execute_command(
+            "XPENDING", self._key, APPLY_GROUP, "IDLE", idle, "-", "+", self._count()
+        )
+        mine = self._broker.held.ids(self._partition)
+        stale = [(id, deliveries) for id, _, _, deliveries in pending if id not in mine]
+        if not stale:
+            return None
+        together = [id for id, deliveries in stale if deliveries < ALONE_AFTER]
+        if together:
+            return self._batch(self._take(together, idle))
+        id, deliveries = stale[0]
+        entries = self._take([id], idle)
+        if not entries:
+            return None
+        reason = None
+        if deliveries >= DEAD_AFTER:
+            reason = f"delivered {deliveries} times, and no worker got as far as confirming it"
+        return Batch(self._partition, entries, reason)
+
+    def _take(self, ids: Sequence[bytes], idle: int) -> list[Entry]:
+        claimed = self._link.client.execute_command(
+            "XCLAIM", self._key, APPLY_GROUP, self._broker.consumer_name, idle, *ids
+        )
+        entries: list[Entry] = [entry for entry in claimed if entry is not None and entry[1] is not None]
+        if entries:
+            logger.warning(
+                "claimed %d events of log partition %d from another worker", len(entries), self._partition
+            )
+        got = {id for id, _ in entries}
+        self._give_up_deleted([id for id in ids if id not in got])
+        return entries
+
+    def _give_up_deleted(self, ids: Sequence[bytes]) -> None:
+        """Confirm entries that somebody deleted from the stream; those that others claimed are left alone."""
+        for id in ids:
+            if self._link.client.execute_command("XLEN", self._key) and self._exists(id):
+                continue
+            logger.error("event %s was deleted from the log before it was applied", id.decode())
+            self._acknowledge([id])
+
+    def _exists(self, id: bytes) -> bool:
+        return bool(self._link.client.execute_command("XRANGE", self._key, id, id))
+
+    def _acknowledge(self, ids: Sequence[bytes]) -> None:
+        keys = [self._key, self._link.keys.meter(self._partition)]
+        for attempt in Retrying(
+            retry=retry_if_exception_type(AWAY),
+            wait=wait_random_exponential(multiplier=0.05, max=0.5),
+            stop=stop_after_delay(_ACK_PATIENCE),
+            reraise=True,
+        ):
+            with attempt:
+                self._link.run("ack", keys, [APPLY_GROUP, *ids])
+
+    def ack(self, message: dramatiq.MessageProxy) -> None:
+        """Confirm a batch. ConnectionClosed if Redis is away; the batch is still held then."""
+        assert isinstance(message, BatchProxy)
+        try:
+            self._acknowledge(message.batch.ids)
+        except AWAY as error:
+            raise ConnectionClosed(
+                f"log partition {self._partition} can't be confirmed now: {error}"
+            ) from error
+        except RedisError as error:
+            # It stays pending, will be claimed, and applied again, to no effect.
+            logger.error("%r is applied but could not be confirmed: %s", message.batch, error)
+        self._broker.held.drop(message.batch)
+
+    def nack(self, message: dramatiq.MessageProxy) -> None:
+        """Leave a batch pending; it is claimed again once it has been idle for long enough."""
+        assert isinstance(message, BatchProxy)
+        logger.warning("%r was not applied; it stays pending and will be claimed again", message.batch)
+        self._broker.held.drop(message.batch)
+
+    def requeue(self, messages: Iterable[dramatiq.MessageProxy]) -> None:
+        """Hand back batches that were not begun."""
+        for message in messages:
+            assert isinstance(message, BatchProxy)
+            self._broker.held.drop(message.batch)
+            try:
+                self._broker.hand_back(message.batch)
+            except (RedisError, MnemobusError, *AWAY) as error:
+                logger.warning("%r could not be handed back, and will be claimed: %s", message.batch, error)
+
+    def close(self) -> None:
+        """Nothing of its own to close: the connections are the broker's."""

@@ -1,0 +1,27 @@
+"""How broker, actor and upkeep come together."""
+
+from __future__ import annotations
+
+import dramatiq
+
+from mnemobus.settings import Settings
+from mnemobus.store import open_writer
+
+from .apply import Applier
+from .broker import ACTOR, Batch, StreamBroker, queue_name
+from .upkeep import Lifecycle
+
+
+def make_broker(settings: Settings) -> StreamBroker:
+    """A broker with the actor that applies batches, and a queue for each log partition. Connects to nothing."""
+    broker = StreamBroker(settings)
+    applier = Applier(settings, broker.link, open_writer(settings))
+    broker.add_middleware(Lifecycle(broker, applier))
+
+    def apply(batch: Batch) -> None:
+        applier.apply(batch)
+
+    dramatiq.actor(actor_name=ACTOR, queue_name=queue_name(0), broker=broker)(apply)
+    for partition in range(settings.log_partitions):
+        broker.declare_queue(queue_name(partition))
+    return broker

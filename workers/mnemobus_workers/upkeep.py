@@ -1,0 +1,133 @@
+"""What a worker process does besides applying: it renews what it holds, and keeps the log tidy.
+
+One thread per process. Nothing that goes wrong in it ends it: it is logged, and tried again the next time.
+"""
+
+from __future__ import annotations
+
+import logging
+import random
+import threading
+import time
+from typing import Any
+
+import dramatiq
+import orjson
+from dramatiq.middleware import Middleware
+from redis.exceptions import RedisError
+
+from mnemobus.connection import AWAY
+from mnemobus.errors import MnemobusError
+from mnemobus.keys import APPLY_GROUP
+
+from .apply import Applier, Stopping
+from .broker import StreamBroker
+
+logger = logging.getLogger("mnemobus.upkeep")
+
+TIDY_EVERY = 10.0
+"""Seconds, about, between two looks at what can be removed."""
+CONSUMER_IDLE = 3600.0
+"""Seconds without a sign of life after which a consumer that holds nothing is forgotten."""
+PRODUCER_IDLE = 86_400.0
+"""Seconds after which a producer's last call is forgotten: far longer than any call is repeated."""
+_TRIM_ROUNDS = 20
+_SCAN = 500
+
+
+class Upkeep:
+    """The upkeep of one worker process."""
+
+    def __init__(self, broker: StreamBroker, applier: Applier) -> None:
+        self._broker = broker
+        self._applier = applier
+        self._settings = broker.settings
+        self._link = broker.link
+        self._stop = threading.Event()
+        self._thread: threading.Thread | None = None
+        self.failures = 0
+
+    def start(self) -> None:
+        self._thread = threading.Thread(target=self._run, name="mnemobus-upkeep", daemon=True)
+        self._thread.start()
+
+    def stop(self) -> None:
+        self._stop.set()
+        if self._thread is not None:
+            self._thread.join()
+
+    def _run(self) -> None:
+        opener = threading.Thread(target=self._open_store, name="mnemobus-open-store", daemon=True)
+        opener.start()
+        tidy_at = time.monotonic() + random.uniform(0, TIDY_EVERY)
+        while not self._stop.wait(self._settings.claim_idle / 3):
+            self._attempt("renewing what is being applied", self._broker.renew)
+            if time.monotonic() >= tidy_at:
+                self._attempt("tidying the log", self.tidy)
+                tidy_at = time.monotonic() + random.uniform(0.5, 1.5) * TIDY_EVERY
+
+    def _open_store(self) -> None:
+        """Make the schema before the first event comes: agents wait for it."""
+        try:
+            self._applier.open()
+        except Stopping as error:
+            logger.info("%s", error)
+        except Exception:
+            self.failures += 1
+            logger.exception("the store can't be opened; the next batch tries again")
+
+    def _attempt(self, what: str, work: Any) -> None:
+        try:
+            work()
+        except (RedisError, MnemobusError, *AWAY) as error:
+            logger.warning("%s failed, trying again later: %s", what, error)
+        except Exception:
+            self.failures += 1
+            logger.exception("%s failed, trying again later", what)
+
+    def tidy(self) -> None:
+        """Trim the log, and forget consumers and producers that are long gone."""
+        keys, link = self._link.keys, self._link
+        for partition in range(self._settings.log_partitions):
+            log = keys.log(partition)
+            for _ in range(_TRIM_ROUNDS):
+                if not link.run("trim", [log], [int(self._settings.retention * 1000)]):
+                    break
+            link.run("reap", [log], [APPLY_GROUP, int(CONSUMER_IDLE * 1000)])
+            self._forget_producers(keys.producers(partition))
+
+    def _forget_producers(self, key: str) -> None:
+        seconds, micros = self._link.client.time()
+        oldest = (seconds + micros / 1e6 - PRODUCER_IDLE) * 1000
+        for producer, record in self._link.client.hscan_iter(key, count=_SCAN):
+            try:
+                last = orjson.loads(record)["t"]
+            except (ValueError, KeyError, TypeError):
+                logger.error("the record of producer %r in %s makes no sense: %r", producer, key, record)
+                continue
+            if last < oldest:
+                self._link.run("forget", [key], [producer, record])
+
+
+class Lifecycle(Middleware):
+    """Ties the store and the upkeep to the life of Dramatiq's worker."""
+
+    def __init__(self, broker: StreamBroker, applier: Applier) -> None:
+        self._broker = broker
+        self._applier = applier
+        self._upkeep = Upkeep(broker, applier)
+
+    def before_worker_boot(self, broker: dramatiq.Broker, worker: Any) -> None:
+        self._upkeep.start()
+
+    def before_worker_shutdown(self, broker: dramatiq.Broker, worker: Any) -> None:
+        self._applier.stopping.set()
+
+    def after_worker_shutdown(self, broker: dramatiq.Broker, worker: Any) -> None:
+        self._upkeep.stop()
+        for batch in self._broker.held.batches():
+            try:
+                self._broker.hand_back(batch)
+            except (RedisError, MnemobusError, *AWAY) as error:
+                logger.warning("%r could not be handed back, and will be claimed: %s", batch, error)
+        self._applier.close()
