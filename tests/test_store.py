@@ -55,7 +55,7 @@ def put(
     return Event(PUT, dimensions, id, content, b"{}", embedding, created_us, v(n))
 
 
-def update(id: str, n: int, *, dimensions: Dimensions = DIMENSIONS, **fields: bytes) -> Event:
+def update(id: str, n: int, *, dimensions: Dimensions = DIMENSIONS, **fields: Any) -> Event:
     return Event(UPDATE, dimensions, id, version=v(n), **fields)
 
 
@@ -595,6 +595,7 @@ def python(program: str, *arguments: str) -> subprocess.Popen[str]:
     return subprocess.Popen(
         [sys.executable, "-c", program, *arguments],
         env=environment,
+        stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -651,23 +652,43 @@ OPENING = """
 import asyncio, sys
 from mnemobus import store
 from mnemobus.settings import Settings
-settings = Settings.load(database_url=sys.argv[1])
-writer, reader = store.open_writer(settings), store.open_reader(settings)
-async def read():
+async def read(settings):
+    reader = store.open_reader(settings)
     await reader.open()
-    print(await reader.schema())
+    print(await reader.schema(), flush=True)
     await reader.close()
-if sys.argv[2] == "write":
-    writer.open()
-    writer.close()
-asyncio.run(read())
+print("ready", flush=True)
+for line in sys.stdin:
+    settings = Settings.load(database_url=line.strip())
+    if sys.argv[1] == "write":
+        writer = store.open_writer(settings)
+        writer.open()
+        writer.close()
+    asyncio.run(read(settings))
 """
 
 
 def test_any_number_of_processes_may_create_the_schema(url: str) -> None:
-    processes = [python(OPENING, url, ("write", "read")[n % 2]) for n in range(6)]
-    assert finish(processes) == [f"{store.SCHEMA}\n"] * 6
-    assert sql(url, "SELECT count(*) FROM migrations") == [(store.SCHEMA,)]
+    # Given writers and readers that are ready to begin at the same moment
+    processes = [python(OPENING, ("write", "write", "read")[n % 3]) for n in range(6)]
+    for process in processes:
+        assert process.stdout and process.stdout.readline() == "ready\n", process.communicate()
+    # When they meet an empty database, several times
+    for n in range(6):
+        if url.startswith("sqlite"):
+            place = f"{url}.{n}"
+        else:
+            sql(url, f"CREATE SCHEMA s{n}")
+            place = f"{url}?options=-csearch_path%3Ds{n}"
+        for process in processes:
+            assert process.stdin
+            process.stdin.write(f"{place}\n")
+            process.stdin.flush()
+        # Then each finds the schema, created once
+        for process in processes:
+            assert process.stdout and process.stdout.readline() == f"{store.SCHEMA}\n", process.communicate()
+        assert sql(place, "SELECT count(*) FROM migrations") == [(store.SCHEMA,)]
+    finish(processes)
 
 
 # The schema

@@ -38,9 +38,11 @@ from redis.backoff import NoBackoff
 from redis.exceptions import BusyLoadingError, RedisError
 
 from . import tether
+from .connection import AWAY, Link
 from .errors import EmbeddedServerError
-from .keys import APPLY_GROUP, Keyspace
+from .keys import Keyspace
 from .settings import Settings, hide_password
+from .store import open_reader
 from .tethered import PID_FILE
 
 logger = logging.getLogger("mnemobus.embedded")
@@ -172,13 +174,13 @@ class DataDir:
             self._lock = None
 
 
-async def _spawn(command: list[str], **options: Any) -> asyncio.subprocess.Process:
+async def spawn(command: list[str], **options: Any) -> asyncio.subprocess.Process:
     """Start a process that dies with this one, out of reach of the terminal's Ctrl-C."""
     launcher = [sys.executable, "-IS", tether.__file__, str(os.getpid())]
     return await asyncio.create_subprocess_exec(*launcher, *command, start_new_session=True, **options)
 
 
-async def _end(process: asyncio.subprocess.Process, timeout: float) -> None:
+async def end(process: asyncio.subprocess.Process, timeout: float) -> None:
     """SIGTERM, and SIGKILL to the whole of its session if that was not enough."""
     if process.returncode is None:
         with suppress(ProcessLookupError):
@@ -193,7 +195,7 @@ async def _end(process: asyncio.subprocess.Process, timeout: float) -> None:
     await process.wait()
 
 
-def _tail(path: Path, lines: int = 5) -> str:
+def log_tail(path: Path, lines: int = 5) -> str:
     """The last lines of a log, for an error message."""
     try:
         with path.open("rb") as file:
@@ -252,7 +254,7 @@ class EmbeddedRedis:
                 " can't read it. Put the newer one on the PATH, or set MNEMOBUS_DATA_DIR"
             )
         # The configuration goes through standard input: a password is no business of `ps`.
-        process = await _spawn(
+        process = await spawn(
             [str(binary.path), "-"],
             stdin=asyncio.subprocess.PIPE,
             stdout=asyncio.subprocess.DEVNULL,
@@ -335,7 +337,7 @@ class EmbeddedRedis:
             if process.returncode is not None:
                 raise EmbeddedServerError(
                     f"{self.binary} did not start at {self.address} (exit status {process.returncode});"
-                    f" {self.log} ends with:{_tail(self.log)}"
+                    f" {self.log} ends with:{log_tail(self.log)}"
                 )
             try:
                 await self._info()
@@ -350,7 +352,7 @@ class EmbeddedRedis:
                 if loop.time() > deadline:
                     raise EmbeddedServerError(
                         f"{self.binary} does not answer at {self.address} after {START_TIMEOUT:g} s ({error});"
-                        f" {self.log} ends with:{_tail(self.log)}"
+                        f" {self.log} ends with:{log_tail(self.log)}"
                     ) from None
             await asyncio.sleep(0.02)
 
@@ -363,7 +365,7 @@ class EmbeddedRedis:
         """Stop it; it writes down what it has first. Does nothing if it does not run."""
         process, self._process = self._process, None
         if process is not None:
-            await _end(process, STOP_TIMEOUT)
+            await end(process, STOP_TIMEOUT)
 
 
 def _quote(text: str) -> str:
@@ -418,7 +420,7 @@ class WorkerPool:
             self._pid_files[slot].unlink(missing_ok=True)
             began = loop.time()
             with self.log.open("ab") as log:
-                process = await _spawn(
+                process = await spawn(
                     self._command,
                     stdin=asyncio.subprocess.DEVNULL,
                     stdout=log,
@@ -430,7 +432,7 @@ class WorkerPool:
             self._pid_files[slot].unlink(missing_ok=True)
             if self._stopping.is_set():
                 break
-            await _end(process, 0)
+            await end(process, 0)
             self.restarts += 1
             if loop.time() - began > 10:
                 pause = 0.2
@@ -445,11 +447,11 @@ class WorkerPool:
         """Let the workers finish what they are at, and stop them."""
         self._stopping.set()
         running = [process for process in self._masters if process is not None]
-        await asyncio.gather(*(_end(process, STOP_TIMEOUT) for process in running))
+        await asyncio.gather(*(end(process, STOP_TIMEOUT) for process in running))
         await asyncio.gather(*self._keepers)
         # One may have been between its start and its place in the list.
         late = [process for process in self._masters if process is not None and process not in running]
-        await asyncio.gather(*(_end(process, STOP_TIMEOUT) for process in late))
+        await asyncio.gather(*(end(process, STOP_TIMEOUT) for process in late))
 
 
 class Embedded:
@@ -508,19 +510,17 @@ class Embedded:
     async def _await_workers(self) -> None:
         try:
             async with asyncio.timeout(2 * START_TIMEOUT):
-                await await_workers(self.settings)
                 await self.workers.started()
+                await await_workers(self.settings, len(self.workers.pids()))
         except TimeoutError:
             raise EmbeddedServerError(
                 f"the workers did not start in {2 * START_TIMEOUT:g} s; {self.workers.log} ends with:"
-                f"{_tail(self.workers.log, 12)}"
+                f"{log_tail(self.workers.log, 12)}"
             ) from None
 
 
 async def check_store(settings: Settings) -> None:
     """StoreError, or SettingsError, if the database can't be used."""
-    from .store import open_reader
-
     if settings.database_url.startswith("sqlite:///"):
         Path(settings.database_url.removeprefix("sqlite:///")).parent.mkdir(parents=True, exist_ok=True)
     reader = open_reader(settings)
@@ -528,23 +528,42 @@ async def check_store(settings: Settings) -> None:
     await reader.close()
 
 
-async def await_workers(settings: Settings) -> None:
-    """Wait until workers have joined the consumer group of every log partition. Cancel it to give up."""
-    from .connection import AWAY, Link
+async def await_workers(settings: Settings, processes: int = 1) -> None:
+    """Wait until so many worker processes read every log partition. Redis may be away meanwhile.
 
+    Cancel it to give up.
+    """
     keys = Keyspace(settings.redis_key_prefix, settings.log_partitions, settings.feed_partitions)
+    partitions = range(settings.log_partitions)
     link = Link(settings)
     try:
         while True:
             with suppress(RedisError, *AWAY):
-                replies = await link.pipeline(
-                    [("XINFO", "CONSUMERS", keys.log(p), APPLY_GROUP) for p in range(settings.log_partitions)]
+                clients, *groups = await link.pipeline(
+                    [("CLIENT", "LIST"), *(("XINFO", "GROUPS", keys.log(p)) for p in partitions)]
                 )
-                if all(isinstance(reply, list) and reply for reply in replies):
+                joined = all(isinstance(group, list) and group for group in groups)
+                # Managed servers hide CLIENT LIST; then the groups must do.
+                if joined and (
+                    isinstance(clients, Exception) or reading_clients(clients) >= processes * len(partitions)
+                ):
                     return
             await asyncio.sleep(0.05)
     finally:
         await link.close()
+
+
+def reading_clients(clients: bytes | str, within: float = 10.0) -> int:
+    """How many connections wait for the log, by CLIENT LIST: a worker process has one per log partition.
+
+    A consumer group tells who *got* something last; before Redis 7, a worker on an idle log is not in it at all.
+    """
+    text = clients.decode("utf-8", "replace") if isinstance(clients, bytes) else clients
+    found = 0
+    for line in text.splitlines():
+        fields = dict(word.partition("=")[::2] for word in line.split())
+        found += fields.get("cmd") == "xreadgroup" and int(fields.get("idle", 0)) <= within
+    return found
 
 
 def login_url(settings: Settings) -> str:

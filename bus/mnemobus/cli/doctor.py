@@ -89,7 +89,7 @@ async def examine(settings: Settings) -> list[Finding]:
         findings.append(Finding("redis", FAIL, f"{where} does not answer: {error}", advice))
     else:
         figures = await stats._redis(settings)
-        findings += _workers(settings, figures.get("log", []))
+        findings += _workers(settings, figures)
     findings.append(await _store(settings))
     return findings
 
@@ -185,17 +185,24 @@ async def _layout(settings: Settings, client: redis.asyncio.Redis) -> Finding:
     )
 
 
-def _workers(settings: Settings, log: list[dict[str, Any]]) -> Iterator[Finding]:
+def _workers(settings: Settings, figures: dict[str, Any]) -> Iterator[Finding]:
+    log = figures.get("log", [])
+    reading = figures.get("reading")
     alive_within = 1000 * max(10.0, 2 * settings.claim_idle)
-    alive = {c["name"] for p in log for c in p["consumers"] if c["idle_ms"] <= alive_within}
     without = [
         str(p["partition"]) for p in log if not any(c["idle_ms"] <= alive_within for c in p["consumers"])
     ]
-    if without:
-        some = f"nobody works on log partition {', '.join(without)}" if alive else "there are none"
-        yield Finding("workers", FAIL, some, "start them: mnemobus worker (or mnemobus up)")
+    start = "start them: mnemobus worker (or mnemobus up)"
+    if reading == 0 or (reading is None and len(without) == len(log)):
+        yield Finding("workers", FAIL, "there are none", start)
+    elif reading is None and without:
+        yield Finding("workers", FAIL, f"nobody works on log partition {', '.join(without)}", start)
+    elif reading is None:
+        yield Finding("workers", OK, "consumers at work on every log partition")
+    elif reading < len(log):
+        yield Finding("workers", WARN, f"{reading} connections read {len(log)} log partitions", start)
     else:
-        yield Finding("workers", OK, f"{len(alive)} consumers at work")
+        yield Finding("workers", OK, f"{reading} connections read {len(log)} log partitions")
     yield _lag(settings, log)
     dead = sum(p["dead_letters"] for p in log)
     if dead:

@@ -9,6 +9,7 @@ from typing import Any
 from redis.exceptions import RedisError
 
 from ..connection import AWAY
+from ..embedded import reading_clients
 from ..errors import MnemobusError
 from ..keys import APPLY_GROUP, Version
 from ..settings import Settings, hide_password
@@ -86,6 +87,7 @@ async def _redis(settings: Settings) -> dict[str, Any]:
             feed = await ask(client, [("XLEN", keys.feed(f)) for f in feeds])
             listeners = await client.pubsub_numsub(*(keys.feed(f) for f in feeds))
             epoch = await client.hget(keys.epoch, "epoch")
+            [clients] = await ask(client, [("CLIENT", "LIST")])
             seconds, micros = await client.time()
             now = seconds + micros / 1e6
     except (*AWAY, RedisError) as error:
@@ -99,6 +101,7 @@ async def _redis(settings: Settings) -> dict[str, Any]:
         "max_memory": int(server.get("maxmemory", 0)),
         "policy": server.get("maxmemory_policy"),
         "clients": int(server.get("connected_clients", 0)),
+        "reading": None if isinstance(clients, Exception) else reading_clients(clients),
         "log": [_partition(p, [*replies[7 * p : 7 * p + 7], next_up[p]], now) for p in partitions],
         "feed": {
             "partitions": keys.feed_partitions,

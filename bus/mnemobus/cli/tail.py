@@ -159,9 +159,15 @@ async def _main(
                 await asyncio.sleep(0.5)
                 continue
             for version, item, partition in items:
-                emit(_record(version, item, partition)) if json else out().print(
-                    _line(version, item), no_wrap=out().is_terminal, overflow="ellipsis", crop=False
-                )
+                if json:
+                    emit(_record(version, item, partition))
+                else:
+                    out().print(
+                        _line(version, item),
+                        no_wrap=True,
+                        overflow="ellipsis",
+                        soft_wrap=not out().is_terminal,
+                    )
                 if left is not None:
                     left -= 1
                     if not left:

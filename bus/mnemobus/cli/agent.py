@@ -1,0 +1,277 @@
+"""One agent of the demo, a process of its own: ``python -m mnemobus.cli.agent``.
+
+It talks JSON lines with the demo. In: its part, then "start", then "verify" as often as the demo likes; the end of
+input is its end. Out: "ready"; "progress" now and then; "done" with all that it was promised (each acknowledged
+write) and saw (each dropped copy); and for "verify" what it sees of every room.
+
+In a conversation the agents take turns. Whose turn it is reads the context until the turn before is in it. Nobody
+tells it that it is: it waits until its copy of the room is dropped, and reads again. So the conversations go on only
+as fast as invalidations travel, and stop if one is lost.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import sys
+import time
+import uuid
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from datetime import timedelta
+from typing import Any
+
+import orjson
+
+from ..bus import Bus, connect
+from ..errors import MemoryNotFound
+from ..keys import room_scope
+from ..memory import Memory
+from .samples import Conversation, Turn, conversations
+
+ROOMS_AT_ONCE = 24
+"""Conversations that an agent takes part in at the same time."""
+IMPATIENCE = 0.1
+"""Seconds after which an agent looks again although nothing was dropped: it may have had no copy."""
+_NAMESPACE = uuid.UUID("0c5c3d6e-3b1f-5d0a-8d2b-6f0a4e7d9b11")
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """What an agent has to know to play its part; ``run`` keeps the rooms of one run apart from any other's."""
+
+    number: int
+    agents: int
+    writes: int
+    run: str
+
+
+@dataclass(frozen=True, slots=True)
+class Room:
+    """A conversation as it is held in one run."""
+
+    number: int
+    name: str
+    entity: str
+    conversation: Conversation
+
+    def message(self, turn: int) -> str:
+        """The id of a turn's message: the others know what they wait for."""
+        return str(uuid.uuid5(_NAMESPACE, f"{self.name}/turn/{turn}"))
+
+    def fact(self, key: str) -> str:
+        return str(uuid.uuid5(_NAMESPACE, f"{self.name}/fact/{key}"))
+
+    def draft(self, turn: int) -> str:
+        return str(uuid.uuid5(_NAMESPACE, f"{self.name}/draft/{turn}"))
+
+    @property
+    def has_drafts(self) -> bool:
+        """Every fifth room has a draft that is thrown away, with the room's others, at the end."""
+        return self.number % 5 == 0
+
+    @property
+    def writes(self) -> int:
+        return self.conversation.writes + 2 * self.has_drafts
+
+    def ids(self) -> list[str]:
+        """The memories that are fetched one by one in the end: those that changed, and the last message."""
+        facts = {self.fact(turn.learn[0]) for turn in self.conversation.turns if turn.learn}
+        return [*sorted(facts), self.message(len(self.conversation.turns) - 1)]
+
+
+def rooms_of(part: Part) -> list[Room]:
+    return [
+        Room(number, f"{part.run}-{c.room}", f"{c.entity} ({part.run})", c)
+        for number, c in enumerate(conversations(part.writes))
+    ]
+
+
+def digest(memories: Sequence[Any]) -> str:
+    """What a listing says: the same for the store's rows and an agent's memories if they agree."""
+    seen = [[m.id, str(m.version), _plain(m.content), _plain(m.metadata)] for m in memories]
+    return hashlib.sha256(orjson.dumps(seen, option=orjson.OPT_SORT_KEYS)).hexdigest()[:16]
+
+
+def _plain(value: Any) -> Any:
+    return orjson.loads(value) if isinstance(value, bytes) else dict(value)
+
+
+class Agent:
+    """Plays one part on a bus of its own."""
+
+    def __init__(self, bus: Bus, part: Part) -> None:
+        self._bus = bus
+        self._part = part
+        self._name = f"agent-{part.number}"
+        self._rooms = rooms_of(part)
+        self._places = asyncio.Semaphore(ROOMS_AT_ONCE)
+        self._dropped: dict[str, asyncio.Event] = {}
+        self._told = 0
+        self.acknowledged: list[dict[str, Any]] = []
+        self.drops: list[tuple[str, float]] = []
+        bus.on_drop = self._on_drop
+
+    def _on_drop(self, scope: str) -> None:
+        if scope.startswith("room:messages:"):
+            self.drops.append((scope, time.monotonic()))
+        event = self._dropped.pop(scope, None)
+        if event is not None:
+            event.set()
+
+    async def converse(self) -> None:
+        """Take part in every conversation. Rooms are entered in the same order by everyone, so that nobody waits
+        for one who waits for another room."""
+        async with asyncio.TaskGroup() as group:
+            for room in self._rooms:
+                await self._places.acquire()
+                group.create_task(self._attend(room))
+
+    async def _attend(self, room: Room) -> None:
+        try:
+            for number, turn in enumerate(room.conversation.turns):
+                if (turn.speaker + room.number) % self._part.agents == self._part.number:
+                    await self._await_turn(room, number)
+                    await self._speak(room, number, turn)
+            # Stay to the end: what is read then is the copy that `verify` finds here, and the store must have.
+            await self._await_turn(room, len(room.conversation.turns))
+        finally:
+            self._places.release()
+
+    async def _await_turn(self, room: Room, number: int) -> None:
+        scope = room_scope("messages", room.name)
+        before = room.message(number - 1)
+        while True:
+            dropped = self._dropped.setdefault(scope, asyncio.Event())
+            context = await self._bus.context(room=room.name, entity=room.entity)
+            if number == 0 or any(m.id == before for m in context.messages):
+                return
+            try:
+                async with asyncio.timeout(IMPATIENCE):
+                    await dropped.wait()
+            except TimeoutError:
+                continue
+
+    async def _speak(self, room: Room, number: int, turn: Turn) -> None:
+        last = number == len(room.conversation.turns) - 1
+        if turn.learn:
+            key, fact = turn.learn
+            await self._write(room, "facts", room.fact(key), number, {"about": key, "fact": fact})
+        if turn.revise:
+            key, fact = turn.revise
+            await self._update(room, room.fact(key), {"about": key, "fact": fact})
+        if turn.forget:
+            await self._delete(room, room.fact(turn.forget))
+        if room.has_drafts and number == 0:
+            await self._write(room, "drafts", room.draft(number), number, {"text": turn.text[:20]})
+        if room.has_drafts and last:
+            receipt = await self._bus.delete_room("drafts", room=room.name)
+            self._note("delete_room", room, "drafts", "", receipt.version, None, 0.0)
+        text = {"text": turn.text, "turn": number}
+        await self._write(room, "messages", room.message(number), number, text)
+
+    async def _write(self, room: Room, table: str, id: str, turn: int, content: dict[str, Any]) -> None:
+        memory = Memory(
+            id=id,
+            table=table,
+            room=room.name,
+            entity=room.entity,
+            agent=self._name,
+            world=room.conversation.world,
+            content=content,
+            metadata={"turn": turn},
+            created_at=room.conversation.began + timedelta(seconds=20 * turn),
+        )
+        began = time.monotonic()
+        receipt = await self._bus.write(memory)
+        self._note("put", room, table, id, receipt.version, content, began)
+
+    async def _update(self, room: Room, id: str, content: dict[str, Any]) -> None:
+        # What was said is in the store, but what was learned on the way may be in another batch, not yet there.
+        while True:
+            try:
+                receipt = await self._bus.update(id, content=content)
+            except MemoryNotFound:
+                await asyncio.sleep(0.05)
+            else:
+                break
+        self._note("update", room, "facts", id, receipt.version, content, 0.0)
+
+    async def _delete(self, room: Room, id: str) -> None:
+        while (receipt := await self._bus.delete(id)) is None:  # noqa: ASYNC110 (others write it)
+            await asyncio.sleep(0.05)
+        self._note("delete", room, "facts", id, receipt.version, None, 0.0)
+
+    def _note(
+        self, op: str, room: Room, table: str, id: str, version: object, content: Any, began: float
+    ) -> None:
+        self.acknowledged.append(
+            {
+                "op": op,
+                "room": room.name,
+                "table": table,
+                "id": id,
+                "version": str(version),
+                "content": content,
+                "began": began,
+                "acknowledged": time.monotonic(),
+            }
+        )
+        if len(self.acknowledged) >= self._told + 20:
+            self._told = len(self.acknowledged)
+            say({"progress": self._told})
+
+    async def verify(self) -> dict[str, Any]:
+        """What this agent sees of every room, wherever its answers come from."""
+        sources: dict[str, int] = {"local": 0, "shared": 0, "store": 0}
+        seen: dict[str, list[str]] = {}
+
+        async def look(room: Room) -> None:
+            async with self._places:
+                context = await self._bus.context(room=room.name, entity=room.entity)
+                listings = [*context]
+                for table in ("messages", "facts", "drafts"):
+                    listings.append(await self._bus.recent(table, room=room.name, limit=20))
+                single = [await self._bus.get(id) for id in room.ids()]
+            for listing in listings:
+                sources[listing.source] += 1
+            digests = [digest(listing) for listing in listings]
+            seen[room.name] = [*digests, *(digest([m] if m else []) for m in single)]
+
+        await asyncio.gather(*(look(room) for room in self._rooms))
+        return {"verified": seen, "sources": sources, "stats": asdict(self._bus.stats())}
+
+
+def say(value: Any) -> None:
+    sys.stdout.buffer.write(orjson.dumps(value, option=orjson.OPT_APPEND_NEWLINE))
+    sys.stdout.buffer.flush()
+
+
+async def main() -> None:
+    loop = asyncio.get_running_loop()
+    reader = asyncio.StreamReader()
+    await loop.connect_read_pipe(lambda: asyncio.StreamReaderProtocol(reader), sys.stdin)
+    part = Part(**orjson.loads(await reader.readline()))
+    async with connect() as bus:
+        agent = Agent(bus, part)
+        say("ready")
+        await reader.readline()
+        await agent.converse()
+        say(
+            {
+                "done": {
+                    "acknowledged": agent.acknowledged,
+                    "drops": agent.drops,
+                    "stats": asdict(bus.stats()),
+                }
+            }
+        )
+        while await reader.readline():
+            say(await agent.verify())
+
+
+if __name__ == "__main__":
+    from .console import set_up_logging
+
+    set_up_logging()
+    asyncio.run(main())
