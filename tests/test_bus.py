@@ -1,7 +1,8 @@
 """The bus as its users meet it: writes, reads, paging, own writes, tokens, durability, errors.
 
-Most tests run against both stores. Workers run as threads of the test's process (`pool`), on the same broker that
-Dramatiq's command line would use; what is promised between processes is tested in test_processes.py.
+Every test runs on every server version that this machine has, under RESP2 and RESP3, and on both stores. Workers run as
+threads of the test's process (`pool`), on the same broker that Dramatiq's command line would use; what is promised
+between processes is tested in test_processes.py.
 """
 
 from __future__ import annotations
@@ -29,6 +30,11 @@ from mnemobus.memory import new_id
 from servers import eventually
 
 Connect = Callable[..., mnemobus.Bus]
+
+
+@pytest.fixture
+def settings(everywhere: Settings) -> Settings:
+    return everywhere
 
 
 def said(text: str, room: str = "r1", **fields: object) -> Memory:
@@ -298,9 +304,9 @@ async def test_what_is_no_token_is_refused(settings: Settings, connect: Connect,
 async def test_observing_what_is_never_committed_ends_with_a_clear_error(
     settings: Settings, connect: Connect
 ) -> None:
-    async with connect() as alice, connect() as bob:
+    async with connect(write_timeout=0.2) as alice, connect() as bob:
         receipt = await alice.write(said("x"))
-        with pytest.raises(NotCommitted, match="was not in the store after 0.1 s. Are workers running"):
+        with pytest.raises(NotCommitted, match=r"was not in the store after 0\.1 s\. Are workers running"):
             await bob.observe(alice.token(), timeout=0.1)
         with pytest.raises(
             NotCommitted, match=r"version \d+-\d+ of log partition \d was not in the store after 0.1 s"

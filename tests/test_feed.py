@@ -24,6 +24,11 @@ def said(text: str, room: str = "r1", **fields: object) -> Memory:
     return Memory(table="messages", room=room, content={"text": text}, **fields)  # type: ignore[arg-type]
 
 
+@pytest.fixture(params=[2, 3], ids=["resp2", "resp3"])
+def settings(request: pytest.FixtureRequest, settings: Settings) -> Settings:
+    return settings.model_copy(update={"redis_protocol": request.param})
+
+
 @pytest.fixture
 async def client(settings: Settings) -> AsyncIterator[redis.asyncio.Redis]:
     client = redis.asyncio.Redis.from_url(settings.redis_url, protocol=2)
@@ -182,10 +187,18 @@ async def test_g5_a_feed_that_no_longer_reaches_back_drops_the_partition(
 async def test_g5_a_cut_of_the_listening_connection_loses_nothing(
     settings: Settings, pool: Settings, connect: Connect, client: redis.asyncio.Redis
 ) -> None:
+    keys = keys_of(settings)
+    channel = keys.feed(keys.feed_partition(ROOM))
+
+    async def listening() -> bool:
+        [(_, listeners)] = await client.pubsub_numsub(channel)
+        return bool(listeners)
+
     async with connect() as bus, connect() as writer:
         await writer.write(said("0"), durability="committed")
         for n in range(1, 6):
             assert (await cached(bus))[0] == str(n - 1)
+            await eventually(listening)
             # When its connection is cut, and something is written before it is back
             await write_past_pubsub(writer, client, settings, str(n))
 
@@ -275,7 +288,7 @@ async def test_g7_with_redis_away_reads_go_on_and_writes_fail_clearly(
         await eventually(lambda: not bus._feed.up)
         assert (await bus.recent("messages", room="r2")).source == "store"
         with pytest.raises(
-            mnemobus.LogUnavailable, match="could not be reached in time .* may or may not be in the log"
+            mnemobus.LogUnavailable, match=r"could not be reached in time .* may or may not be in the log"
         ):
             await bus.write(said("x"))
         server.start()
@@ -317,7 +330,7 @@ async def test_g7_a_bus_opens_with_redis_away_and_finds_it_later(own_redis: Any,
 async def test_with_both_away_a_bus_does_not_open(settings: Settings, tmp_path: Any) -> None:
     (tmp_path / "file").write_text("")
     overrides = {"redis_url": "redis://127.0.0.1:1", "database_url": f"sqlite:///{tmp_path}/file/x.db"}
-    with pytest.raises(StoreUnavailable, match="neither Redis .* nor the store .* can be reached"):
+    with pytest.raises(StoreUnavailable, match=r"neither Redis .* nor the store .* can be reached"):
         async with mnemobus.connect(**{**settings.model_dump(), **overrides}):
             pass
 

@@ -99,7 +99,7 @@ async def test_backpressure_makes_writes_wait_then_fail(settings: Settings, conn
         loop = asyncio.get_running_loop()
         began = loop.time()
         with pytest.raises(
-            BacklogFull, match="holds 5 events that no worker has applied yet .*nothing was written"
+            BacklogFull, match=r"holds 5 events that no worker has applied yet .*nothing was written"
         ):
             await bus.write(said("6"))
         assert loop.time() - began > 0.1
@@ -133,7 +133,7 @@ async def test_a_full_redis_refuses_the_write_and_nothing_is_half_written(
         async with redis.asyncio.Redis.from_url(server.url) as client:
             await client.config_set("maxmemory", "1mb")
             before = await length(server.url, settings)
-            with pytest.raises(LogFull, match="out of memory .*nothing was written"):
+            with pytest.raises(LogFull, match=r"out of memory .*nothing was written"):
                 await bus.write_many([said(str(n)) for n in range(10)])
             assert await length(server.url, settings) == before
             await client.config_set("maxmemory", "0")

@@ -13,7 +13,7 @@ import sys
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import redis.asyncio
@@ -114,7 +114,7 @@ def test_what_is_wrong_is_named(clean: pytest.MonkeyPatch, name: str, value: str
 
 
 def test_a_keyword_that_is_no_setting_is_refused(clean: pytest.MonkeyPatch) -> None:
-    with pytest.raises(SettingsError, match="reddis_url is no setting; see env.template"):
+    with pytest.raises(SettingsError, match=r"reddis_url is no setting; see env\.template"):
         mnemobus.connect(reddis_url="redis://x")
 
 
@@ -279,7 +279,7 @@ async def test_mnemobus_redis_timeout_bounds_the_wait_for_an_answer(
 async def test_redis_destroy_timeout_bounds_the_closing_of_a_connection() -> None:
     # Given a connection that does not close; no server can be made to do that, so a stand-in for it is used
     class Stuck:
-        closed: list[bool] = []
+        closed: ClassVar[list[bool]] = []
 
         async def disconnect(self, nowait: bool = False) -> None:
             if not nowait:
