@@ -126,7 +126,7 @@ class StreamBroker(dramatiq.Broker):
     def consume(self, queue_name: str, prefetch: int = 1, timeout: int = 1000) -> StreamConsumer:
         """A consumer of one log partition; waits ``timeout`` ms for an event, less if sockets time out before."""
         if queue_name not in self.queues:
-            raise QueueNotFound(queue_name)  # type: ignore[no-untyped-call]
+            raise QueueNotFound(queue_name)
         return StreamConsumer(self, self.queues[queue_name], timeout)
 
     def enqueue(self, message: dramatiq.Message[Any], *, delay: int | None = None) -> dramatiq.Message[Any]:

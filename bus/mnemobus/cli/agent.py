@@ -230,8 +230,8 @@ class Agent:
             async with self._places:
                 context = await self._bus.context(room=room.name, entity=room.entity)
                 listings = [*context]
-                for table in ("messages", "facts", "drafts"):
-                    listings.append(await self._bus.recent(table, room=room.name, limit=20))
+                tables = ("messages", "facts", "drafts")
+                listings += [await self._bus.recent(table, room=room.name, limit=20) for table in tables]
                 single = [await self._bus.get(id) for id in room.ids()]
             for listing in listings:
                 sources[listing.source] += 1
