@@ -26,18 +26,18 @@ from typing import TypeVar
 
 import orjson
 from redis.exceptions import RedisError
-from tenacity import RetryCallState, Retrying, retry_if_exception_type, wait_random_exponential
+from tenacity import RetryCallState, Retrying, retry_if_exception, wait_random_exponential
 from tenacity.nap import sleep_using_event
 from tenacity.stop import stop_when_event_set
 
-from mnemobus.connection import AWAY, Call, Script, ThreadedLink, script
-from mnemobus.errors import BadEvent, Rejected, StoreUnavailable
+from mnemobus.connection import AWAY, Call, Command, Script, ThreadedLink, script
+from mnemobus.errors import BadEvent, MnemobusError, Rejected
 from mnemobus.events import DELETE_ROOM, Event, decode
 from mnemobus.keys import Dimensions, Version
 from mnemobus.settings import Settings
 from mnemobus.store import Applied, Refused, Writer
 
-from .broker import Batch
+from .broker import Batch, Stopping
 
 logger = logging.getLogger("mnemobus.apply")
 
@@ -48,20 +48,23 @@ _REPORT_EVERY = 30.0
 T = TypeVar("T")
 
 
-class Stopping(Exception):
-    """The worker is shutting down while it waits; the batch is left to others."""
+def _passes(error: BaseException) -> bool:
+    """Whether trying again can help: a server that is away, or is not fit for use until somebody sees to it."""
+    return isinstance(error, (MnemobusError, RedisError, *AWAY)) and not isinstance(error, Rejected)
 
 
 class Applier:
     """Applies batches, from any number of threads."""
 
-    def __init__(self, settings: Settings, link: ThreadedLink, writer: Writer) -> None:
+    def __init__(
+        self, settings: Settings, link: ThreadedLink, writer: Writer, stopping: threading.Event
+    ) -> None:
         self._settings = settings
         self._link = link
         self._writer = writer
         self._open = False
         self._opening = threading.Lock()
-        self.stopping = threading.Event()
+        self._stopping = stopping
         self._figures = threading.Lock()
         self._events = 0
         self._batches = 0
@@ -76,9 +79,8 @@ class Applier:
 
     def close(self) -> None:
         with self._opening:
-            if self._open:
-                self._open = False
-                self._writer.close()
+            self._open = False
+            self._writer.close()
 
     def apply(self, batch: Batch) -> None:
         """Commit, fan out. What this raises leaves the batch pending."""
@@ -129,16 +131,18 @@ class Applier:
             log("%s: %s; trying again until it works", what, error)
 
         retrying = Retrying(
-            retry=retry_if_exception_type((StoreUnavailable, RedisError, *AWAY)),
+            retry=retry_if_exception(_passes),
             wait=wait_random_exponential(multiplier=0.1, max=2),
-            sleep=sleep_using_event(self.stopping),
-            stop=stop_when_event_set(self.stopping),
+            sleep=sleep_using_event(self._stopping),
+            stop=stop_when_event_set(self._stopping),
             before_sleep=before_sleep,
             reraise=True,
         )
         try:
             return retrying(work)
-        except (StoreUnavailable, RedisError, *AWAY) as error:
+        except Exception as error:
+            if not _passes(error):
+                raise
             raise Stopping(f"{what} was not to be had before the worker shut down: {error}") from error
 
     def _bury(self, batch: Batch, dead: Sequence[tuple[Version, str]]) -> None:
@@ -165,17 +169,23 @@ class Applier:
         fanout = self._script()
         while True:
             epoch = self._link.epoch
-            calls: list[Call] = []
+            calls: list[Call | Command] = []
             for feed_partition, scopes, payload in messages:
                 keys = [self._link.keys.feed(feed_partition)]
                 keys += [self._link.keys.bucket(epoch, scope) for scope in scopes]
-                calls.append((fanout, keys, [payload, self._settings.feed_length]))
-            for reply in self._link.pipeline(calls):
+                calls.append((fanout, keys, (payload, self._settings.feed_length)))
+            # A flush begins an epoch without breaking a connection. Where there is none, nobody has filled a bucket
+            # since the flush, and whoever does so later reads what is committed already.
+            calls.append(("HGET", self._link.keys.epoch, "epoch"))
+            *_, current = replies = self._link.pipeline(calls)
+            for reply in replies:
                 if isinstance(reply, Exception):
                     raise reply
+            if current is not None and current.decode() != self._link.epoch:
+                self._link.enter(current.decode())
             if epoch == self._link.epoch:
                 return
-            # Redis restarted meanwhile: the buckets that agents fill now are others.
+            # Redis restarted or was flushed meanwhile: the buckets that agents fill now are others.
 
     def _script(self) -> Script:
         """fanout.lua; where the server has the flag for it, also when memory is full.

@@ -14,7 +14,8 @@ from it:
   which a batch can't be), so `BatchProxy` marks itself.
 - Entries that were delivered again and again come one by one, so that an event which kills its worker stands alone;
   in the end it goes to the dead letters.
-- At shutdown what is held but not begun is handed back, idle enough for others to claim at once.
+- At shutdown what is held but not begun is handed back, idle enough for others to claim at once. So is what waits for
+  a store that is away. Neither counts as a delivery: no event is given up for how often workers were restarted.
 
 Dramatiq prefetches messages; here a message is a batch, so a process holds at most two batches per partition.
 
@@ -63,6 +64,10 @@ Entry = tuple[bytes, list[bytes]]
 """An ID, and field names and values, alternating."""
 
 
+class Stopping(Exception):
+    """The worker shuts down while a batch waits for the store or for Redis; the batch is left to others."""
+
+
 class Batch:
     """Entries of one log partition, delivered together.
 
@@ -89,11 +94,17 @@ class BatchProxy(dramatiq.MessageProxy):
     """A batch as Dramatiq passes it around; marks itself failed if applying it raised."""
 
     def __init__(self, queue: str, batch: Batch) -> None:
-        super().__init__(dramatiq.Message(queue, ACTOR, (batch,), {}, {}, message_id=batch.ids[0].decode()))
+        # To stop is no failure that would be worth a traceback in the log.
+        options = {"throws": Stopping}
+        super().__init__(
+            dramatiq.Message(queue, ACTOR, (batch,), {}, options, message_id=batch.ids[0].decode())
+        )
         self.batch = batch
+        self.stopped = False
 
     def stuff_exception(self, exception: BaseException) -> None:
         super().stuff_exception(exception)
+        self.stopped = isinstance(exception, Stopping)
         self.fail()
 
 
@@ -115,6 +126,8 @@ class StreamBroker(dramatiq.Broker):
         self.consumer_name = f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(4)}"
         self.queues: dict[str, int] = {}
         self.held = Held(settings.log_partitions)
+        self.stopping = threading.Event()
+        """Set once the worker shuts down: nothing is waited for any more."""
 
     def declare_queue(self, queue_name: str) -> None:
         if queue_name in self.queues:
@@ -133,13 +146,19 @@ class StreamBroker(dramatiq.Broker):
         """Always a TypeError."""
         raise TypeError("this broker delivers mnemobus's log and nothing else: write through a bus instead")
 
-    def hand_back(self, batch: Batch) -> None:
-        """Let others claim a batch at once; what they have claimed already stays theirs."""
-        self.link.run(
-            "renew",
-            [self.link.keys.log(batch.partition)],
-            [APPLY_GROUP, self.consumer_name, _HANDED_OVER, *batch.ids],
-        )
+    def hand_back(self, batch: Batch, *, begun: bool) -> None:
+        """Let others claim a batch at once; what they have claimed already stays theirs.
+
+        A batch that was not begun counts as not delivered. Redis being away is logged: it is claimed later then.
+        """
+        try:
+            self.link.run(
+                "renew",
+                [self.link.keys.log(batch.partition)],
+                [APPLY_GROUP, self.consumer_name, _HANDED_OVER, int(not begun), *batch.ids],
+            )
+        except (RedisError, MnemobusError, *AWAY) as error:
+            logger.warning("%r could not be handed back, and will be claimed: %s", batch, error)
 
     def renew(self) -> None:
         """Keep others from claiming what this process holds."""
@@ -147,7 +166,7 @@ class StreamBroker(dramatiq.Broker):
             self.link.run(
                 "renew",
                 [self.link.keys.log(batch.partition)],
-                [APPLY_GROUP, self.consumer_name, 0, *batch.ids],
+                [APPLY_GROUP, self.consumer_name, 0, 0, *batch.ids],
             )
 
     def close(self) -> None:
@@ -339,30 +358,34 @@ class StreamConsumer(dramatiq.Consumer):
         assert isinstance(message, BatchProxy)
         try:
             self._acknowledge(message.batch.ids)
-        except AWAY as error:
-            raise ConnectionClosed(
-                f"log partition {self._partition} can't be confirmed now: {error}"
-            ) from error
-        except RedisError as error:
+        except (MnemobusError, RedisError, *AWAY) as error:
+            away = isinstance(
+                error, (MnemobusError, *AWAY)
+            )  # or it is not fit for use, until somebody sees to that
+            if away and not self._broker.stopping.is_set():
+                raise ConnectionClosed(
+                    f"log partition {self._partition} can't be confirmed now: {error}"
+                ) from error
             # It stays pending, will be claimed, and applied again, to no effect.
             logger.error("%r is applied but could not be confirmed: %s", message.batch, error)
         self._broker.held.drop(message.batch)
 
     def nack(self, message: dramatiq.MessageProxy) -> None:
-        """Leave a batch pending; it is claimed again once it has been idle for long enough."""
+        """Leave a batch pending; it is claimed again once it has been idle for long enough, or at once if it failed
+        only because the worker shuts down."""
         assert isinstance(message, BatchProxy)
-        logger.warning("%r was not applied; it stays pending and will be claimed again", message.batch)
         self._broker.held.drop(message.batch)
+        if message.stopped:
+            self._broker.hand_back(message.batch, begun=False)
+        else:
+            logger.warning("%r was not applied; it stays pending and will be claimed again", message.batch)
 
     def requeue(self, messages: Iterable[dramatiq.MessageProxy]) -> None:
         """Hand back batches that were not begun."""
         for message in messages:
             assert isinstance(message, BatchProxy)
             self._broker.held.drop(message.batch)
-            try:
-                self._broker.hand_back(message.batch)
-            except (RedisError, MnemobusError, *AWAY) as error:
-                logger.warning("%r could not be handed back, and will be claimed: %s", message.batch, error)
+            self._broker.hand_back(message.batch, begun=False)
 
     def close(self) -> None:
         """Nothing of its own to close: the connections are the broker's."""

@@ -20,8 +20,8 @@ from mnemobus.connection import AWAY
 from mnemobus.errors import MnemobusError
 from mnemobus.keys import APPLY_GROUP
 
-from .apply import Applier, Stopping
-from .broker import StreamBroker
+from .apply import Applier
+from .broker import Stopping, StreamBroker
 
 logger = logging.getLogger("mnemobus.upkeep")
 
@@ -86,7 +86,7 @@ class Upkeep:
             logger.exception("%s failed, trying again later", what)
 
     def tidy(self) -> None:
-        """Trim the log, and forget consumers and producers that are long gone."""
+        """Trim the log, forget consumers and producers that are long gone, and set meters right."""
         keys, link = self._link.keys, self._link
         for partition in range(self._settings.log_partitions):
             log = keys.log(partition)
@@ -95,17 +95,24 @@ class Upkeep:
                     break
             link.run("reap", [log], [APPLY_GROUP, int(CONSUMER_IDLE * 1000)])
             self._forget_producers(keys.producers(partition))
+            off = link.run("settle", [log, keys.meter(partition)], [APPLY_GROUP])
+            if off:
+                logger.warning(
+                    "log partition %d: the backlog was off by %d; somebody else deleted events",
+                    partition,
+                    off,
+                )
 
     def _forget_producers(self, key: str) -> None:
         seconds, micros = self._link.client.time()
         oldest = (seconds + micros / 1e6 - PRODUCER_IDLE) * 1000
         for producer, record in self._link.client.hscan_iter(key, count=_SCAN):
             try:
-                last = orjson.loads(record)["t"]
+                gone = orjson.loads(record)["t"] < oldest
             except (ValueError, KeyError, TypeError):
                 logger.error("the record of producer %r in %s makes no sense: %r", producer, key, record)
                 continue
-            if last < oldest:
+            if gone:
                 self._link.run("forget", [key], [producer, record])
 
 
@@ -121,13 +128,10 @@ class Lifecycle(Middleware):
         self._upkeep.start()
 
     def before_worker_shutdown(self, broker: dramatiq.Broker, worker: Any) -> None:
-        self._applier.stopping.set()
+        self._broker.stopping.set()
 
     def after_worker_shutdown(self, broker: dramatiq.Broker, worker: Any) -> None:
         self._upkeep.stop()
         for batch in self._broker.held.batches():
-            try:
-                self._broker.hand_back(batch)
-            except (RedisError, MnemobusError, *AWAY) as error:
-                logger.warning("%r could not be handed back, and will be claimed: %s", batch, error)
+            self._broker.hand_back(batch, begun=True)
         self._applier.close()

@@ -5,14 +5,16 @@
 -- ARGV[1]  the consumer group
 -- ARGV[2]  the consumer
 -- ARGV[3]  ms that the entries shall have been idle
--- ARGV[4..] IDs of entries
+-- ARGV[4]  deliveries to take back: 1 if the consumer did not begin with the entries, else 0
+-- ARGV[5..] IDs of entries
 -- Returns  how many are the consumer's own
 
 local own = 0
-for i = 4, #ARGV do
+for i = 5, #ARGV do
   local pending = redis.call('XPENDING', KEYS[1], ARGV[1], ARGV[i], ARGV[i], 1)
   if pending[1] and pending[1][2] == ARGV[2] then
-    redis.call('XCLAIM', KEYS[1], ARGV[1], ARGV[2], 0, ARGV[i], 'IDLE', ARGV[3], 'JUSTID')
+    local deliveries = math.max(0, pending[1][4] - tonumber(ARGV[4]))
+    redis.call('XCLAIM', KEYS[1], ARGV[1], ARGV[2], 0, ARGV[i], 'IDLE', ARGV[3], 'RETRYCOUNT', deliveries, 'JUSTID')
     own = own + 1
   end
 end

@@ -1,0 +1,34 @@
+-- Set the meter right where nothing is left to apply.
+--
+-- Entries that somebody deletes from the log are never confirmed, or have left the pending list before they are (since
+-- Redis 7 a claim removes them): the backlog would count them for ever.
+--
+-- KEYS[1]  log: the stream of events
+-- KEYS[2]  meter: a hash, added and applied
+-- ARGV[1]  the consumer group
+-- Returns  by how many the backlog was off; 0 also where something is left
+
+if redis.call('EXISTS', KEYS[1]) == 1 then
+  local last
+  for _, group in ipairs(redis.call('XINFO', 'GROUPS', KEYS[1])) do
+    local fields = {}
+    for i = 1, #group, 2 do
+      fields[group[i]] = group[i + 1]
+    end
+    if fields['name'] == ARGV[1] then
+      last = fields['last-delivered-id']
+    end
+  end
+  if not last
+    or redis.call('XPENDING', KEYS[1], ARGV[1])[1] > 0
+    or #redis.call('XRANGE', KEYS[1], '(' .. last, '+', 'COUNT', 1) > 0
+  then
+    return 0
+  end
+end
+local meter = redis.call('HMGET', KEYS[2], 'added', 'applied')
+local off = (tonumber(meter[1]) or 0) - (tonumber(meter[2]) or 0)
+if off ~= 0 then
+  redis.call('HSET', KEYS[2], 'applied', meter[1] or '0')
+end
+return off
