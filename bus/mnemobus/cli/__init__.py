@@ -221,7 +221,7 @@ def _stats(
     """
     from .stats import run
 
-    run(watch=every if watch else None, json=json)
+    raise typer.Exit(run(watch=every if watch else None, json=json))
 
 
 @app.command("tail")
@@ -248,7 +248,9 @@ def _tail(
     from .tail import run
 
     both = events == invalidations
-    run(events=events or both, invalidations=invalidations or both, since=since, count=count, json=json)
+    raise typer.Exit(
+        run(events=events or both, invalidations=invalidations or both, since=since, count=count, json=json)
+    )
 
 
 @app.command("doctor")

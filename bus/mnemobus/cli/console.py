@@ -63,7 +63,7 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 def run_until_signal(work: Coroutine[Any, Any, int]) -> int:
-    """Run to the end, or until SIGINT, SIGTERM or SIGHUP cancels it; the exit status.
+    """Run to the end, or until SIGINT, SIGTERM or SIGHUP cancels it; the exit status, 128 + the signal's number then.
 
     What it cleans up when cancelled is waited for. A second signal ends the process at once.
     """
@@ -86,7 +86,7 @@ def run_until_signal(work: Coroutine[Any, Any, int]) -> int:
         except asyncio.CancelledError:
             if not received:
                 raise
-            return 130 if received[0] == signal.SIGINT else 0
+            return 128 + received[0]
         finally:
             for number in SIGNALS:
                 loop.remove_signal_handler(number)

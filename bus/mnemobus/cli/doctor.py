@@ -9,20 +9,19 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import redis.asyncio
 from redis.exceptions import RedisError
 
 from ..connection import AWAY
-from ..errors import MnemobusError
+from ..errors import MnemobusError, SchemaError, SettingsError
 from ..keys import Keyspace
 from ..settings import POLICIES, Settings, hide_password
 from ..store import SCHEMA, open_reader
-from . import stats
 from .console import emit, out, size
-from .inspection import info, looking_at, refusal
+from .inspection import info, looking_at
+from .stats import redis_figures
 
 OK, WARN, FAIL = "ok", "warn", "fail"
 
@@ -81,15 +80,15 @@ async def examine(settings: Settings) -> list[Finding]:
             findings.append(Finding("redis", OK, f"{product} at {where}"))
             findings += _server(settings, server)
             findings.append(await _layout(settings, client))
-    except (*AWAY, RedisError) as error:
-        refused = refusal(settings, error)
-        advice = (
-            "set REDIS_PASSWORD" if refused else "start it (`mnemobus up` runs one here), or set REDIS_URL"
+    except SettingsError as error:
+        findings.append(
+            Finding("redis", FAIL, str(error), "set REDIS_PASSWORD, or REDIS_URL with a password")
         )
+    except (*AWAY, RedisError) as error:
+        advice = "start it (`mnemobus up` runs one here), or set REDIS_URL"
         findings.append(Finding("redis", FAIL, f"{where} does not answer: {error}", advice))
     else:
-        figures = await stats._redis(settings)
-        findings += _workers(settings, figures)
+        findings += _workers(settings, await redis_figures(settings))
     findings.append(await _store(settings))
     return findings
 
@@ -187,22 +186,7 @@ async def _layout(settings: Settings, client: redis.asyncio.Redis) -> Finding:
 
 def _workers(settings: Settings, figures: dict[str, Any]) -> Iterator[Finding]:
     log = figures.get("log", [])
-    reading = figures.get("reading")
-    alive_within = 1000 * max(10.0, 2 * settings.claim_idle)
-    without = [
-        str(p["partition"]) for p in log if not any(c["idle_ms"] <= alive_within for c in p["consumers"])
-    ]
-    start = "start them: mnemobus worker (or mnemobus up)"
-    if reading == 0 or (reading is None and len(without) == len(log)):
-        yield Finding("workers", FAIL, "there are none", start)
-    elif reading is None and without:
-        yield Finding("workers", FAIL, f"nobody works on log partition {', '.join(without)}", start)
-    elif reading is None:
-        yield Finding("workers", OK, "consumers at work on every log partition")
-    elif reading < len(log):
-        yield Finding("workers", WARN, f"{reading} connections read {len(log)} log partitions", start)
-    else:
-        yield Finding("workers", OK, f"{reading} connections read {len(log)} log partitions")
+    yield _readers(settings, figures.get("reading"), log)
     yield _lag(settings, log)
     dead = sum(p["dead_letters"] for p in log)
     if dead:
@@ -216,6 +200,29 @@ def _workers(settings: Settings, figures: dict[str, Any]) -> Iterator[Finding]:
         )
     else:
         yield Finding("dead letters", OK, "none")
+
+
+def _readers(settings: Settings, reading: int | None, log: list[dict[str, Any]]) -> Finding:
+    """Whether workers read every partition. ``reading`` connections wait for some log of this server; a worker of
+    this bus makes a consumer group on each partition as soon as it starts."""
+    if (
+        reading is None
+    ):  # managed servers hide CLIENT LIST; consumers tell less: an idle one may just have no work
+        within = 1000 * max(10.0, 2 * settings.claim_idle)
+        without = [p for p in log if not any(c["idle_ms"] <= within for c in p["consumers"])]
+        found = "consumers at work on every log partition"
+    else:
+        without = log if reading == 0 else [p for p in log if not p["group"]]
+        found = f"{reading} connections read {len(log)} log partitions"
+    start = "start them: mnemobus worker (or mnemobus up)"
+    if len(without) == len(log):
+        return Finding("workers", FAIL, "there are none", start)
+    if without:
+        numbers = ", ".join(str(p["partition"]) for p in without)
+        return Finding("workers", FAIL, f"nobody works on log partition {numbers}", start)
+    if reading is not None and reading < len(log):
+        return Finding("workers", WARN, found, start)
+    return Finding("workers", OK, found)
 
 
 def _lag(settings: Settings, log: list[dict[str, Any]]) -> Finding:
@@ -241,22 +248,17 @@ def _lag(settings: Settings, log: list[dict[str, Any]]) -> Finding:
 
 async def _store(settings: Settings) -> Finding:
     url = hide_password(settings.database_url)
-    path = settings.database_url.removeprefix("sqlite:///")
-    if path != settings.database_url and not Path(path).exists():  # noqa: ASYNC240 (one look)
-        return Finding("store", WARN, f"{url} does not exist yet", "a worker creates it; is the path right?")
-    reader = open_reader(settings)
+    reader = open_reader(settings, create=False)
     try:
         await reader.open()
         schema = await reader.schema()
+    except SchemaError as error:
+        return Finding("store", FAIL, str(error), "or is MNEMOBUS_DATABASE_URL another than the workers'?")
     except MnemobusError as error:
-        return Finding("store", FAIL, f"{url}: {error}", "check MNEMOBUS_DATABASE_URL and the database")
+        return Finding("store", FAIL, str(error), "check MNEMOBUS_DATABASE_URL and the database")
     finally:
         await reader.close()
-    if schema != SCHEMA:
-        return Finding(
-            "store",
-            FAIL,
-            f"{url} has schema {schema}, not {SCHEMA}",
-            "start a worker of this version: it upgrades",
-        )
+    if schema > SCHEMA:
+        newer = f"{url} has schema {schema}, newer than {SCHEMA}, which this version of mnemobus knows"
+        return Finding("store", WARN, newer, "upgrade mnemobus here")
     return Finding("store", OK, f"{url}, schema {schema}")

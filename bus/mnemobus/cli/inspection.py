@@ -9,33 +9,30 @@ from typing import Any
 
 import redis.asyncio
 from redis.asyncio.connection import ConnectionPool
-from redis.asyncio.retry import Retry
-from redis.backoff import NoBackoff
+from redis.exceptions import RedisError
 
-from ..connection import Command, Link
-from ..errors import SettingsError
+from ..connection import Command, Link, parse_info
 from ..keys import Keyspace
 from ..settings import Settings
 
 
 @asynccontextmanager
 async def looking_at(settings: Settings) -> AsyncIterator[redis.asyncio.Redis]:
-    """A client for the server in the settings. What it raises is one of AWAY, or a RedisError."""
+    """A client for the server in the settings, for `ask`: replies are as the server sent them.
+
+    What it raises is one of AWAY, a RedisError, or a SettingsError if the server refuses the login.
+    """
     link = Link(settings)
     options = link._connection_options()
-    options.pop("redis_connect_func")
-    options["retry"] = Retry(NoBackoff(), 0)
+    del options["redis_connect_func"]
     client = redis.asyncio.Redis(connection_pool=ConnectionPool(max_connections=4, **options))
+    client.response_callbacks.clear()
     try:
         yield client
+    except RedisError as error:
+        raise link.explain(error) from None
     finally:
         await client.connection_pool.aclose()
-
-
-def refusal(settings: Settings, error: Exception) -> SettingsError | None:
-    """The error as one of the settings, if the server refuses the login: to wait won't help."""
-    explained = Link(settings).explain(error)
-    return explained if isinstance(explained, SettingsError) else None
 
 
 async def ask(client: redis.asyncio.Redis, commands: Sequence[Command]) -> list[Any]:
@@ -48,20 +45,26 @@ async def ask(client: redis.asyncio.Redis, commands: Sequence[Command]) -> list[
 
 async def info(client: redis.asyncio.Redis) -> dict[str, str]:
     """All that INFO says."""
-    return {name: str(value) for name, value in (await client.info()).items()}
+    return parse_info(await client.execute_command("INFO"))
+
+
+async def now(client: redis.asyncio.Redis) -> float:
+    """Seconds since 1970, by the server's clock."""
+    seconds, micros = await client.execute_command("TIME")
+    return int(seconds) + int(micros) / 1e6
 
 
 async def keyspace(client: redis.asyncio.Redis, settings: Settings) -> Keyspace:
     """The keys of the bus as they are there; as configured, where nobody has connected yet."""
     keys = Keyspace(settings.redis_key_prefix, settings.log_partitions, settings.feed_partitions)
-    log, feed = await client.hmget(keys.layout, ["log_partitions", "feed_partitions"])
+    log, feed = await client.execute_command("HMGET", keys.layout, "log_partitions", "feed_partitions")
     if log and feed:
         keys = Keyspace(settings.redis_key_prefix, int(log), int(feed))
     return keys
 
 
 def table(reply: Any) -> dict[str, Any]:
-    """A map as either protocol has it, with names as text."""
+    """A map, as either version of the protocol has it, with names as text."""
     if not isinstance(reply, Mapping):
         reply = dict(zip(reply[::2], reply[1::2], strict=True))
     return {k.decode() if isinstance(k, bytes) else str(k): v for k, v in reply.items()}

@@ -4,47 +4,54 @@ from __future__ import annotations
 
 import asyncio
 import time
+from contextlib import nullcontext
 from typing import Any
 
 from redis.exceptions import RedisError
 
 from ..connection import AWAY
 from ..embedded import reading_clients
-from ..errors import MnemobusError
+from ..errors import MnemobusError, SettingsError
 from ..keys import APPLY_GROUP, Version
 from ..settings import Settings, hide_password
 from ..store import open_reader
-from .console import emit, out, size
-from .inspection import ask, info, keyspace, looking_at, refusal, table, text
+from .console import emit, out, run_until_signal, size
+from .inspection import ask, info, keyspace, looking_at, now, table, text
 
 
-def run(*, watch: float | None, json: bool) -> None:
-    asyncio.run(_main(Settings.load(), watch, json))
+def run(*, watch: float | None, json: bool) -> int:
+    settings = Settings.load()
+    return run_until_signal(_once(settings, json) if watch is None else _watch(settings, watch, json))
 
 
-async def _main(settings: Settings, watch: float | None, json: bool) -> None:
-    if watch is None:
-        figures = await gather(settings)
-        emit(figures) if json else out().print(render(figures))
-        trouble = figures["redis"].get("error") or figures["store"].get("error")
-        if trouble:
-            raise MnemobusError(trouble)
-    elif json:
+async def _once(settings: Settings, json: bool) -> int:
+    figures = await gather(settings)
+    emit(figures) if json else out().print(render(figures))
+    troubles = [figures[place]["error"] for place in ("redis", "store") if "error" in figures[place]]
+    if troubles:
+        raise MnemobusError("; ".join(troubles))
+    return 0
+
+
+async def _watch(settings: Settings, every: float, json: bool) -> int:
+    from rich.live import Live
+
+    screen = Live(console=out(), auto_refresh=False, screen=True) if out().is_terminal and not json else None
+    with screen or nullcontext():
         while True:
-            emit(await gather(settings))
-            await asyncio.sleep(watch)
-    else:
-        from rich.live import Live
-
-        with Live(console=out(), auto_refresh=False, screen=out().is_terminal) as live:
-            while True:
-                live.update(render(await gather(settings)), refresh=True)
-                await asyncio.sleep(watch)
+            figures = await gather(settings)
+            if json:
+                emit(figures)
+            elif screen:
+                screen.update(render(figures), refresh=True)
+            else:
+                out().print(render(figures))
+            await asyncio.sleep(every)
 
 
 async def gather(settings: Settings) -> dict[str, Any]:
     """All figures, as they are printed with --json; ``error`` in place of those that can't be told."""
-    redis, store = await asyncio.gather(_redis(settings), _store(settings))
+    redis, store = await asyncio.gather(redis_figures(settings), _store_figures(settings))
     partitions = redis.pop("log", [])
     return {
         "backlog": sum(p["backlog"] for p in partitions) if partitions else None,
@@ -56,7 +63,8 @@ async def gather(settings: Settings) -> dict[str, Any]:
     }
 
 
-async def _redis(settings: Settings) -> dict[str, Any]:
+async def redis_figures(settings: Settings) -> dict[str, Any]:
+    """What Redis tells, the partitions of the log under ``log``; ``error`` if it can't be asked."""
     where = hide_password(settings.redis_url)
     try:
         async with looking_at(settings) as client:
@@ -83,16 +91,21 @@ async def _redis(settings: Settings) -> dict[str, Any]:
             next_up = await ask(
                 client, [("XRANGE", keys.log(p), f"({given[p]}", "+", "COUNT", 1) for p in partitions]
             )
-            feeds = range(keys.feed_partitions)
-            feed = await ask(client, [("XLEN", keys.feed(f)) for f in feeds])
-            listeners = await client.pubsub_numsub(*(keys.feed(f) for f in feeds))
-            epoch = await client.hget(keys.epoch, "epoch")
-            [clients] = await ask(client, [("CLIENT", "LIST")])
-            seconds, micros = await client.time()
-            now = seconds + micros / 1e6
+            feeds = [keys.feed(f) for f in range(keys.feed_partitions)]
+            listeners, epoch, clients, *lengths = await ask(
+                client,
+                [
+                    ("PUBSUB", "NUMSUB", *feeds),
+                    ("HGET", keys.epoch, "epoch"),
+                    ("CLIENT", "LIST"),
+                    *(("XLEN", feed) for feed in feeds),
+                ],
+            )
+            clock = await now(client)
+    except SettingsError as error:
+        return {"address": where, "error": str(error)}
     except (*AWAY, RedisError) as error:
-        trouble = refusal(settings, error) or f"Redis at {where} can't be asked: {error}"
-        return {"address": where, "error": str(trouble)}
+        return {"address": where, "error": f"Redis at {where} can't be asked: {error}"}
     return {
         "address": where,
         "version": server.get("valkey_version") or server.get("redis_version"),
@@ -102,11 +115,11 @@ async def _redis(settings: Settings) -> dict[str, Any]:
         "policy": server.get("maxmemory_policy"),
         "clients": int(server.get("connected_clients", 0)),
         "reading": None if isinstance(clients, Exception) else reading_clients(clients),
-        "log": [_partition(p, [*replies[7 * p : 7 * p + 7], next_up[p]], now) for p in partitions],
+        "log": [_partition(p, [*replies[7 * p : 7 * p + 7], next_up[p]], clock) for p in partitions],
         "feed": {
             "partitions": keys.feed_partitions,
-            "messages": sum(n for n in feed if isinstance(n, int)),
-            "subscriptions": sum(int(n) for _, n in listeners),
+            "messages": sum(n for n in lengths if isinstance(n, int)),
+            "subscriptions": sum(int(n) for n in table(listeners).values()),
         },
     }
 
@@ -118,8 +131,8 @@ def _last_delivered(groups: Any) -> str:
     return "0-0"
 
 
-def _partition(number: int, replies: list[Any], now: float) -> dict[str, Any]:
-    length, meter, _groups, consumers, dead, first, pending, next_up = (
+def _partition(number: int, replies: list[Any], clock: float) -> dict[str, Any]:
+    length, meter, groups, consumers, dead, first, pending, next_up = (
         None if isinstance(reply, Exception) else reply for reply in replies
     )
     added, applied = (int(n or 0) for n in meter or (0, 0))
@@ -131,9 +144,10 @@ def _partition(number: int, replies: list[Any], now: float) -> dict[str, Any]:
         "applied": applied,
         "backlog": max(added - applied, 0),
         "pending": int(pending[0]) if pending else 0,
-        "waiting_seconds": _age(waiting[0], now) if waiting else None,
-        "oldest_seconds": _age(first[0][0], now) if first else None,
+        "waiting_seconds": _age(waiting[0], clock) if waiting else None,
+        "oldest_seconds": _age(first[0][0], clock) if first else None,
         "dead_letters": dead or 0,
+        "group": bool(groups),
         "consumers": [
             {"name": text(c["name"]), "pending": int(c["pending"]), "idle_ms": int(c["idle"])}
             for c in map(table, consumers or ())
@@ -141,13 +155,13 @@ def _partition(number: int, replies: list[Any], now: float) -> dict[str, Any]:
     }
 
 
-def _age(id: bytes, now: float) -> float:
+def _age(id: bytes, clock: float) -> float:
     """Seconds since an entry was added, by the server's clock."""
-    return max(round(now - Version.parse(id).ms / 1000, 3), 0.0)
+    return max(round(clock - Version.parse(id).ms / 1000, 3), 0.0)
 
 
-async def _store(settings: Settings) -> dict[str, Any]:
-    reader = open_reader(settings)
+async def _store_figures(settings: Settings) -> dict[str, Any]:
+    reader = open_reader(settings, create=False)
     where = hide_password(settings.database_url)
     try:
         await reader.open()

@@ -13,47 +13,51 @@ from typing import Any
 
 import orjson
 import redis.asyncio
-from redis.exceptions import RedisError
+from redis.exceptions import AuthenticationError, RedisError
 from rich.text import Text
 
 from ..connection import AWAY
 from ..errors import BadEvent, SettingsError
 from ..events import DELETE_ROOM, Event, decode
 from ..feed import Invalidation, decode_entry
-from ..keys import Keyspace, Version
+from ..keys import Version
 from ..settings import Settings, hide_password
-from .console import emit, err, out
-from .inspection import ask, keyspace, looking_at, refusal
+from .console import emit, err, out, run_until_signal
+from .inspection import ask, keyspace, looking_at, now, table, text
 
 _AGO = re.compile(r"(\d+(?:\.\d+)?)\s*(s|m|h|d)\Z")
 _SECONDS = {"s": 1, "m": 60, "h": 3_600, "d": 86_400}
 _READ = 500
 
 
-def run(*, events: bool, invalidations: bool, since: str | None, count: int | None, json: bool) -> None:
+def run(*, events: bool, invalidations: bool, since: str | None, count: int | None, json: bool) -> int:
     settings = Settings.load()
     begin = None if since is None else parse_since(since)
-    asyncio.run(_main(settings, events, invalidations, begin, count, json))
+    return run_until_signal(_main(settings, events, invalidations, begin, count, json))
 
 
-def parse_since(text: str) -> float | Version:
+def parse_since(when: str) -> float | Version:
     """Seconds ago, or a version; SettingsError if it is neither."""
-    match = _AGO.match(text.strip())
+    match = _AGO.match(when.strip())
     if match:
         return float(match[1]) * _SECONDS[match[2]]
     try:
-        return Version.parse(text.strip())
+        return Version.parse(when.strip())
     except ValueError:
         pass
     try:
-        moment = datetime.fromisoformat(text.strip())
+        moment = datetime.fromisoformat(when.strip())
     except ValueError:
         raise SettingsError(
-            f"--since {text!r} is none of 90s, 15m, 2h, 1d, a date with a zone, a stream ID"
+            f"--since {when!r} is none of 90s, 15m, 2h, 1d, a date with a zone, a stream ID"
         ) from None
     if moment.utcoffset() is None:
-        raise SettingsError(f"--since {text!r}: the date needs a zone, as in 2025-06-01T12:00:00Z")
+        raise SettingsError(f"--since {when!r}: the date needs a zone, as in 2025-06-01T12:00:00Z")
     return Version(max(int(moment.timestamp() * 1000), 0), 0)
+
+
+Item = Event | Invalidation | str
+"""What an entry says; or why it can't be read."""
 
 
 class _Tail:
@@ -68,61 +72,50 @@ class _Tail:
         self._feed: dict[str, int] = {}
 
     async def begin(self, client: redis.asyncio.Redis, since: float | Version | None) -> None:
-        keys: Keyspace = await keyspace(client, self._settings)
+        keys = await keyspace(client, self._settings)
         if self._events:
             self._log = {keys.log(p): p for p in range(keys.log_partitions)}
         if self._invalidations:
             self._feed = {keys.feed(f): f for f in range(keys.feed_partitions)}
         streams = [*self._log, *self._feed]
-        if isinstance(since, float):
-            seconds, micros = await client.time()
-            since = Version(max(int((seconds + micros / 1e6 - since) * 1000), 0), 0)
-        if since is not None:
-            # XREAD answers what is after an ID, and this one is asked for too.
-            before = (since.ms, since.seq - 1) if since.seq else (since.ms - 1, (1 << 64) - 1)
-            start = f"{before[0]}-{before[1]}" if since > (0, 0) else "0-0"
-            self._last = dict.fromkeys(streams, start)
+        if since is None:
+            heads = await ask(client, [("XREVRANGE", stream, "+", "-", "COUNT", 1) for stream in streams])
+            self._last = {
+                stream: text(head[0][0]) if isinstance(head, list) and head else "0-0"
+                for stream, head in zip(streams, heads, strict=True)
+            }
             return
-        heads = await ask(client, [("XREVRANGE", stream, "+", "-", "COUNT", 1) for stream in streams])
-        self._last = {
-            stream: head[0][0].decode() if isinstance(head, list) and head else "0-0"
-            for stream, head in zip(streams, heads, strict=True)
-        }
+        if isinstance(since, float):
+            since = Version(max(int((await now(client) - since) * 1000), 0), 0)
+        self._last = dict.fromkeys(streams, str(_before(since)))
 
-    async def next(
-        self, client: redis.asyncio.Redis
-    ) -> list[tuple[Version, Event | Invalidation | str, int]]:
-        """What came since the last call, in order; after a moment, nothing."""
+    async def next(self, client: redis.asyncio.Redis) -> list[tuple[Version, Item, int]]:
+        """What came since the last call, in order, with its partition; after a moment, nothing."""
         block = int(self._settings.redis_timeout * 500)
         reply = await client.execute_command(
             "XREAD", "COUNT", _READ, "BLOCK", block, "STREAMS", *self._last, *self._last.values()
         )
-        items: list[tuple[Version, Event | Invalidation | str, int]] = []
-        for name, entries in (reply.items() if isinstance(reply, dict) else reply) if reply else ():
-            stream = name.decode()
-            # redis-py wraps the entries of a stream once more under RESP3.
-            if (
-                isinstance(reply, dict)
-                and entries
-                and entries[0]
-                and isinstance(entries[0][0], (list, tuple))
-            ):
-                entries = entries[0]
+        items: list[tuple[Version, Item, int]] = []
+        for stream, entries in table(reply or ()).items():
             for id, fields in entries:
                 version = Version.parse(id)
                 self._last[stream] = str(version)
                 number = self._log.get(stream, self._feed.get(stream, 0))
-                items.append((version, self._decode(stream, version, fields), number))
+                items.append((version, self._decode(stream, id, fields), number))
         return sorted(items, key=lambda item: item[0])
 
-    def _decode(self, stream: str, version: Version, fields: Any) -> Event | Invalidation | str:
-        pairs = [x for pair in fields.items() for x in pair] if isinstance(fields, dict) else fields
+    def _decode(self, stream: str, id: bytes, fields: list[bytes]) -> Item:
         try:
-            if stream in self._log:
-                return decode(version, pairs)
-            return decode_entry(str(version).encode(), pairs)
+            return decode(Version.parse(id), fields) if stream in self._log else decode_entry(id, fields)
         except (BadEvent, ValueError, TypeError) as error:
             return f"can't be decoded: {error}"
+
+
+def _before(version: Version) -> Version:
+    """The last ID that is lower: XREAD answers what comes after an ID."""
+    if version.seq:
+        return Version(version.ms, version.seq - 1)
+    return Version(version.ms - 1, (1 << 64) - 1) if version.ms else version
 
 
 async def _main(
@@ -132,10 +125,10 @@ async def _main(
     since: float | Version | None,
     count: int | None,
     json: bool,
-) -> None:
+) -> int:
     tail = _Tail(settings, events, invalidations)
     begun = away = False
-    left = count
+    shown = 0
     async with looking_at(settings) as client:
         while True:
             try:
@@ -143,38 +136,34 @@ async def _main(
                     await tail.begin(client, since)
                     begun = True
                 items = await tail.next(client)
-                if away:
-                    away = False
-                    err().print("Redis is back", style="dim")
+            except AuthenticationError:
+                raise
             except (*AWAY, RedisError) as error:
-                if refused := refusal(settings, error):
-                    raise refused from None
                 if not away:
                     away = True
-                    err().print(
-                        f"Redis at {hide_password(settings.redis_url)} does not answer ({error}); waiting for it",
-                        style="yellow",
-                        markup=False,
+                    _say(
+                        f"Redis at {hide_password(settings.redis_url)} does not answer ({error}); waiting for it"
                     )
                 await asyncio.sleep(0.5)
                 continue
+            if away:
+                away = False
+                _say("Redis is back")
             for version, item, partition in items:
                 if json:
                     emit(_record(version, item, partition))
                 else:
-                    out().print(
-                        _line(version, item),
-                        no_wrap=True,
-                        overflow="ellipsis",
-                        soft_wrap=not out().is_terminal,
-                    )
-                if left is not None:
-                    left -= 1
-                    if not left:
-                        return
+                    out().print(_line(version, item), no_wrap=True, overflow="ellipsis")
+                shown += 1
+                if shown == count:
+                    return 0
 
 
-def _record(version: Version, item: Event | Invalidation | str, partition: int) -> dict[str, Any]:
+def _say(text: str) -> None:
+    err().print(text, style="yellow", markup=False)
+
+
+def _record(version: Version, item: Item, partition: int) -> dict[str, Any]:
     if isinstance(item, str):
         return {"type": "error", "partition": partition, "version": str(version), "error": item}
     if isinstance(item, Invalidation):
@@ -208,23 +197,25 @@ def _record(version: Version, item: Event | Invalidation | str, partition: int) 
 _COLORS = {"put": "green", "update": "yellow", "delete": "red", "delete_room": "bold red"}
 
 
-def _line(version: Version, item: Event | Invalidation | str) -> Text:
+def _line(version: Version, item: Item) -> Text:
     moment = datetime.fromtimestamp(version.ms / 1000, UTC).astimezone().strftime("%H:%M:%S.%f")[:-3]
     line = Text(f"{moment} ", style="dim", end="")
     if isinstance(item, str):
         return line.append(f"{version} {item}", style="red")
     if isinstance(item, Invalidation):
         line.append("drop        ", style="cyan")
-        line.append(", ".join(item.scopes), style="default")
+        line.append(", ".join(map(_plain, item.scopes)), style="default")
         if item.dead:
             line.append(f"  rejected: {'; '.join(item.dead.values())}", style="red")
         return line
     line.append(f"{item.op:<12}", style=_COLORS[item.op])
-    names = " ".join(f"{k}={v}" for k, v in item.dimensions._asdict().items() if v is not None)
+    names = " ".join(f"{k}={_plain(v)}" for k, v in item.dimensions._asdict().items() if v is not None)
     line.append(f"{names} {item.id}".rstrip(), style="default")
     if item.content is not None:
         line.append(f" {item.content.decode('utf-8', 'replace')}", style="dim")
     return line
 
 
-__all__ = ["parse_since", "run"]
+def _plain(name: str) -> str:
+    """A name on one line, whatever is in it."""
+    return name if name.isprintable() else repr(name)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 
 from ..embedded import Embedded, login_url, with_port
 from ..settings import Settings, hide_password
@@ -13,7 +14,8 @@ def run(*, processes: int | None, threads: int | None, port: int | None, json: b
     settings = Settings.load()
     if port is not None:
         settings = settings.model_copy(update={"redis_url": with_port(settings.redis_url, port)})
-    return run_until_signal(_up(settings, processes, threads, json))
+    status = run_until_signal(_up(settings, processes, threads, json))
+    return 0 if status == 128 + signal.SIGTERM else status  # as a service manager stops it
 
 
 async def _up(settings: Settings, processes: int | None, threads: int | None, json: bool) -> int:

@@ -78,7 +78,8 @@ class Reader(Protocol):
     async def open(self) -> None:
         """Connect, and create the schema in a database that has none.
 
-        SchemaError if the schema is older than this version needs: a worker upgrades it.
+        SchemaError if the schema is older than this version needs (a worker upgrades it), or if there is none and
+        the reader may not create it.
         """
 
     async def close(self) -> None: ...
@@ -124,16 +125,16 @@ class Writer(Protocol):
         """
 
 
-def open_reader(settings: Settings) -> Reader:
-    """The reader for ``settings.database_url``, not yet open."""
+def open_reader(settings: Settings, *, create: bool = True) -> Reader:
+    """The reader for ``settings.database_url``, not yet open; it makes the schema where there is none, if it may."""
     if settings.database_url.startswith("sqlite:"):
         from .sqlite import SqliteReader
 
-        return SqliteReader(settings)
+        return SqliteReader(settings, create)
     _need_psycopg()
     from .postgres import PostgresReader
 
-    return PostgresReader(settings)
+    return PostgresReader(settings, create)
 
 
 def open_writer(settings: Settings) -> Writer:

@@ -34,6 +34,11 @@ def load(kind: Literal["sqlite", "postgres"]) -> list[Migration]:
     return sorted(found)
 
 
+def missing(where: str) -> SchemaError:
+    """What to raise where there is no schema, and none may be made."""
+    return SchemaError(f"{where} has no schema yet: start a worker (mnemobus worker), which makes it")
+
+
 def check(number: int, where: str) -> None:
     """SchemaError if a reader of this version can't read a schema of this number."""
     if number < store.SCHEMA:

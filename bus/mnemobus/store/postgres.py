@@ -265,8 +265,9 @@ class PostgresReader(SqlReader):
         " greatest(put_version, content_version, metadata_version, embedding_version)"
     )
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, create: bool = True) -> None:
         self._server = _Server(settings)
+        self._may_create = create
         self._pool: AsyncConnectionPool[AsyncConnection[Any]] | None = None
         self._prepared = False
         self._preparing = asyncio.Lock()
@@ -295,6 +296,8 @@ class PostgresReader(SqlReader):
         async with self._preparing:
             if not self._prepared:
                 number = await self.schema()
+                if number == 0 and not self._may_create:
+                    raise migrations.missing(self._server.where)
                 if number == 0:
                     try:
                         await asyncio.to_thread(self._server.upgrade)

@@ -56,9 +56,10 @@ class SqliteReader(SqlReader):
         " created_us, max(put_version, content_version, metadata_version, embedding_version)"
     )
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, create: bool = True) -> None:
         self._path = _path(settings)
         self._timeout = settings.database_timeout
+        self._may_create = create
         self._prepared = False
         self._closed = False
         self._preparing = asyncio.Lock()
@@ -98,9 +99,13 @@ class SqliteReader(SqlReader):
                 self._prepared = True
 
     def _create(self) -> None:
+        if not self._may_create and not self._path.exists():
+            raise migrations.missing(f"SQLite {self._path}")
         connection = _connect(self._path, self._timeout)
         try:
             if _number(connection) == 0:
+                if not self._may_create:
+                    raise migrations.missing(f"SQLite {self._path}")
                 _upgrade(connection)
             migrations.check(_number(connection), f"SQLite {self._path}")
         finally:
