@@ -191,6 +191,28 @@ def test_constraints_fix_a_version_that_pyproject_allows_of(name: str) -> None:
     assert dependencies()[name].specifier.contains(version)
 
 
+def test_contributing_says_in_one_line_why_each_dependency_was_chosen() -> None:
+    section = (ROOT / "CONTRIBUTING.md").read_text().partition("## Dependencies")[2].partition("\n## ")[0]
+    explained = re.findall(r"^- `([\w-]+)`: \w.*\w.*\.$", section, re.MULTILINE)
+    assert sorted(explained) == sorted(dependencies())
+
+
+def test_contributing_says_where_everything_is() -> None:
+    section = (ROOT / "CONTRIBUTING.md").read_text().partition("## Where is what")[2].partition("\n## ")[0]
+    rows = [line.split("|")[1] for line in section.splitlines() if line.startswith("|")]
+    named = {name for row in rows for name in re.findall(r"`([^`]+)`", row)}
+    there = set()
+    for package in (ROOT / "bus" / "mnemobus", ROOT / "workers" / "mnemobus_workers"):
+        there.add(f"{package.relative_to(ROOT)}/")
+        there |= {path.name for path in package.glob("*.py") if not path.name.startswith("__")}
+        there |= {
+            f"{path.name}/" for path in package.iterdir() if path.is_dir() and path.name != "__pycache__"
+        }
+    assert there <= named
+    # And nothing that is not there
+    assert named - there == {"tests/", "compose/", "docs/", "env.template", "constraints.txt"}
+
+
 def test_constraints_fix_what_the_dependencies_need_in_turn() -> None:
     from importlib.metadata import distribution
 
