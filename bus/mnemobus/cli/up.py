@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import signal
 
-from ..embedded import Embedded, login_url, with_port
+from ..embedded import Embedded, with_port
 from ..settings import Settings, hide_password
 from .console import emit, err, out, run_until_signal
 
@@ -40,7 +40,7 @@ def _announce(system: Embedded, json: bool) -> None:
         emit(
             {
                 "ready": True,
-                "redis_url": login_url(settings),
+                "redis_url": system.redis.url,
                 "database_url": hide_password(settings.database_url),
                 "data_dir": str(settings.data_dir),
                 "pid": os.getpid(),
@@ -51,7 +51,7 @@ def _announce(system: Embedded, json: bool) -> None:
         return
     console = out()
     variables = {
-        "REDIS_URL": login_url(settings),
+        "REDIS_URL": system.redis.url,
         "MNEMOBUS_DATABASE_URL": hide_password(settings.database_url),
     }
     # What agents have to have the same, where it isn't the default.
@@ -66,7 +66,7 @@ def _announce(system: Embedded, json: bool) -> None:
     console.print("\nFor your agents:\n", soft_wrap=True)
     for name, value in variables.items():
         console.print(f"  export {name}={value}", markup=False, soft_wrap=True)
-    if settings.redis_password:
+    if system.redis.password:
         console.print("  export REDIS_PASSWORD=...  (as it is here)", markup=False)
     console.print(f"\nLogs: {system.redis.log}, {system.workers.log}", markup=False, soft_wrap=True)
     console.print("[bold green]ready[/bold green]; Ctrl-C stops it")

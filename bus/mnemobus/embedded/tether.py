@@ -5,8 +5,8 @@
 On Linux the kernel sees to it (PR_SET_PDEATHSIG), and the command takes this process's place, pid and all. A
 callback between fork and exec could do the same, but is not safe in a process that has threads.
 
-Elsewhere this process stays, as the command's parent, and ends it once its own parent has gone. What
-the command has forked goes with it: it runs in a session of its own.
+Elsewhere this process stays, as the command's parent, and ends it once its own parent has gone. What the command
+has forked goes with it, and so does this process: it has to be the leader of a process group of its own.
 
 The signal is SIGKILL, since nobody is left who could wait and try a stronger one. Nothing is lost by it: Redis
 has written its append-only file before it answers, and what a worker was applying is claimed by another.
@@ -40,11 +40,11 @@ def tie(parent: int) -> bool:
 
 
 def watch(parent: int, command: list[str], every: float = 0.5) -> int:
-    """Run a command, pass on SIGTERM and SIGINT, and kill it with all it forked once ``parent`` is dead.
+    """Run a command, pass signals on to it, and kill the whole process group once ``parent`` is dead.
 
     Returns the command's exit status, as a shell has it.
     """
-    child = subprocess.Popen(command, start_new_session=True)
+    child = subprocess.Popen(command)
 
     def forward(number: int, _frame: FrameType | None) -> None:
         child.send_signal(number)
@@ -56,7 +56,7 @@ def watch(parent: int, command: list[str], every: float = 0.5) -> int:
             code = child.wait(every)
         except subprocess.TimeoutExpired:
             if os.getppid() != parent:
-                os.killpg(child.pid, signal.SIGKILL)
+                os.killpg(0, signal.SIGKILL)
         else:
             return code if code >= 0 else 128 - code
 

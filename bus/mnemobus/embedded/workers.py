@@ -1,0 +1,143 @@
+"""The embedded worker pool, and how to tell that workers, wherever they run, are there.
+
+Dramatiq's master shuts its whole pool down when one of its processes dies. So each worker process gets a master
+of its own, and losing one costs only that one.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import sys
+from contextlib import suppress
+from pathlib import Path
+
+from redis.exceptions import RedisError
+
+from ..connection import AWAY, Link
+from ..keys import Keyspace
+from ..settings import Settings
+from . import tethered
+from .processes import STOP_TIMEOUT, end, spawn
+from .tethered import PID_FILE
+
+logger = logging.getLogger("mnemobus.embedded")
+
+_PAUSES = (0.2, 5.0)
+"""Seconds before a worker that exited is started again: the first time, and at most."""
+_SETTLED = 10.0
+"""Seconds after which a worker counts as one that runs."""
+
+
+class WorkerPool:
+    """So many worker processes, each with a Dramatiq master of its own; what exits is started again.
+
+    Their output goes to ``log``.
+    """
+
+    def __init__(self, settings: Settings, processes: int, threads: int, data_dir: Path) -> None:
+        self._settings = settings
+        self._command = [sys.executable, "-m", "dramatiq", "mnemobus_workers", tethered.__name__]
+        self._command += ["--processes", "1", "--threads", str(threads)]
+        self._command += ["--worker-shutdown-timeout", str(int(STOP_TIMEOUT * 500))]
+        self.log = data_dir / "workers.log"
+        self._pid_files = [data_dir / f"worker-{n}.pid" for n in range(processes)]
+        self._keepers: list[asyncio.Task[None]] = []
+
+    def start(self) -> None:
+        for file in self._pid_files:
+            file.unlink(missing_ok=True)  # of a pool that was killed
+        self._keepers = [
+            asyncio.create_task(self._keep(n), name=f"mnemobus-worker-{n}")
+            for n in range(len(self._pid_files))
+        ]
+
+    def pids(self) -> list[int]:
+        """The processes that do the work, as far as they have started."""
+        pids = []
+        for file in self._pid_files:
+            with suppress(OSError, ValueError):
+                pids.append(int(file.read_text()))
+        return pids
+
+    async def started(self) -> None:
+        """Wait until each has started. Cancel it to give up."""
+        while len(self.pids()) < len(self._pid_files):  # noqa: ASYNC110 (other processes write the files)
+            await asyncio.sleep(0.02)
+
+    async def _keep(self, slot: int) -> None:
+        loop = asyncio.get_running_loop()
+        pause = _PAUSES[0]
+        while True:
+            began = loop.time()
+            how = await self._run(slot)
+            if loop.time() - began > _SETTLED:
+                pause = _PAUSES[0]
+            logger.warning("worker %d %s; another starts in %g s. See %s", slot, how, pause, self.log)
+            await asyncio.sleep(pause)
+            pause = min(pause * 2, _PAUSES[1])
+
+    async def _run(self, slot: int) -> str:
+        """Run a worker until it ends; how it ended. Cancelled, it lets the worker finish what it is at first."""
+        file = self._pid_files[slot]
+        try:
+            with self.log.open("ab") as log:
+                process = await spawn(
+                    self._command,
+                    stdin=asyncio.subprocess.DEVNULL,
+                    stdout=log,
+                    stderr=log,
+                    env=os.environ | self._settings.environment() | {PID_FILE: str(file)},
+                )
+        except OSError as error:
+            return f"can't be started ({error})"
+        try:
+            return f"exited (status {await process.wait()})"
+        finally:
+            await end(process, STOP_TIMEOUT)
+            file.unlink(missing_ok=True)
+
+    async def stop(self) -> None:
+        """Let the workers finish what they are at, and stop them."""
+        for keeper in self._keepers:
+            keeper.cancel()
+        await asyncio.gather(*self._keepers, return_exceptions=True)
+
+
+async def await_workers(settings: Settings, processes: int = 1) -> None:
+    """Wait until so many worker processes read every log partition. Redis may be away meanwhile.
+
+    Cancel it to give up.
+    """
+    keys = Keyspace(settings.redis_key_prefix, settings.log_partitions, settings.feed_partitions)
+    partitions = range(settings.log_partitions)
+    link = Link(settings)
+    try:
+        while True:
+            with suppress(RedisError, *AWAY):
+                clients, *groups = await link.pipeline(
+                    [("CLIENT", "LIST"), *(("XINFO", "GROUPS", keys.log(p)) for p in partitions)]
+                )
+                joined = all(isinstance(group, list) and group for group in groups)
+                # Managed servers hide CLIENT LIST; then the groups must do.
+                if joined and (
+                    isinstance(clients, Exception) or reading_clients(clients) >= processes * len(partitions)
+                ):
+                    return
+            await asyncio.sleep(0.05)
+    finally:
+        await link.close()
+
+
+def reading_clients(clients: bytes | str, within: float = 10.0) -> int:
+    """How many connections wait for the log, by CLIENT LIST: a worker process has one per log partition.
+
+    A consumer group tells who *got* something last; before Redis 7, a worker on an idle log is not in it at all.
+    """
+    text = clients.decode("utf-8", "replace") if isinstance(clients, bytes) else clients
+    found = 0
+    for line in text.splitlines():
+        fields = dict(word.partition("=")[::2] for word in line.split())
+        found += fields.get("cmd") == "xreadgroup" and int(fields.get("idle", 0)) <= within
+    return found
