@@ -7,13 +7,11 @@ import secrets
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import dramatiq
 import pytest
 import redis
 
 import mnemobus
 from mnemobus import Settings
-from mnemobus_workers.pool import make_broker
 from servers import (
     WAY,
     AgentProcess,
@@ -27,6 +25,7 @@ from servers import (
     redis_binary,
     redis_container,
     redis_images,
+    worker_threads,
 )
 
 Connect = Callable[..., mnemobus.Bus]
@@ -107,19 +106,6 @@ def connect(settings: Settings) -> Connect:
     return lambda **overrides: mnemobus.connect(**{**settings.model_dump(), **overrides})
 
 
-@contextlib.contextmanager
-def worker_threads(settings: Settings) -> Iterator[Settings]:
-    """The worker pool as threads of this process: the real broker, actor and upkeep."""
-    broker = make_broker(settings)
-    worker = dramatiq.Worker(broker, worker_timeout=100, worker_threads=2)
-    worker.start()
-    try:
-        yield settings
-    finally:
-        worker.stop()
-        broker.close()
-
-
 @pytest.fixture
 def pool(settings: Settings) -> Iterator[Settings]:
     """Workers as threads of this process, on the test's settings."""
@@ -138,7 +124,7 @@ def workers(tmp_path: Path) -> Iterator[Callable[..., Workers]]:
 
     yield start
     for pool in started:
-        pool.stop()
+        pool.kill()
         print(pool.log.read_text())
 
 

@@ -29,9 +29,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import dramatiq
 import redis
 
 from mnemobus import Settings
+from mnemobus_workers.pool import make_broker
 
 WAY = os.environ.get("TEST_SERVERS", "")
 REDIS_IMAGE = os.environ.get("TEST_REDIS_IMAGE", "redis:8")
@@ -416,7 +418,20 @@ def _connects(url: str) -> bool:
     return False
 
 
-# The bus's own processes
+# The bus's own
+
+
+@contextlib.contextmanager
+def worker_threads(settings: Settings) -> Iterator[Settings]:
+    """The worker pool as threads of this process: the real broker, actor and upkeep."""
+    broker = make_broker(settings)
+    worker = dramatiq.Worker(broker, worker_timeout=100, worker_threads=2)
+    worker.start()
+    try:
+        yield settings
+    finally:
+        worker.stop()
+        broker.close()
 
 
 class Workers:
@@ -454,7 +469,8 @@ class Workers:
 
     def kill(self) -> None:
         """SIGKILL for all, at once."""
-        os.killpg(self._process.pid, signal.SIGKILL)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self._process.pid, signal.SIGKILL)
         self._process.wait()
 
     def stop(self) -> int:

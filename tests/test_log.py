@@ -15,7 +15,7 @@ from mnemobus.connection import Link
 from mnemobus.events import DELETE_ROOM, Event
 from mnemobus.keys import Dimensions
 from mnemobus.log import Publisher
-from servers import RedisServer, eventually
+from servers import RedisServer, eventually, worker_threads
 
 Connect = Callable[..., mnemobus.Bus]
 
@@ -199,3 +199,25 @@ async def test_g1_what_follows_a_logged_write_follows_although_its_caller_is_gon
         await asyncio.gather(task, return_exceptions=True)
         await eventually(lambda: bus.stats().writes == 1)
         assert bus.stats().marks == 1
+
+
+async def test_thousands_of_receipts_are_waited_for_with_a_few_questions(
+    own_redis: Callable[..., RedisServer], settings: Settings
+) -> None:
+    server = own_redis()
+    settings = settings.model_copy(update={"redis_url": server.url})
+    async with (
+        mnemobus.connect(**settings.model_dump()) as bus,
+        redis.asyncio.Redis.from_url(server.url) as client,
+    ):
+        # Given many writes, that have been applied meanwhile
+        receipts = await bus.write_many([said(str(n)) for n in range(3000)])
+        with worker_threads(settings):
+            await receipts[-1].committed(timeout=20)
+        # When all receipts are waited for, one after the other
+        await client.config_resetstat()
+        for receipt in receipts:
+            await receipt.committed()
+        # Then that takes no round trip each
+        asked = (await client.info("commandstats")).get("cmdstat_evalsha", {"calls": 0})["calls"]
+        assert asked < 50

@@ -42,7 +42,7 @@ from .keys import (
 )
 from .local import MISS, LocalCache, clock
 from .log import Publisher, Syncer
-from .marks import Entry, Marks
+from .marks import Marks, Write
 from .memory import (
     Context,
     Memories,
@@ -102,16 +102,16 @@ class Receipt:
     version  what the log gave the write
     """
 
-    __slots__ = ("_bus", "_entry", "id")
+    __slots__ = ("_bus", "_write", "id")
 
-    def __init__(self, bus: Bus, id: str, entry: Entry) -> None:
+    def __init__(self, bus: Bus, id: str, write: Write) -> None:
         self._bus = bus
-        self._entry = entry
+        self._write = write
         self.id = id
 
     @property
     def version(self) -> Version:
-        return self._entry.version
+        return self._write.version
 
     async def committed(self, timeout: float = 5.0) -> None:
         """Return once the store has the write.
@@ -119,7 +119,7 @@ class Receipt:
         Raises NotCommitted after ``timeout`` seconds (the write is in the log, and will get there) and
         WriteRejected if it went to the dead letters.
         """
-        await self._bus._committed(self._entry, timeout)
+        await self._bus._committed(self._write, timeout)
 
     def __repr__(self) -> str:
         return f"Receipt(id={self.id!r}, version={str(self.version)!r})"
@@ -380,15 +380,15 @@ class Bus:
             for partition, event in zip(partitions, events, strict=True)
         ]
         try:
-            versions = await asyncio.gather(*futures)
+            writes = await asyncio.gather(*futures)
         except (LogUnavailable, asyncio.CancelledError):
             # Any of them may have been logged, or be logged yet: what they touch is not to be trusted.
             for event in events:
                 self._drop(event)
             raise
         receipts = [
-            Receipt(self, event.id or event.dimensions.room, Entry(partition, version))
-            for partition, event, version in zip(partitions, events, versions, strict=True)
+            Receipt(self, event.id or event.dimensions.room, write)
+            for event, write in zip(events, writes, strict=True)
         ]
         if durability == "synced":
             await asyncio.gather(*(self._syncers[partition].sync() for partition in set(partitions)))
@@ -396,15 +396,16 @@ class Bus:
             await asyncio.gather(*(receipt.committed(self.settings.write_timeout) for receipt in receipts))
         return receipts
 
-    def _logged(self, partition: int, event: Event, version: Version) -> None:
+    def _logged(self, partition: int, event: Event, version: Version) -> Write:
         """A write of this bus is in the log: nothing that it touches may be answered without it."""
         self._drop(event)
         deadline = asyncio.get_running_loop().time() + self.settings.own_write_timeout
         everywhere = event.op == DELETE_ROOM
-        self._marks.mark(Entry(partition, version), event.scopes(), deadline, everywhere=everywhere)
+        write = self._marks.mark(partition, version, event.scopes(), deadline, everywhere=everywhere)
         self._seen[partition] = max(self._seen.get(partition, version), version)
         if event.id:
             self._remember_dimensions(event.id, event.dimensions)
+        return write
 
     def _drop(self, event: Event) -> None:
         if event.op == DELETE_ROOM:
@@ -435,9 +436,9 @@ class Bus:
             known = None if memory is None else memory.dimensions
         return known
 
-    async def _committed(self, entry: Entry, timeout: float) -> None:
+    async def _committed(self, write: Write, timeout: float) -> None:
         self._check_open()
-        await self._marks.wait(entry, timeout)
+        await self._marks.wait(write, timeout)
 
     # Reads
 

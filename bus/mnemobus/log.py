@@ -33,6 +33,7 @@ from .errors import (
 )
 from .events import Event
 from .keys import Version
+from .marks import Write
 from .settings import Settings
 
 logger = logging.getLogger("mnemobus.log")
@@ -57,11 +58,12 @@ class _Pending:
     arguments: list[str | bytes | int]
     size: int
     deadline: float
-    done: asyncio.Future[Version]
+    done: asyncio.Future[Write]
 
 
-OnLogged = Callable[[int, Event, Version], None]
-"""Called with log partition, event and version for each event that is in the log, before its writer knows."""
+OnLogged = Callable[[int, Event, Version], Write]
+"""Called with log partition, event and version for each event that is in the log, before its writer knows; what it
+returns is the writer's answer."""
 
 
 class Publisher:
@@ -82,12 +84,12 @@ class Publisher:
         self.retries = 0
         self.events = 0
 
-    def publish(self, event: Event) -> asyncio.Future[Version]:
-        """Queue an event; the future gives its version once it is in the log, or a WriteFailed."""
+    def publish(self, event: Event) -> asyncio.Future[Write]:
+        """Queue an event; the future gives what `on_logged` made of it once it is in the log, or a WriteFailed."""
         loop = asyncio.get_running_loop()
         fields = event.fields()
         size = sum(len(field) for field in fields if not isinstance(field, int))
-        done: asyncio.Future[Version] = loop.create_future()
+        done: asyncio.Future[Write] = loop.create_future()
         deadline = loop.time() + self._settings.write_timeout
         self._queue.append(_Pending(event, fields, size, deadline, done))
         if self._task is None:
@@ -111,9 +113,9 @@ class Publisher:
                     self._fail(batch, error)
                     continue
                 for pending, version in zip(batch, versions, strict=True):
-                    self._on_logged(self._partition, pending.event, version)
+                    write = self._on_logged(self._partition, pending.event, version)
                     if not pending.done.done():
-                        pending.done.set_result(version)
+                        pending.done.set_result(write)
                 self.events += len(batch)
         finally:
             self._task = None

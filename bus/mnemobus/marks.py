@@ -5,7 +5,8 @@ feed has named the write in that scope's feed partition, or Redis says that the 
 it. Either means that the write is committed and that what L2 held before is gone.
 
 The second sign answers for what was fanned out before the bus listened there. It is asked for while somebody
-waits, and with each heartbeat for marks that nobody asks about.
+waits, and with each heartbeat for marks that nobody asks about. One question answers for all that lies below the
+low-water mark, so to wait for ten thousand receipts one after the other costs a few questions, not as many.
 
 `delete_room` touches scopes that its writer can't name: it marks every other scope too, and only the second sign
 lifts that mark, since the fan-out to all of them is complete only then.
@@ -18,7 +19,8 @@ import logging
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
-from typing import Any, NamedTuple
+from itertools import islice
+from typing import NamedTuple, TypeVar
 
 from .connection import AWAY, Call, Link, script
 from .errors import NotCommitted, WriteRejected
@@ -27,12 +29,17 @@ from .tasks import end
 
 logger = logging.getLogger("mnemobus.marks")
 
+_EVERYWHERE = "*"
+"""In place of a scope: the mark of a delete_room on all scopes but rooms."""
 
-class Entry(NamedTuple):
-    """One event in the log: its partition and its version."""
+_POLL = (0.003, 0.1)
+"""Seconds between questions to Redis while somebody waits: the first, and the longest."""
 
-    partition: int
-    version: Version
+_ASKED = 200
+"""Versions above the low-water mark that one question names at most."""
+
+LETTERS = 1_000
+"""Dead letters of a log partition that are read at a time, and kept."""
 
 
 class Applied(NamedTuple):
@@ -52,14 +59,50 @@ class Applied(NamedTuple):
         return self.pending is None or version < self.pending
 
 
-_EVERYWHERE = "*"
-"""In place of a scope: the mark of a delete_room on all scopes but rooms."""
+class Write:
+    """One write of this bus that is in the log.
 
-_POLL = (0.003, 0.1)
-"""Seconds between questions to Redis while somebody waits: the first, and the longest."""
+    applied   whether its fate is known: the store has it, or it went to the dead letters
+    rejected  why it went there, or None
+    """
 
-_BEAT = 500
-"""Marks that are asked about in one heartbeat."""
+    __slots__ = ("applied", "partition", "rejected", "scopes", "version", "waiters")
+
+    def __init__(self, partition: int, version: Version, scopes: Iterable[str]) -> None:
+        self.partition = partition
+        self.version = version
+        self.scopes = set(scopes)
+        """Those that it still marks."""
+        self.applied = False
+        self.rejected: str | None = None
+        self.waiters: list[asyncio.Future[None]] = []
+
+    def settle(self, rejected: str | None) -> None:
+        if self.applied:
+            return
+        self.applied, self.rejected = True, rejected
+        waiters, self.waiters = self.waiters, []
+        for done in waiters:
+            if not done.done():
+                done.set_result(None)
+
+
+class _Letters:
+    """The dead letters of one log partition, as far as they were read: the last ones."""
+
+    def __init__(self) -> None:
+        self.last = ""
+        self.reasons: dict[Version, str] = {}
+
+    def read(self, letters: Sequence[tuple[bytes, bytes, bytes]]) -> bool:
+        """Note letters, each with ID, version and reason; whether these were all that are new."""
+        for id, version, reason in letters:
+            self.last = id.decode()
+            with suppress(ValueError):  # what has no version is about no write
+                self.reasons[Version.parse(version)] = reason.decode("utf-8", "replace")
+        while len(self.reasons) > LETTERS:
+            del self.reasons[next(iter(self.reasons))]
+        return len(letters) < LETTERS
 
 
 class Marks:
@@ -67,28 +110,39 @@ class Marks:
 
     def __init__(self, link: Link) -> None:
         self._link = link
-        self._scopes: dict[str, dict[Entry, float]] = {}
-        self._entries: dict[Entry, list[str]] = {}
-        self._waiting: dict[Entry, list[asyncio.Future[None]]] = {}
+        self._scopes: dict[str, dict[Write, float]] = {}
+        self._writes: dict[int, dict[Version, Write]] = {}
+        """Those that mark anything, by log partition; in each, in the order of their versions."""
+        self._waiting: Counter[Write] = Counter()
         self._settling: Counter[str] = Counter()
+        self._letters: dict[int, _Letters] = {}
         self._changed = asyncio.Event()
         self._poller: asyncio.Task[None] | None = None
         self._pause = _POLL[0]
 
-    def mark(self, entry: Entry, scopes: Iterable[str], deadline: float, *, everywhere: bool = False) -> None:
+    def mark(
+        self,
+        partition: int,
+        version: Version,
+        scopes: Iterable[str],
+        deadline: float,
+        *,
+        everywhere: bool = False,
+    ) -> Write:
         """Mark scopes; ``deadline``, by the loop's clock, is when queries stop waiting for this write."""
-        names = [*scopes, _EVERYWHERE] if everywhere else list(scopes)
-        self._entries[entry] = names
-        for scope in names:
-            self._scopes.setdefault(scope, {})[entry] = deadline
+        write = Write(partition, version, [*scopes, _EVERYWHERE] if everywhere else scopes)
+        self._writes.setdefault(partition, {})[version] = write
+        for scope in write.scopes:
+            self._scopes.setdefault(scope, {})[write] = deadline
+        return write
 
     def __contains__(self, scope: str) -> bool:
         return scope in self._scopes or (_EVERYWHERE in self._scopes and not scope.startswith("room:"))
 
     def __len__(self) -> int:
-        return len(self._entries)
+        return sum(map(len, self._writes.values()))
 
-    def on(self, scope: str) -> dict[Entry, float]:
+    def on(self, scope: str) -> dict[Write, float]:
         """The writes that a query on this scope has to wait for, and until when."""
         marks = self._scopes.get(scope, {})
         if _EVERYWHERE in self._scopes and not scope.startswith("room:"):
@@ -99,70 +153,66 @@ class Marks:
         self, feed_partition: int, log_partition: int, versions: Iterable[Version], dead: dict[Version, str]
     ) -> None:
         """The feed has named these events in this feed partition."""
-        if not self._entries and not self._waiting:
+        writes = self._writes.get(log_partition)
+        if not writes:
             return
         feed_of = self._link.keys.feed_partition
         for version in versions:
-            entry = Entry(log_partition, version)
-            scopes = self._entries.get(entry)
-            if scopes is not None:
-                there = [s for s in scopes if s != _EVERYWHERE and feed_of(s) == feed_partition]
-                self._unmark(entry, there)
-            reason = dead.get(version)
-            self._resolve(entry, None if reason is None else WriteRejected(_rejected(version, reason)))
+            write = writes.get(version)
+            if write is not None:
+                write.settle(dead.get(version))
+                self._unmark(
+                    write, [s for s in write.scopes if s != _EVERYWHERE and feed_of(s) == feed_partition]
+                )
 
-    def applied(self, entry: Entry) -> None:
+    def _applied(self, write: Write, rejected: str | None) -> None:
         """The consumer group has applied this event, everywhere."""
-        self._unmark(entry, list(self._entries.get(entry, ())))
-        self._resolve(entry, None)
+        write.settle(rejected)
+        self._unmark(write, list(write.scopes))
 
-    def _unmark(self, entry: Entry, scopes: list[str]) -> None:
-        left = self._entries.get(entry)
+    def _unmark(self, write: Write, scopes: Iterable[str]) -> None:
         for scope in scopes:
-            if left is not None:
-                left.remove(scope)
+            write.scopes.discard(scope)
             marks = self._scopes.get(scope)
             if marks is not None:
-                marks.pop(entry, None)
+                marks.pop(write, None)
                 if not marks:
                     del self._scopes[scope]
-        if left is not None and not left:
-            del self._entries[entry]
+        if not write.scopes:
+            writes = self._writes.get(write.partition, {})
+            writes.pop(write.version, None)
+            if not writes:
+                self._writes.pop(write.partition, None)
         changed, self._changed = self._changed, asyncio.Event()
         changed.set()
 
-    def _resolve(self, entry: Entry, error: Exception | None) -> None:
-        for done in self._waiting.pop(entry, ()):
-            if not done.done():
-                if error is None:
-                    done.set_result(None)
-                else:
-                    done.set_exception(error)
-                    done.exception()
-
-    async def wait(self, entry: Entry, timeout: float) -> None:
+    async def wait(self, write: Write, timeout: float) -> None:
         """Return once the event is applied.
 
         NotCommitted after ``timeout`` seconds; WriteRejected if a worker said that it went to the dead letters.
         """
-        loop = asyncio.get_running_loop()
-        done: asyncio.Future[None] = loop.create_future()
-        waiting = self._waiting.setdefault(entry, [])
-        waiting.append(done)
-        self._start_polling()
-        try:
-            async with asyncio.timeout(timeout):
-                await done
-        except TimeoutError:
-            raise NotCommitted(
-                f"version {entry.version} of log partition {entry.partition} was not in the store after"
-                f" {timeout:g} s; it is in the log and will get there. Are workers running?"
-            ) from None
-        finally:
-            with suppress(ValueError):
-                waiting.remove(done)
-            if not waiting and self._waiting.get(entry) is waiting:
-                del self._waiting[entry]
+        if not write.applied:
+            done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+            write.waiters.append(done)
+            self._waiting[write] += 1
+            self._start_polling()
+            try:
+                async with asyncio.timeout(timeout):
+                    await done
+            except TimeoutError:
+                raise NotCommitted(
+                    f"version {write.version} of log partition {write.partition} was not in the store after"
+                    f" {timeout:g} s; it is in the log and will get there. Are workers running?"
+                ) from None
+            finally:
+                with suppress(ValueError):
+                    write.waiters.remove(done)
+                _release(self._waiting, write)
+        if write.rejected is not None:
+            raise WriteRejected(
+                f"the write of version {write.version} could not be applied and is in the dead letters:"
+                f" {write.rejected}"
+            )
 
     async def settle(self, scope: str) -> bool:
         """Wait until nothing marks the scope; False if the marks' deadlines passed before."""
@@ -179,8 +229,7 @@ class Marks:
             except TimeoutError:
                 pass
             finally:
-                self._settling[scope] -= 1
-                self._settling += Counter()  # keeps what is above 0
+                _release(self._settling, scope)
         return True
 
     def _start_polling(self) -> None:
@@ -188,10 +237,10 @@ class Marks:
         if self._poller is None:
             self._poller = asyncio.get_running_loop().create_task(self._poll(), name="mnemobus-marks")
 
-    def _wanted(self) -> list[Entry]:
-        wanted = set(self._waiting)
+    def _wanted(self) -> list[Write]:
+        wanted = dict.fromkeys(self._waiting)
         for scope in self._settling:
-            wanted.update(self.on(scope))
+            wanted.update(dict.fromkeys(self.on(scope)))
         return list(wanted)
 
     async def _poll(self) -> None:
@@ -204,6 +253,8 @@ class Marks:
                     logger.debug("can't ask what is applied: %s", error)
                 except Exception:  # the poller must live as long as somebody waits
                     logger.exception("asking Redis what is applied failed; going on")
+                if not self._wanted():
+                    return
                 await asyncio.sleep(self._pause)
                 self._pause = min(self._pause * 1.5, _POLL[1])
         finally:
@@ -211,57 +262,60 @@ class Marks:
 
     async def beat(self) -> None:
         """Ask about marks that nobody waits for; part of the heartbeat."""
-        if self._entries:
-            await self._ask(list(self._entries)[:_BEAT])
+        if self._writes:
+            await self._ask(
+                [write for writes in self._writes.values() for write in islice(writes.values(), _ASKED)]
+            )
 
-    async def _ask(self, entries: Sequence[Entry]) -> None:
-        partitions: dict[int, list[Entry]] = {}
-        for entry in entries:
-            partitions.setdefault(entry.partition, []).append(entry)
-        asked = list(partitions.items())
-        commands = [self._question(p, [e.version for e in group]) for p, group in asked]
-        for (_, group), reply in zip(
-            asked, await self._link.pipeline(commands, client=self._link.probe), strict=True
-        ):
-            if isinstance(reply, Exception):
-                raise reply
-            state = _applied(reply)
-            for entry, pending in zip(group, reply[2:] or [1] * len(group), strict=True):
-                if not pending and state.last is not None and entry.version <= state.last:
-                    await self._confirm(entry)
-
-    async def _confirm(self, entry: Entry) -> None:
-        # A dead letter is applied, too, as far as the consumer group is concerned.
-        reason = await self._reason(entry) if entry in self._waiting else None
-        if reason is not None:
-            self._resolve(entry, WriteRejected(_rejected(entry.version, reason)))
-        self.applied(entry)
-
-    async def _reason(self, entry: Entry) -> str | None:
-        dead: Any = await self._link.probe.xrevrange(self._link.keys.dead(entry.partition), count=1_000)
-        wanted = str(entry.version).encode()
-        for _, fields in dead:
-            if fields.get(b"version") == wanted:
-                return str(fields.get(b"reason", b"").decode("utf-8", "replace"))
-        return None
+    async def _ask(self, wanted: Iterable[Write]) -> None:
+        named: dict[int, list[Write]] = {}
+        for write in wanted:
+            named.setdefault(write.partition, []).append(write)
+        await self._learn(named)
 
     async def state(self, partitions: Sequence[int]) -> list[Applied]:
         """What the consumer group has applied, for each of these log partitions."""
-        commands = [self._question(p, []) for p in partitions]
-        replies = await self._link.pipeline(commands, client=self._link.probe)
-        for reply in replies:
-            if isinstance(reply, Exception):
-                raise reply
-        return [_applied(reply) for reply in replies]
+        return await self._learn({partition: [] for partition in partitions})
 
-    def _question(self, partition: int, versions: Sequence[Version]) -> Call:
-        arguments = (APPLY_GROUP, *(str(v) for v in versions))
-        return (script("applied"), [self._link.keys.log(partition)], arguments)
+    async def _learn(self, named: dict[int, list[Write]]) -> list[Applied]:
+        """Ask about log partitions, and about these writes of theirs, and settle what the answer settles."""
+        named = {partition: writes[:_ASKED] for partition, writes in named.items()}
+        calls = [self._question(partition, writes) for partition, writes in named.items()]
+        answers = await self._link.pipeline(calls, client=self._link.probe)
+        states = []
+        for (partition, asked), answer in zip(named.items(), answers, strict=True):
+            if isinstance(answer, Exception):
+                raise answer
+            last, pending, letters, *flags = answer
+            state = Applied(
+                Version.parse(last) if last else None, Version.parse(pending) if pending else None
+            )
+            states.append(state)
+            if not self._letters.setdefault(partition, _Letters()).read(letters):
+                continue  # there are more, and one may be about a write of ours: the next question reads on
+            applied = []
+            for write in self._writes.get(partition, {}).values():
+                if not state.passed(write.version):
+                    break
+                applied.append(write)
+            for write, is_pending in zip(asked, flags, strict=False):
+                if not is_pending and state.last is not None and write.version <= state.last:
+                    applied.append(write)
+            for write in applied:
+                self._applied(write, self._letters[partition].reasons.get(write.version))
+        return states
+
+    def _question(self, partition: int, writes: Sequence[Write]) -> Call:
+        keys = [self._link.keys.log(partition), self._link.keys.dead(partition)]
+        letters = self._letters.get(partition)
+        known = letters.last if letters is not None else ""
+        return (script("applied"), keys, (APPLY_GROUP, known, LETTERS, *(str(w.version) for w in writes)))
 
     def forget(self) -> None:
         """Drop every mark: the log that they are about is gone."""
         self._scopes.clear()
-        self._entries.clear()
+        self._writes.clear()
+        self._letters.clear()
         self._changed.set()
         self._changed = asyncio.Event()
 
@@ -269,10 +323,10 @@ class Marks:
         await end([self._poller])
 
 
-def _applied(reply: Sequence[bytes]) -> Applied:
-    last, pending = reply[0], reply[1]
-    return Applied(Version.parse(last) if last else None, Version.parse(pending) if pending else None)
+T = TypeVar("T")
 
 
-def _rejected(version: Version, reason: str) -> str:
-    return f"the write of version {version} could not be applied and is in the dead letters: {reason}"
+def _release(counter: Counter[T], item: T) -> None:
+    counter[item] -= 1
+    if not counter[item]:
+        del counter[item]
