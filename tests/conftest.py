@@ -107,6 +107,12 @@ def connect(settings: Settings) -> Connect:
 
 
 @pytest.fixture
+def pool_of() -> Callable[[Settings], contextlib.AbstractContextManager[Settings]]:
+    """Workers as threads, on settings of the test's choice, for as long as it likes: ``with pool_of(settings):``."""
+    return worker_threads
+
+
+@pytest.fixture
 def pool(settings: Settings) -> Iterator[Settings]:
     """Workers as threads of this process, on the test's settings."""
     with worker_threads(settings):
@@ -213,3 +219,12 @@ def everywhere(
             **own,
         )
     return quick(redis_url=every_server(name), database_url=sqlite_url, **own)
+
+
+@pytest.fixture(params=[f"{name} resp{2 + n % 2}" for n, name in enumerate(_SERVERS)])
+def each_server(
+    request: pytest.FixtureRequest, every_server: Callable[[str], str], settings: Settings
+) -> Settings:
+    """The test's settings on every server that there is, with either version of the protocol in turn."""
+    name, _, protocol = request.param.rpartition(" resp")
+    return settings.model_copy(update={"redis_url": every_server(name), "redis_protocol": int(protocol)})
