@@ -1,0 +1,120 @@
+"""Every example of README.md and docs/ runs as printed; commands that are shown exist, with the options shown."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from typer.main import get_command
+
+import mnemobus
+from mnemobus import Settings
+from mnemobus.cli import app
+from servers import Workers
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def blocks(language: str) -> list[tuple[str, str]]:
+    """Page and text of each fenced block of a language."""
+    fence = re.compile(rf"^```{language}\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+    return [(page.name, text) for page in PAGES for text in fence.findall(page.read_text())]
+
+
+PROGRAMS = blocks("python")
+COMMANDS = [
+    (page, line.removeprefix("$ "))
+    for page, text in blocks("console")
+    for line in text.splitlines()
+    if line.startswith("$ ")
+]
+
+
+def run(program: str, settings: Settings, folder: Path) -> str:
+    """What a program prints, run as a user would in a folder of their own."""
+    (folder / "program.py").write_text(program)
+    done = subprocess.run(
+        [sys.executable, "program.py"],
+        cwd=folder,
+        env=os.environ | settings.environment(),
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+    return done.stdout
+
+
+@pytest.mark.parametrize("page, program", PROGRAMS, ids=[f"{p}-{n}" for n, (p, _) in enumerate(PROGRAMS)])
+def test_a_program_runs_as_printed(
+    page: str, program: str, settings: Settings, workers: Callable[..., Workers], tmp_path: Path
+) -> None:
+    workers(settings, processes=1)
+    run(program, settings, tmp_path)
+
+
+def test_the_first_program_is_short_and_prints_what_it_says(
+    settings: Settings, workers: Callable[..., Workers], tmp_path: Path
+) -> None:
+    page, program = PROGRAMS[0]
+    assert page == "README.md"
+    assert len([line for line in program.splitlines() if line.strip()]) <= 15
+    workers(settings, processes=1)
+    before, after = run(program, settings, tmp_path).splitlines()
+    assert "The soup is salty." in before
+    assert after == "The soup is fine."
+
+
+@pytest.mark.parametrize("page, command", COMMANDS)
+def test_a_command_that_is_shown_exists_with_its_options(page: str, command: str) -> None:
+    line = command.partition(" #")[0].partition(" | ")[0].strip()
+    words = [word for word in shlex.split(line) if not re.match(r"[A-Z_]+=", word)]
+    match words:
+        case ["make", target, *_]:
+            assert re.search(rf"^{target}:", (ROOT / "Makefile").read_text(), re.MULTILINE)
+        case ["mnemobus", name, *arguments]:
+            commands = get_command(app).commands  # type: ignore[attr-defined]
+            assert name in commands
+            known = {option for parameter in commands[name].params for option in parameter.opts}
+            used = {word.partition("=")[0] for word in arguments if word.startswith("-") and word != "-"}
+            assert used <= known | {"--help"}
+        case ["dramatiq", module, *_]:
+            assert module == "mnemobus_workers"
+        case [
+            "pip" | "docker-compose" | "docker" | "redis-cli" | "git" | "cp" | "cd" | "apt-get" | "curl",
+            *_,
+        ]:
+            pass
+        case _:
+            raise AssertionError(f"{page} shows a command that nobody knows: {command}")
+
+
+def test_links_between_pages_lead_somewhere() -> None:
+    for page in PAGES:
+        for target in re.findall(r"\]\(([^)#:]+?)(?:#[^)]*)?\)", page.read_text()):
+            assert (page.parent / target).exists(), f"{page.name} links to {target}"
+
+
+def test_the_readme_names_every_promise_and_every_command() -> None:
+    readme = (ROOT / "README.md").read_text()
+    for number in range(1, 9):
+        assert f"| G{number} |" in readme
+    for name in get_command(app).commands:  # type: ignore[attr-defined]
+        assert f"mnemobus {name}" in readme
+
+
+def test_how_it_works_names_only_files_that_exist() -> None:
+    text = (ROOT / "docs" / "how-it-works.md").read_text()
+    package = Path(mnemobus.__file__).parent
+    for name in re.findall(r"`([\w/]+\.(?:py|lua))`", text):
+        roots = [package, package / "lua", ROOT / "workers"]
+        assert any((root / name).exists() for root in roots), name
