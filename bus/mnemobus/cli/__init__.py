@@ -69,7 +69,7 @@ def _demo(
         ),
     ] = False,
     wait: Annotated[
-        float, typer.Option(min=0, help="With --external: seconds to wait for all of it to be there.")
+        float, typer.Option(min=1, help="With --external: seconds to wait for all of it to be there.")
     ] = 60.0,
     json: Json = False,
 ) -> None:
@@ -87,7 +87,7 @@ def _demo(
       mnemobus demo --agents 6 --writes 10000
       REDIS_URL=redis://redis:6379/0 mnemobus demo --external
     """
-    from .demo import run
+    from .demo.play import run
 
     raise typer.Exit(run(agents=agents, writes=writes, external=external, wait=wait, json=json))
 

@@ -22,19 +22,18 @@ import signal
 import sys
 import tempfile
 import time
-from collections import Counter, defaultdict
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable
 from contextlib import AsyncExitStack, suppress
-from dataclasses import asdict, dataclass, field
-from itertools import pairwise
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import orjson
 from redis.exceptions import RedisError
 
-from ..connection import AWAY
-from ..embedded import (
+from ...connection import AWAY
+from ...embedded import (
     Embedded,
     absolute,
     await_workers,
@@ -45,50 +44,22 @@ from ..embedded import (
     spawn,
     with_port,
 )
-from ..errors import MnemobusError, StoreUnavailable
-from ..keys import Version, room_scope
-from ..settings import Settings
-from ..store import Query, open_reader
-from .agent import Part, Room, digest, rooms_of
-from .console import emit, err, out, run_until_signal
-from .inspection import ask, keyspace, looking_at
+from ...errors import MnemobusError, StoreUnavailable
+from ...settings import Settings
+from ...store import open_reader
+from ..console import emit, err, run_until_signal
+from ..inspection import ask, keyspace, looking_at
+from . import proof
+from .rooms import Part, rooms_of
+from .summary import Summary, show
 
+AGENT = f"{__package__}.agent"
+"""The module that is an agent's process."""
 WORKERS = 2
 DEADLINE = 50.0
 """Seconds for the conversations of a demo of the usual size; a larger one gets more."""
 QUIET = 20.0
 """Seconds that the log may take to be applied once nobody writes."""
-
-
-@dataclass(slots=True)
-class Summary:
-    """What the demo tells in the end."""
-
-    agents: int = 0
-    rooms: int = 0
-    writes: int = 0
-    seconds: float = 0.0
-    batches: int = 0
-    events_per_batch: float = 0.0
-    hits_local: int = 0
-    hits_shared: int = 0
-    misses: int = 0
-    invalidations: int = 0
-    drops: int = 0
-    gaps: int = 0
-    replays: int = 0
-    worker_killed: bool = False
-    propagation_samples: int = 0
-    propagation_p50_ms: float = 0.0
-    propagation_p99_ms: float = 0.0
-    propagation_max_ms: float = 0.0
-    dead_letters: int = 0
-    compared: int = 0
-    compared_local: int = 0
-    writes_lost: int = 0
-    agents_that_disagree: int = 0
-    problems: list[str] = field(default_factory=list)
-    ok: bool = False
 
 
 def run(*, agents: int, writes: int, external: bool, wait: float, json: bool) -> int:
@@ -116,7 +87,7 @@ async def _external(agents: int, writes: int, wait: float, json: bool) -> int:
     settings = absolute(Settings.load())
     say = _teller(json)
     try:
-        async with asyncio.timeout(wait or None):
+        async with asyncio.timeout(wait):
             say("waiting for Redis, the database and workers")
             while True:
                 try:
@@ -213,7 +184,7 @@ class _Demo:
         if self._json:
             emit(asdict(summary))
         else:
-            _show(summary)
+            show(summary)
         return 0 if summary.ok else 1
 
     async def _start_agents(self, stack: AsyncExitStack) -> None:
@@ -221,7 +192,7 @@ class _Demo:
         for part in self._parts:
             with self._log.open("ab") as log:
                 process = await spawn(
-                    [sys.executable, "-m", "mnemobus.cli.agent"],
+                    [sys.executable, "-m", AGENT],
                     stdin=asyncio.subprocess.PIPE,
                     stdout=asyncio.subprocess.PIPE,
                     stderr=log,
@@ -312,30 +283,17 @@ class _Demo:
         if len(writes) != self._expected:
             self._summary.problems.append(f"{len(writes):,} writes were acknowledged, not {self._expected:,}")
         reader = open_reader(self._settings)
-        await reader.open()
         try:
-            stored = {room.name: await self._stored(reader, room) for room in self._rooms}
+            await reader.open()
+            stored = {room.name: await proof.stored(reader, room) for room in self._rooms}
         finally:
             await reader.close()
-        lost = _lost(writes, {row.id: row for rows, _ in stored.values() for row in rows})
+        lost = proof.lost(writes, {row.id: row for rows, _ in stored.values() for row in rows})
         self._summary.writes_lost = len(lost)
         if lost:
             self._summary.problems.append(f"{len(lost):,} writes are lost, such as {'; '.join(lost[:3])}")
         await self._compare({room: answers for room, (_, answers) in stored.items()})
-        _measure(self._summary, reports, self._rooms)
-
-    async def _stored(self, reader: Any, room: Room) -> tuple[list[Any], list[str]]:
-        """What the store has of a room, and what an agent that agrees would see of it."""
-        listings = [
-            await reader.recent(Query(table, room=room.name), 1_000)
-            for table in ("messages", "facts", "drafts")
-        ]
-        about = await reader.recent(Query("facts", entity=room.entity), 6)
-        single = [await reader.get(id) for id in room.ids()]
-        seen = [listings[0][:5], about, *(rows[:20] for rows in listings)]
-        answers = [digest(rows) for rows in seen]
-        answers += [digest([row] if row else []) for row in single]
-        return [row for rows in listings for row in rows], answers
+        proof.measure(self._summary, reports, self._rooms)
 
     async def _compare(self, stored: dict[str, list[str]]) -> None:
         """Ask every agent what it sees, until it agrees or the time it has for that is over."""
@@ -374,103 +332,3 @@ class _Demo:
             summary.problems.append(f"{summary.dead_letters} writes went to the dead letters")
         if self._system is not None and not summary.worker_killed:
             summary.problems.append("no worker was killed, so nothing was shown about that")
-
-
-def _lost(writes: Sequence[dict[str, Any]], stored: dict[str, Any]) -> list[str]:
-    """The memories that the store has otherwise than the acknowledged writes would leave them."""
-    expected: dict[str, Any] = {}
-    in_room: dict[tuple[str, str], set[str]] = defaultdict(set)
-    # All writes to one memory are in one log partition, whose order is that of the versions.
-    for write in sorted(writes, key=lambda write: Version.parse(write["version"])):
-        place = (write["table"], write["room"])
-        if write["op"] == "delete_room":
-            expected.update(dict.fromkeys(in_room[place]))
-        elif write["op"] == "delete":
-            expected[write["id"]] = None
-        else:
-            in_room[place].add(write["id"])
-            expected[write["id"]] = write["content"]
-    lost = []
-    for id in expected.keys() | stored.keys():
-        row = stored.get(id)
-        found = None if row is None else orjson.loads(row.content)
-        if found != expected.get(id):
-            lost.append(f"{id}: {found} instead of {expected.get(id)}")
-    return lost
-
-
-def _measure(summary: Summary, reports: list[dict[str, Any]], rooms: Sequence[Room]) -> None:
-    """Propagation: for each turn, how long after its acknowledgement each other agent dropped its copy."""
-    turns: dict[str, list[tuple[float, float, int]]] = defaultdict(list)
-    drops: list[dict[str, list[float]]] = []
-    for number, report in enumerate(reports):
-        for write in report["acknowledged"]:
-            if write["table"] == "messages":
-                turns[write["room"]].append((write["began"], write["acknowledged"], number))
-        mine: dict[str, list[float]] = defaultdict(list)
-        for scope, moment in report["drops"]:
-            mine[scope].append(moment)
-        drops.append(mine)
-    samples: list[float] = []
-    for room in rooms:
-        scope = room_scope("messages", room.name)
-        said = sorted(turns[room.name])
-        for (began, acknowledged, writer), following in pairwise([*said, (float("inf"), 0.0, -1)]):
-            for number, mine in enumerate(drops):
-                if number != writer:
-                    # Before the next turn begins, the only drops of the room are those of this one.
-                    dropped = [t for t in mine[scope] if began <= t < following[0]]
-                    samples += [max(dropped[0] - acknowledged, 0.0)] if dropped else []
-    samples.sort()
-    summary.propagation_samples = len(samples)
-    if samples:
-        summary.propagation_p50_ms = round(1000 * samples[len(samples) // 2], 2)
-        summary.propagation_p99_ms = round(1000 * samples[min(len(samples) * 99 // 100, len(samples) - 1)], 2)
-        summary.propagation_max_ms = round(1000 * samples[-1], 2)
-
-
-def _show(summary: Summary) -> None:
-    from rich.table import Table
-
-    table = Table(show_header=False, title="what happened", title_justify="left")
-    table.add_column()
-    table.add_column(justify="right")
-    table.add_column(style="dim")
-    rate = f"{summary.writes / summary.seconds:,.0f} a second" if summary.seconds else ""
-    reads = summary.hits_local + summary.hits_shared + summary.misses
-    local = f"{summary.hits_local / reads:.0%} of all reads" if reads else ""
-    killed = "one worker killed half way" if summary.worker_killed else ""
-    zero = "[bold green]0[/]"
-    rows = (
-        ("agents, rooms", f"{summary.agents}, {summary.rooms}", ""),
-        ("writes acknowledged", f"{summary.writes:,}", f"in {summary.seconds:.1f} s, {rate}"),
-        ("batches", f"{summary.batches:,}", f"{summary.events_per_batch} writes each, on average"),
-        ("read from this process (L1)", f"{summary.hits_local:,}", local),
-        ("read from Redis (L2)", f"{summary.hits_shared:,}", ""),
-        ("read from the store", f"{summary.misses:,}", ""),
-        ("invalidations heard", f"{summary.invalidations:,}", f"{summary.drops:,} copies dropped"),
-        (
-            "propagation p50",
-            f"{summary.propagation_p50_ms:.1f} ms",
-            "write acknowledged to copy dropped elsewhere",
-        ),
-        ("propagation p99", f"{summary.propagation_p99_ms:.1f} ms", killed),
-        (
-            "writes lost",
-            f"[bold red]{summary.writes_lost}[/]" if summary.writes_lost else zero,
-            "the store, against every acknowledged write",
-        ),
-        (
-            "agents that disagree",
-            f"[bold red]{summary.agents_that_disagree}[/]" if summary.agents_that_disagree else zero,
-            f"{summary.compared:,} answers compared, {summary.compared_local:,} of them local copies",
-        ),
-    )
-    for row in rows:
-        table.add_row(*row)
-    out().print(table)
-    for problem in summary.problems:
-        err().print("[bold red]failed:[/] ", end="")
-        err().print(problem, markup=False, soft_wrap=True)
-    if summary.ok:
-        out().print("[bold green]Every agent agrees with the store, and nothing was lost.[/]")

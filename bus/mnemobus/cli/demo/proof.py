@@ -1,0 +1,82 @@
+"""What a run has to prove, worked out from what the agents wrote down and what the store has."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import Any
+
+import orjson
+
+from ...keys import Version, room_scope
+from ...memory import Row
+from ...store import Query, Reader
+from .rooms import Room, digest
+from .summary import Summary
+
+
+async def stored(reader: Reader, room: Room) -> tuple[list[Row], list[str]]:
+    """What the store has of a room, and what an agent that agrees would see of it."""
+    listings = [
+        await reader.recent(Query(table, room=room.name), 1_000) for table in ("messages", "facts", "drafts")
+    ]
+    about = await reader.recent(Query("facts", entity=room.entity), 6)
+    single = [await reader.get(id) for id in room.ids()]
+    seen = [listings[0][:5], about, *(rows[:20] for rows in listings)]
+    answers = [digest(rows) for rows in seen]
+    answers += [digest([row] if row else []) for row in single]
+    return [row for rows in listings for row in rows], answers
+
+
+def lost(writes: Sequence[dict[str, Any]], stored: dict[str, Row]) -> list[str]:
+    """The memories that the store has otherwise than the acknowledged writes would leave them."""
+    expected: dict[str, Any] = {}
+    in_room: dict[tuple[str, str], set[str]] = defaultdict(set)
+    # All writes to one memory are in one log partition, whose order is that of the versions.
+    for write in sorted(writes, key=lambda write: Version.parse(write["version"])):
+        place = (write["table"], write["room"])
+        if write["op"] == "delete_room":
+            expected.update(dict.fromkeys(in_room[place]))
+        elif write["op"] == "delete":
+            expected[write["id"]] = None
+        else:
+            in_room[place].add(write["id"])
+            expected[write["id"]] = write["content"]
+    wrong = []
+    for id in expected.keys() | stored.keys():
+        row = stored.get(id)
+        found = None if row is None else orjson.loads(row.content)
+        if found != expected.get(id):
+            wrong.append(f"{id}: {found} instead of {expected.get(id)}")
+    return wrong
+
+
+def measure(summary: Summary, reports: list[dict[str, Any]], rooms: Sequence[Room]) -> None:
+    """Propagation: for each turn, how long after its acknowledgement each other agent dropped its copy."""
+    turns: dict[str, list[tuple[float, float, int]]] = defaultdict(list)
+    drops: list[dict[str, list[float]]] = []
+    for number, report in enumerate(reports):
+        for write in report["acknowledged"]:
+            if write["table"] == "messages":
+                turns[write["room"]].append((write["began"], write["acknowledged"], number))
+        mine: dict[str, list[float]] = defaultdict(list)
+        for scope, moment in report["drops"]:
+            mine[scope].append(moment)
+        drops.append(mine)
+    samples: list[float] = []
+    for room in rooms:
+        scope = room_scope("messages", room.name)
+        said = sorted(turns[room.name])
+        for (began, acknowledged, writer), following in pairwise([*said, (float("inf"), 0.0, -1)]):
+            for number, mine in enumerate(drops):
+                if number != writer:
+                    # Before the next turn begins, the only drops of the room are those of this one.
+                    dropped = [t for t in mine[scope] if began <= t < following[0]]
+                    samples += [max(dropped[0] - acknowledged, 0.0)] if dropped else []
+    samples.sort()
+    summary.propagation_samples = len(samples)
+    if samples:
+        summary.propagation_p50_ms = round(1000 * samples[len(samples) // 2], 2)
+        summary.propagation_p99_ms = round(1000 * samples[min(len(samples) * 99 // 100, len(samples) - 1)], 2)
+        summary.propagation_max_ms = round(1000 * samples[-1], 2)

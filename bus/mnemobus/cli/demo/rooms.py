@@ -1,0 +1,76 @@
+"""What demo and agents have to agree on: the rooms of a run, the ids in them, and how to compare what is seen."""
+
+from __future__ import annotations
+
+import hashlib
+import uuid
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import orjson
+
+from .samples import Conversation, conversations
+
+_NAMESPACE = uuid.UUID("0c5c3d6e-3b1f-5d0a-8d2b-6f0a4e7d9b11")
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """What an agent has to know to play its part; ``run`` keeps the rooms of one run apart from any other's."""
+
+    number: int
+    agents: int
+    writes: int
+    run: str
+
+
+@dataclass(frozen=True, slots=True)
+class Room:
+    """A conversation as it is held in one run."""
+
+    number: int
+    name: str
+    entity: str
+    conversation: Conversation
+
+    def message(self, turn: int) -> str:
+        """The id of a turn's message: the others know what they wait for."""
+        return str(uuid.uuid5(_NAMESPACE, f"{self.name}/turn/{turn}"))
+
+    def fact(self, key: str) -> str:
+        return str(uuid.uuid5(_NAMESPACE, f"{self.name}/fact/{key}"))
+
+    def draft(self, turn: int) -> str:
+        return str(uuid.uuid5(_NAMESPACE, f"{self.name}/draft/{turn}"))
+
+    @property
+    def has_drafts(self) -> bool:
+        """Every fifth room has a draft that is thrown away, with the room's others, at the end."""
+        return self.number % 5 == 0
+
+    @property
+    def writes(self) -> int:
+        return self.conversation.writes + 2 * self.has_drafts
+
+    def ids(self) -> list[str]:
+        """The memories that are fetched one by one in the end: those that changed, and the last message."""
+        facts = {self.fact(turn.learn[0]) for turn in self.conversation.turns if turn.learn}
+        return [*sorted(facts), self.message(len(self.conversation.turns) - 1)]
+
+
+def rooms_of(part: Part) -> list[Room]:
+    return [
+        Room(number, f"{part.run}-{c.room}", f"{c.entity} ({part.run})", c)
+        for number, c in enumerate(conversations(part.writes))
+    ]
+
+
+def digest(memories: Sequence[Any]) -> str:
+    """What a listing says: the same for the store's rows and an agent's memories if they agree."""
+    seen = [[m.id, str(m.version), _plain(m.content), _plain(m.metadata)] for m in memories]
+    return hashlib.sha256(orjson.dumps(seen, option=orjson.OPT_SORT_KEYS)).hexdigest()[:16]
+
+
+def _plain(value: Any) -> Any:
+    return orjson.loads(value) if isinstance(value, bytes) else dict(value)
