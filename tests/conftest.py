@@ -6,11 +6,13 @@ import contextlib
 import secrets
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import redis
 
 import mnemobus
+from commands import Command
 from mnemobus import Settings
 from servers import (
     WAY,
@@ -146,6 +148,21 @@ def agent(tmp_path: Path) -> Iterator[Callable[..., AgentProcess]]:
     yield start
     for process in started:
         process.close()
+
+
+@pytest.fixture
+def command(tmp_path: Path) -> Iterator[Callable[..., Command]]:
+    """Starts commands of the command line as processes; see :class:`commands.Command`."""
+    started: list[Command] = []
+
+    def start(*arguments: str, **options: Any) -> Command:
+        options = {"folder": tmp_path / f"command-{len(started)}", **options}
+        started.append(Command(*arguments, **options))
+        return started[-1]
+
+    yield start
+    for each in started:
+        each.close()
 
 
 @pytest.fixture
