@@ -120,7 +120,7 @@ class Command:
         self.process.wait()
 
     def close(self) -> None:
-        end(self.process)
+        end(self.process, 0)
         if self._terminal is not None:
             self._reader.join()
             os.close(self._terminal)

@@ -6,7 +6,6 @@ Exit status: 0, all is well; 1, it failed or found something wrong; 2, called or
 from __future__ import annotations
 
 import sys
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -153,14 +152,8 @@ def _worker(
 @app.command("import")
 def _import(
     file: Annotated[
-        Path,
-        typer.Argument(
-            help="A file with one JSON object per line; - for standard input.",
-            allow_dash=True,
-            exists=True,
-            dir_okay=False,
-            readable=True,
-        ),
+        str,
+        typer.Argument(help="A file with one JSON object per line; - for standard input.", metavar="FILE"),
     ],
     on_error: Annotated[
         str, typer.Option(help="stop at the first bad line, or skip bad lines.", metavar="[stop|skip]")

@@ -16,7 +16,6 @@ import time
 from collections import deque
 from collections.abc import Sequence
 from datetime import UTC, datetime, timedelta
-from pathlib import Path
 
 import orjson
 
@@ -237,17 +236,17 @@ def _dimensions_differ(row: Row, stored: Row) -> str:
     return f"id: memory {row.id} is stored with {changes}; dimensions never change"
 
 
-def run(*, file: Path, skip: bool, overwrite: bool, wait: bool, json: bool) -> int:
+def run(*, file: str, skip: bool, overwrite: bool, wait: bool, json: bool) -> int:
     return run_until_signal(_main(Settings.load(), file, skip, overwrite, wait, json))
 
 
-async def _main(settings: Settings, file: Path, skip: bool, overwrite: bool, wait: bool, json: bool) -> int:
-    report = Report("stdin" if str(file) == "-" else file.name, json)
+async def _main(settings: Settings, file: str, skip: bool, overwrite: bool, wait: bool, json: bool) -> int:
+    source = Source(file, line_limit(settings))
+    report = Report(source.name, json)
     reader = open_reader(settings)
     complete = False
     async with Bus(settings) as bus:
         importer = Importer(bus, reader, report, skip=skip, overwrite=overwrite, wait=wait)
-        source = Source(file, line_limit(settings))
         showing = asyncio.create_task(report.show_progress(source))
         try:
             await _take_all(source, reader, importer)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import threading
 import uuid
 from collections.abc import Iterable, Iterator
@@ -14,7 +15,7 @@ from typing import Any, NamedTuple
 
 import orjson
 
-from ..errors import InvalidMemory, MnemobusError
+from ..errors import InvalidMemory, MnemobusError, SettingsError
 from ..memory import Memory, Row, encode
 from ..settings import Settings
 
@@ -108,10 +109,16 @@ def line_limit(settings: Settings) -> int:
 class Source:
     """Reads in a thread of its own: standard input may keep a reader waiting for as long as it likes."""
 
-    def __init__(self, file: Path, limit: int) -> None:
+    def __init__(self, file: str, limit: int) -> None:
+        """Of the file of this name, or of standard input for ``-``. SettingsError if it can't be opened."""
         # Unbuffered: a thread that waits in a buffered read keeps the interpreter from ending.
-        self._file = FileIO(0, closefd=False) if str(file) == "-" else FileIO(str(file))
-        self.size = None if str(file) == "-" else file.stat().st_size or None
+        try:
+            self._file = FileIO(0, closefd=False) if file == "-" else FileIO(file)
+        except OSError as error:
+            raise SettingsError(f"{file} can't be read: {error.strerror}") from None
+        self.name = "stdin" if file == "-" else Path(file).name
+        self.size = os.fstat(self._file.fileno()).st_size or None
+        """Bytes in all; None if that can't be known."""
         self.read = 0
         """Bytes so far."""
         self._limit = limit
