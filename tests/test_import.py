@@ -1,0 +1,526 @@
+"""`mnemobus import`: exactly the file's memories, however often, and every bad line by its number."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import json
+import os
+import random
+import re
+import signal
+import sqlite3
+import time
+import uuid
+from collections.abc import Callable
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import mnemobus
+from commands import Command
+from mnemobus import Memory, Settings
+from mnemobus.cli.lines import split
+from mnemobus.memory import from_micros
+from mnemobus.store import Query, open_reader
+from servers import Workers, eventually, free_port, wait_until, worker_threads
+
+Start = Callable[..., Command]
+Connect = Callable[..., mnemobus.Bus]
+
+BEGIN = datetime(2025, 6, 1, tzinfo=UTC)
+
+
+def record(number: int, room: str = "kitchen", **fields: Any) -> dict[str, Any]:
+    """A memory as a line of a file has it."""
+    return {
+        "id": str(uuid.uuid5(uuid.NAMESPACE_URL, f"{room}/{number}")),
+        "table": "messages",
+        "room": room,
+        "content": {"text": f"line {number}"},
+        "created_at": (BEGIN + timedelta(seconds=number)).isoformat(),
+        **fields,
+    }
+
+
+def lines(*records: dict[str, Any] | bytes | str) -> bytes:
+    return b"".join(
+        (r if isinstance(r, bytes) else (r if isinstance(r, str) else json.dumps(r)).encode()) + b"\n"
+        for r in records
+    )
+
+
+async def stored(settings: Settings, table: str = "messages") -> dict[str, tuple[Any, ...]]:
+    """Everything that a table of the store has, by id."""
+    reader = open_reader(settings)
+    await reader.open()
+    try:
+        rows = await reader.recent(Query(table), 100_000)
+    finally:
+        await reader.close()
+    return {row.id: row for row in rows}
+
+
+def conversations(rooms: int, each: int) -> list[dict[str, Any]]:
+    """Lines of several rooms, shuffled together, with all that a line may have; some dates are the same."""
+    pick = random.Random(7)
+    found = []
+    for number in range(rooms * each):
+        room = f"room-{number % rooms}"
+        moment = BEGIN + timedelta(seconds=pick.randrange(each))
+        found.append(
+            record(
+                number,
+                room,
+                table=pick.choice(["messages", "messages", "facts"]),
+                entity=pick.choice([None, "Amara", "名前"]),
+                agent="importer",
+                world="w",
+                metadata={"turn": number, "nested": {"deep": [1, None, "ü"]}},
+                embedding=[pick.random() for _ in range(4)] if number % 3 else None,
+                created_at=moment.isoformat(),
+            )
+        )
+    pick.shuffle(found)
+    return found
+
+
+async def test_an_import_is_the_file_and_a_second_one_changes_nothing(
+    pool: Settings, connect: Connect, command: Start, tmp_path: Path
+) -> None:
+    # Given a file of 1,200 memories in six rooms
+    records = conversations(rooms=6, each=200)
+    file = tmp_path / "memories.jsonl"
+    file.write_bytes(lines(*records))
+    # If it is imported
+    done = command("import", str(file), settings=pool)
+    assert done.status == 0, done.err
+    assert done.out.startswith(
+        "1,200 lines: 1,200 written, 1,200 of them in the store, 0 there already, 0 bad; "
+    )
+    # Then the store has exactly those
+    before = await stored(pool) | await stored(pool, "facts")
+    assert len(before) == 1_200
+    for each in records:
+        row = before[each["id"]]
+        assert row[1:6] == tuple(each[name] for name in ("table", "room", "agent", "entity", "world"))
+        assert (json.loads(row.content), json.loads(row.metadata)) == (each["content"], each["metadata"])
+        assert (row.embedding is None) == (each["embedding"] is None)
+    # And what a room has newest is what the file has newest of it
+    async with connect() as bus:
+        for table in ("messages", "facts"):
+            for room in {each["room"] for each in records}:
+                of_room = [r for r in records if (r["table"], r["room"]) == (table, room)]
+                newest = sorted(of_room, key=lambda r: (r["created_at"], r["id"]), reverse=True)[:20]
+                assert [m.id for m in await bus.recent(table, room=room, limit=20)] == [
+                    r["id"] for r in newest
+                ]
+    # If it is imported again
+    again = command("import", "--json", str(file), settings=pool)
+    # Then nothing is written, and nothing has changed: not even a version
+    assert again.status == 0
+    assert {k: again.json[k] for k in ("complete", "lines", "written", "unchanged", "bad")} == {
+        "complete": True,
+        "lines": 1_200,
+        "written": 0,
+        "unchanged": 1_200,
+        "bad": 0,
+    }
+    assert await stored(pool) | await stored(pool, "facts") == before
+
+
+async def test_standard_input_and_lines_without_id_or_date(
+    pool: Settings, connect: Connect, command: Start
+) -> None:
+    # Given lines that say no more than they must, with a mark at the beginning, CRLF, and no end of the last line
+    said = [{"table": "messages", "room": "r", "content": {"n": n}} for n in range(30)]
+    text = b"\xef\xbb\xbf" + lines(*said).replace(b"\n", b"\r\n\r\n").strip()
+    # If they are imported twice, once with the fields in another order
+    first = command("import", "-", "--json", stdin=text, settings=pool).json
+    assert (first["lines"], first["written"], first["committed"]) == (30, 30, 30)
+    turned = lines(*({name: each[name] for name in reversed(each)} for each in said))
+    second = command("import", "-", "--json", stdin=turned, settings=pool).json
+    # Then the same lines are the same memories, in the order in which they came
+    assert (second["lines"], second["written"], second["unchanged"]) == (30, 0, 30)
+    async with connect() as bus:
+        assert [m.content["n"] for m in await bus.recent("messages", room="r")] == list(range(29, 9, -1))
+        assert await bus.count("messages", room="r") == 30
+
+
+async def test_what_was_changed_since_is_left_as_it_is_unless_overwrite_is_given(
+    pool: Settings, connect: Connect, command: Start, tmp_path: Path
+) -> None:
+    # Given an imported file, of which one memory was updated since, another deleted
+    file = tmp_path / "three.jsonl"
+    dateless = {
+        "table": "messages",
+        "room": "kitchen",
+        "content": {"text": "no date"},
+        "id": str(uuid.uuid4()),
+    }
+    file.write_bytes(lines(record(1), record(2), record(3), dateless))
+    assert command("import", str(file), settings=pool).status == 0
+    one, two = record(1)["id"], record(2)["id"]
+    async with connect() as bus:
+        receipts = [await bus.update(one, content={"text": "new"}), await bus.delete(two)]
+        receipts.append(await bus.update(dateless["id"], content={"text": "new"}))
+        for receipt in receipts:
+            await receipt.committed()
+        born = (await bus.get(dateless["id"])).created_at
+        # If it is imported again
+        done = command("import", str(file), settings=pool)
+        # Then the update stays, and the deleted one is back
+        assert done.status == 0
+        assert (
+            "4 lines: 1 written, 1 of them in the store, 1 there already, 2 changed since and left"
+            in done.out
+        )
+        await asyncio.sleep(pool.heartbeat * 2)
+        assert (await bus.get(one)).content == {"text": "new"}
+        assert (await bus.get(two)).content == {"text": "line 2"}
+        # If it is imported over what is there
+        done = command("import", "--overwrite", "--json", str(file), settings=pool).json
+        # Then the file wins; a line that gives no date leaves the one that is stored
+        assert (done["written"], done["different"], done["unchanged"]) == (2, 0, 2)
+        rows = await stored(pool)
+        assert json.loads(rows[one].content) == {"text": "line 1"}
+        assert json.loads(rows[dateless["id"]].content) == {"text": "no date"}
+        assert from_micros(rows[dateless["id"]].created_us) == born
+
+
+async def test_a_repeated_id_is_the_first_line_wherever_the_other_is(
+    pool: Settings, command: Start, tmp_path: Path
+) -> None:
+    file = tmp_path / "twice.jsonl"
+    others = [record(n) for n in range(1, 700)]
+    twice = [record(0), record(0, content={"text": "other"}), *others, record(0, content={"text": "third"})]
+    file.write_bytes(lines(*twice))
+    done = command("import", "--json", str(file), settings=pool).json
+    assert (done["lines"], done["written"], done["different"]) == (702, 700, 2)
+    rows = await stored(pool)
+    assert len(rows) == 700
+    assert json.loads(rows[record(0)["id"]].content) == {"text": "line 0"}
+
+
+# Bad lines
+
+UNKNOWN = (
+    "unknown field; known are agent, content, created_at, embedding, entity, id, metadata, room, table, world"
+)
+BAD: list[tuple[bytes | str | dict[str, Any], str]] = [
+    ("{'table': 1}", "not JSON: "),
+    ('{"table": "messages", "room": "r"', "not JSON: "),
+    (b'{"table": "messages", "room": "r\xff"}', "not UTF-8: byte 33 is 0xff"),
+    ("[1, 2]", "record: a JSON object is needed, not list"),
+    ("null", "record: a JSON object is needed, not nothing"),
+    (record(1, id="not-a-uuid"), "id: 'not-a-uuid' is not a UUID"),
+    (record(1, id=7), "id: 7 is not a UUID"),
+    (record(1, ""), "room: is empty"),
+    (record(1, room=None), "room: text is needed, not nothing"),
+    ({"table": "messages", "content": {}}, "room: is missing"),
+    (record(1, table="no such name!"), "table: 'no such name!' is not 1 to 64 letters"),
+    (record(1, "r" * 600), "room: 600 bytes, which is more than 512"),
+    (record(1, content={"n": float("nan")}), "not JSON: "),
+    ('{"table": "messages", "room": "r", "content": {"n": 1e999}}', "not JSON: "),
+    (record(1, content=["a", "list"]), "content: a JSON object is needed, not list"),
+    (record(1, content={"text": "x" * 1_100_000}), "memory: 1,100,0"),
+    (record(1, embedding=[1.0, "two"]), "embedding: holds something that is not a number"),
+    (record(1, embedding=[]), "embedding: is empty"),
+    (record(1, created_at="2025-06-01T12:00:00"), "created_at: 2025-06-01T12:00:00 has no time zone"),
+    (record(1, created_at="yesterday"), "created_at: 'yesterday' is not an ISO 8601 date"),
+    (record(1, created_at=1748736000), "created_at: an ISO 8601 date is needed, not int"),
+    (record(1, mood="good"), f"mood: {UNKNOWN}"),
+    (record(1, content=json.loads('{"a":' * 100 + "1" + "}" * 100)), "content: nests deeper than 64 levels"),
+    (f'{{"table": "messages", "room": "r", "content": {"[" * 300}{"]" * 300}}}', "record: nests too deep"),
+    (b'{"table": "messages", "room": "' + b"x" * 9_000_000 + b'"}', "longer than 8,454,144 bytes"),
+]
+
+
+def test_each_kind_of_bad_line_is_named_and_the_rest_is_imported(
+    pool: Settings, command: Start, tmp_path: Path
+) -> None:
+    # Given a file in which every other line is bad, each in its own way
+    file = tmp_path / "bad.jsonl"
+    file.write_bytes(b"".join(lines(record(n), line) for n, (line, _) in enumerate(BAD)) + lines(record(99)))
+    # If bad lines are to be skipped
+    done = command("import", "--on-error", "skip", str(file), settings=pool)
+    # Then each is named, with its number and the reason; all the others are in the store; and the exit status says so
+    assert done.status == 1
+    for number, (_, reason) in enumerate(BAD):
+        assert f"\nbad.jsonl:{2 * number + 2}: {reason}" in f"\n{done.err}"
+    assert done.err.count("bad.jsonl:") == len(BAD)
+    good = len(BAD) + 1
+    assert done.out.startswith(
+        f"{good + len(BAD)} lines: {good} written, {good} of them in the store, 0 there already, {len(BAD)} bad; "
+    )
+    assert len(asyncio.run(stored(pool))) == good
+    assert max(map(len, done.err.splitlines())) < 350
+
+
+def test_the_first_bad_line_stops_an_import_after_what_comes_before_it(
+    pool: Settings, command: Start, tmp_path: Path
+) -> None:
+    # Given a file whose fourth line is bad
+    file = tmp_path / "stop.jsonl"
+    file.write_bytes(lines(record(1), record(2), "", "nonsense", record(3), "more nonsense"))
+    # If nothing is said about bad lines
+    done = command("import", str(file), settings=pool)
+    # Then the import stops there, and what comes before it is in the store
+    assert done.status == 1
+    assert "stop.jsonl:4: not JSON" in done.err and "stop.jsonl:6" not in done.err
+    assert "stopped at a bad line; --on-error skip goes on" in done.err
+    assert "3 lines: 2 written, 2 of them in the store, 0 there already, 1 bad" in done.out
+    assert set(asyncio.run(stored(pool))) == {record(1)["id"], record(2)["id"]}
+    # If the line is mended
+    file.write_bytes(lines(record(1), record(2), "", record(4), record(3)))
+    # Then the same command goes on where it stopped
+    result = command("import", "--json", str(file), settings=pool).json
+    assert (result["complete"], result["written"], result["unchanged"], result["bad"]) == (True, 2, 2, 0)
+
+
+@pytest.mark.parametrize("on_error", ["stop", "skip"])
+def test_lines_that_only_the_store_can_refuse_are_named_too(
+    pool: Settings, command: Start, tmp_path: Path, on_error: str
+) -> None:
+    # Given memories in the store
+    file = tmp_path / "first.jsonl"
+    file.write_bytes(lines(record(1), record(2), record(3, table="facts", embedding=[1, 2])))
+    assert command("import", str(file), settings=pool).status == 0
+    # And a file with one of these ids in another room, one that is deleted, and a vector of another length
+    file.write_bytes(
+        lines(
+            record(4),
+            record(1) | {"room": "elsewhere"},
+            record(5),
+            record(6, table="facts", embedding=[1, 2, 3]),
+            record(7),
+        )
+    )
+    # If it is imported
+    done = command("import", "--json", "--on-error", on_error, str(file), settings=pool)
+    assert done.status == 1
+    moved = {
+        "line": 2,
+        "reason": f"id: memory {record(1)['id']} is stored with room 'kitchen', not 'elsewhere';",
+    }
+    moved["reason"] += " dimensions never change"
+    if on_error == "skip":
+        vector = {"line": 4, "reason": "embedding: 3 floats, but those of table 'facts' have 2"}
+        assert done.json["bad_lines"] == [moved, vector]
+        assert (done.json["complete"], done.json["lines"], done.json["written"]) == (True, 5, 3)
+    else:
+        assert done.json["bad_lines"] == [moved]
+        assert (done.json["complete"], done.json["written"], done.json["committed"]) == (False, 1, 1)
+
+
+async def test_a_line_that_a_worker_refuses_is_named_with_the_workers_reason(
+    pool: Settings, connect: Connect, command: Start
+) -> None:
+    # Given a memory that was deleted: nothing is seen of it, but its room can't change
+    async with connect() as bus:
+        memory = Memory(table="messages", room="before", content={})
+        await (await bus.write(memory)).committed()
+        await (await bus.delete(memory.id)).committed()
+    # If a line has its id, in another room
+    text = lines(record(1), record(2, "after", id=memory.id), record(3))
+    done = command("import", "--json", "--on-error", "skip", "-", stdin=text, settings=pool)
+    # Then the worker's word is the reason
+    assert done.status == 1
+    [bad] = done.json["bad_lines"]
+    assert bad["line"] == 2 and "room" in bad["reason"]
+    assert (done.json["written"], done.json["committed"]) == (3, 2)
+
+
+def test_an_empty_file_is_fine_and_a_missing_one_is_not(
+    pool: Settings, command: Start, tmp_path: Path
+) -> None:
+    (tmp_path / "empty.jsonl").write_bytes(b"\n \n")
+    running = [
+        command("import", str(tmp_path / "empty.jsonl"), settings=pool),
+        command("import", str(tmp_path / "missing.jsonl"), settings=pool),
+        command("import", str(tmp_path), settings=pool),
+        command("import", "--on-error", "ignore", "-", settings=pool),
+    ]
+    empty, missing, folder, option = running
+    assert empty.status == 0
+    assert empty.out.startswith("0 lines: 0 written")
+    assert missing.status == 2
+    assert missing.err == f"mnemobus: {tmp_path}/missing.jsonl can't be read: No such file or directory\n"
+    assert folder.status == 2
+    assert "can't be read: Is a directory" in folder.err
+    assert option.status == 2
+    assert "'ignore' is neither 'stop' nor 'skip'" in option.err
+
+
+# Interrupted
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT, signal.SIGTERM])
+async def test_g1_an_import_that_was_stopped_half_way_is_completed_by_the_next(
+    pool: Settings, command: Start, tmp_path: Path, how: int
+) -> None:
+    # Given an import that is half way: its input comes through a pipe, and stops coming
+    records = [record(n, f"room-{n % 5}", **({} if n % 2 else {"created_at": None})) for n in range(2_000)]
+    for each in records[::3]:
+        del each["id"]
+    file = tmp_path / "big.jsonl"
+    file.write_bytes(lines(*records))
+    read, write = os.pipe()
+    running = command("import", "-", stdin=read, settings=pool)
+    os.close(read)
+    with os.fdopen(write, "wb", buffering=0) as pipe:
+        pipe.write(lines(*records[:1_100]))
+        wait_until(lambda: _rows(pool) >= 500, 20)
+        # When it is stopped
+        running.signal(how)
+        assert running.status == (-how if how == signal.SIGKILL else 128 + how)
+    if how != signal.SIGKILL:
+        assert "not complete; run the same command again to go on" in running.err
+        assert "Traceback" not in running.err
+    # Then the next one completes it: exactly the lines of the file, each once
+    done = command("import", "--json", str(file), settings=pool)
+    assert done.status == 0
+    assert done.json["lines"] == 2_000
+    assert done.json["unchanged"] >= 500
+    assert done.json["unchanged"] + done.json["written"] == 2_000
+    rows = await stored(pool)
+    assert len(rows) == 2_000
+    assert {json.loads(row.content)["text"] for row in rows.values()} == {f"line {n}" for n in range(2_000)}
+    # In the order of the file, also where a line gives no date
+    dateless = [json.loads(r.content)["text"] for r in sorted(rows.values(), key=lambda r: r.created_us)]
+    wanted = [r["content"]["text"] for r in records if r["created_at"] is None and r["room"] == "room-0"]
+    assert [text for text in dateless if text in set(wanted)] == wanted
+
+
+def _rows(settings: Settings) -> int:
+    with sqlite3.connect(settings.database_url.removeprefix("sqlite:///")) as connection:
+        return int(connection.execute("SELECT count(*) FROM memories").fetchone()[0])
+
+
+async def test_g1_an_import_outlives_a_killed_worker(
+    settings: Settings, postgres_url: str, workers: Callable[..., Workers], command: Start
+) -> None:
+    # Given PostgreSQL, two worker processes under Dramatiq's command line, and an import that is half way
+    settings = settings.model_copy(update={"database_url": postgres_url, "batch_size": 20})
+    first = workers(settings)
+    records = [record(n, f"room-{n % 7}") for n in range(1_500)]
+    read, write = os.pipe()
+    running = command("import", "--json", "-", stdin=read, settings=settings)
+    os.close(read)
+    with os.fdopen(write, "wb", buffering=0) as pipe:
+        pipe.write(lines(*records[:1_000]))
+        async with mnemobus.connect(**settings.model_dump()) as bus:
+            await eventually(lambda: _has_some(bus), 20)
+        # If one of them is killed; Dramatiq then ends the other, and a service manager starts them again
+        first.kill_one()
+        pipe.write(lines(*records[1_000:]))
+    workers(settings)
+    # Then the import ends as if nothing had happened
+    assert running.status == 0, running.err
+    assert (running.json["written"], running.json["committed"], running.json["bad"]) == (1_500, 1_500, 0)
+    assert set(await stored(settings)) == {each["id"] for each in records}
+
+
+async def _has_some(bus: mnemobus.Bus) -> bool:
+    return await bus.count("messages", room="room-0") > 0
+
+
+# What people see
+
+
+def test_a_bar_on_a_terminal(pool: Settings, command: Start, tmp_path: Path) -> None:
+    file = tmp_path / "good.jsonl"
+    file.write_bytes(lines(*(record(n) for n in range(100)), "bad"))
+    done = command("import", "--on-error", "skip", str(file), settings=pool, terminal=True)
+    assert done.status == 1
+    wait_until(lambda: "101 lines: 100 written" in done.out)
+    assert re.search("importing.*━━", done.out)
+    assert "good.jsonl:101: not JSON" in done.out
+
+
+def test_plain_lines_elsewhere_and_a_word_when_no_worker_is_there(settings: Settings, command: Start) -> None:
+    # Given no worker at all
+    running = command("import", "-", stdin=lines(*(record(n) for n in range(10))), settings=settings)
+    # Then an import does not hang without a word
+    running.says("nothing was committed for 5 s")
+    assert "are workers running? `mnemobus doctor` tells" in running.err
+    assert re.search(r"10 lines, \d/s, 0 bad, 10 written, 10 not yet in the store\n", running.err)
+    assert "━" not in running.err and "\x1b" not in running.err
+    # And can be stopped; once there are workers, what it has logged gets to the store all the same
+    running.signal(signal.SIGINT)
+    assert running.status == 130
+    assert running.out.startswith("10 lines: 10 written, 0 of them in the store")
+    with worker_threads(settings):
+        wait_until(lambda: _rows(settings) == 10)
+
+
+PATIENT = "from mnemobus.cli import importing, main; importing.PATIENCE = 1; main()"
+
+
+def test_without_workers_an_import_gives_up_in_the_end(settings: Settings, command: Start) -> None:
+    given_up = command(
+        "import", "-", stdin=lines(record(1), record(2)), settings=settings, program=("-c", PATIENT)
+    )
+    logged = command("import", "--no-wait", "-", stdin=lines(record(3)), settings=settings)
+    assert given_up.status == 1
+    assert "mnemobus: nothing was committed for 1 s. What was written is in the log" in given_up.err
+    assert "Traceback" not in given_up.err
+    # Unless nobody wants to wait for the store
+    assert logged.status == 0
+    assert logged.out.startswith("1 lines: 1 written, 0 there already, 0 bad; ")
+
+
+def test_a_full_log_is_waited_for(pool: Settings, command: Start) -> None:
+    # Given a log that takes far fewer events than are to be imported
+    settings = pool.model_copy(update={"max_backlog": 100, "write_timeout": 0.2})
+    done = command(
+        "import", "--json", "-", stdin=lines(*(record(n) for n in range(2_000))), settings=settings
+    )
+    assert done.status == 0, done.err
+    assert done.json["committed"] == 2_000
+
+
+def test_redis_or_the_store_away_is_a_clear_error_in_bounded_time(
+    settings: Settings, command: Start, tmp_path: Path
+) -> None:
+    away = f"redis://127.0.0.1:{free_port()}"
+    (tmp_path / "file").write_text("")
+    no_redis = settings.model_copy(update={"redis_url": away, "write_timeout": 1.0})
+    no_store = settings.model_copy(update={"database_url": f"sqlite:///{tmp_path}/file/memories.db"})
+    neither = no_store.model_copy(update={"redis_url": away})
+    began = time.monotonic()
+    runs = [
+        command("import", "-", stdin=lines(record(1)), settings=each)
+        for each in (no_redis, no_store, neither)
+    ]
+    assert [run.status for run in runs] == [1, 1, 1]
+    assert time.monotonic() - began < 10
+    assert re.search(rf"mnemobus: .*{away}.* not .*reached|mnemobus: .*log", runs[0].err), runs[0].err
+    assert "mnemobus: what is stored already can't be told: SQLite" in runs[1].err
+    assert f"mnemobus: neither Redis ({away}" in runs[2].err
+    assert not any("Traceback" in run.err for run in runs)
+
+
+# Reading
+
+
+@given(
+    text=st.binary(max_size=60).map(lambda b: b.replace(b"a", b"\n"))
+    | st.sampled_from([b"", b"\n", b"ab\n\nc"]),
+    cuts=st.lists(st.integers(0, 60), max_size=6),
+    limit=st.integers(1, 8),
+)
+def test_lines_are_the_same_wherever_the_pieces_of_a_file_end(
+    text: bytes, cuts: list[int], limit: int
+) -> None:
+    places = sorted({0, len(text), *(min(cut, len(text)) for cut in cuts)})
+    pieces = [text[a:b] for a, b in itertools.pairwise(places)]
+    wanted = text.split(b"\n")
+    if not wanted[-1]:
+        wanted.pop()
+    found = [line for some in split(pieces, limit) for line in some]
+    assert found == [(n, line if len(line) <= limit else None) for n, line in enumerate(wanted, 1)]
