@@ -9,5 +9,8 @@ local known = redis.call('HMGET', KEYS[1], 'run_id', 'epoch')
 if known[1] == ARGV[1] then
   return known[2]
 end
+-- A full Redis takes an HSET only after another write of the same script, and must not keep workers from connecting:
+-- they make room.
+redis.call('DEL', KEYS[1])
 redis.call('HSET', KEYS[1], 'run_id', ARGV[1], 'epoch', ARGV[2])
 return ARGV[2]
