@@ -59,7 +59,7 @@ def nested(levels: int) -> dict[str, object]:
         ({"content": "text"}, "content: a JSON object is needed, not str"),
         ({"content": None}, "content: a JSON object is needed, not nothing"),
         ({"content": b'{"a":1}'}, "content: a JSON object is needed, not bytes"),
-        ({"content": [1]}, "content: a JSON object is needed, not FrozenList"),
+        ({"content": [1]}, "content: a JSON object is needed, not list"),
         ({"content": {"a": [1, math.nan]}}, "content.a[1]: nan is not a JSON number"),
         ({"content": {"a": math.inf}}, "content.a: inf is not a JSON number"),
         ({"content": {"a": datetime(2026, 1, 1, tzinfo=UTC)}}, "content.a: datetime is not a JSON value"),

@@ -560,7 +560,9 @@ def _encode_date(created: object) -> int:
 
 
 def _kind(value: object) -> str:
-    return "nothing" if value is None else f"{type(value).__name__}"
+    if value is None:
+        return "nothing"
+    return {FrozenDict: "dict", FrozenList: "list"}.get(type(value), type(value).__name__)
 
 
 # How query results travel to and from L2: a JSON header with the small fields and the lengths of the large
