@@ -562,7 +562,8 @@ def _encode_date(created: object) -> int:
 def _kind(value: object) -> str:
     if value is None:
         return "nothing"
-    return {FrozenDict: "dict", FrozenList: "list"}.get(type(value), type(value).__name__)
+    name = type(value).__name__
+    return {"FrozenDict": "dict", "FrozenList": "list"}.get(name, name)
 
 
 # How query results travel to and from L2: a JSON header with the small fields and the lengths of the large
