@@ -256,7 +256,7 @@ class StreamConsumer(dramatiq.Consumer):
     def _make_group(self) -> None:
         """The consumer group, from the log's beginning; also after Redis lost it."""
         try:
-            self._link.client.execute_command("XGROUP", "CREATE", self._key, APPLY_GROUP, "0", "MKSTREAM")
+            self._link.run("group", [self._key], [APPLY_GROUP])
             logger.info("log partition %d: made the consumer group %r", self._partition, APPLY_GROUP)
         except ResponseError as error:
             if "BUSYGROUP" not in str(error):  # else another worker was faster

@@ -14,4 +14,7 @@ for _, letter in ipairs(letters) do
     return letter[1]
   end
 end
+-- A full Redis takes the next command only after another write of the same script. Without the letter the event would
+-- stay pending, and all after it could not be trimmed.
+redis.call('XDEL', KEYS[1], '0-1')
 return redis.call('XADD', KEYS[1], '*', 'version', ARGV[1], 'reason', ARGV[2], unpack(ARGV, 3))

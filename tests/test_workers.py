@@ -1,0 +1,692 @@
+"""The worker pool: what is in the log reaches the store, whoever dies, pauses, fails or is away meanwhile.
+
+Most pools here are threads of the test's process (`pool_of`), on the broker that Dramatiq's command line would use.
+Where something is killed it is a process: `doomed`, which kills itself at a point that is given (worker_process.py), or
+Dramatiq's own (`workers`). Agents in processes of their own are in test_processes.py.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import sqlite3
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import orjson
+import psycopg
+import pytest
+import redis
+
+import mnemobus
+from mnemobus import Memory, Receipt, Settings, WriteRejected
+from mnemobus.connection import ThreadedLink
+from mnemobus.events import PUT, Event
+from mnemobus.feed import Invalidation, decode_entry
+from mnemobus.keys import APPLY_GROUP, Dimensions, Keyspace, Version
+from mnemobus.memory import encode, new_id
+from mnemobus.store import Query, open_reader, open_writer
+from mnemobus.store.sqlite import SqliteWriter
+from mnemobus_workers.broker import ALONE_AFTER, DEAD_AFTER
+from servers import PostgresServer, RedisServer, Workers, alive, end, eventually, spawn
+
+Connect = Callable[..., mnemobus.Bus]
+PoolOf = Callable[[Settings], AbstractContextManager[Settings]]
+Doomed = Callable[..., "subprocess.Popen[Any]"]
+
+CLAIM_IDLE = 0.5
+
+
+@pytest.fixture
+def settings(settings: Settings) -> Settings:
+    return settings.model_copy(update={"log_partitions": 1, "feed_partitions": 4, "claim_idle": CLAIM_IDLE})
+
+
+@pytest.fixture
+def both(settings: Settings, database_url: str) -> Settings:
+    """The settings on each of the stores, which has its schema already."""
+    settings = settings.model_copy(update={"database_url": database_url})
+    writer = open_writer(settings)
+    writer.open()
+    writer.close()
+    return settings
+
+
+@pytest.fixture
+def doomed(tmp_path: Path) -> Iterator[Doomed]:
+    """Starts a worker process that kills itself at a point, or never."""
+    started: list[subprocess.Popen[Any]] = []
+
+    def start(settings: Settings, point: str) -> subprocess.Popen[Any]:
+        command = [sys.executable, str(Path(__file__).with_name("worker_process.py")), point]
+        started.append(spawn(command, env=os.environ | settings.environment(), cwd=tmp_path))
+        return started[-1]
+
+    yield start
+    for process in started:
+        end(process, patience=0)
+
+
+def opened(settings: Settings, **overrides: Any) -> mnemobus.Bus:
+    return mnemobus.connect(**{**settings.model_dump(), **overrides})
+
+
+def said(text: str, room: str = "r1", **fields: Any) -> Memory:
+    return Memory(table="messages", room=room, content={"text": text}, **fields)
+
+
+async def write(bus: mnemobus.Bus, *texts: str, room: str = "r1") -> list[Receipt]:
+    return await bus.write_many([said(text, room) for text in texts])
+
+
+async def committed(receipts: list[Receipt], timeout: float = 10) -> None:
+    await asyncio.gather(*(receipt.committed(timeout) for receipt in receipts))
+
+
+async def stored(settings: Settings, room: str = "r1") -> list[str]:
+    """The texts that the store has of a room, sorted; past every cache."""
+    reader = open_reader(settings)
+    await reader.open()
+    try:
+        rows = await reader.recent(Query("messages", room=room), 10_000)
+    finally:
+        await reader.close()
+    return sorted(orjson.loads(row.content)["text"] for row in rows)
+
+
+def texts(count: int) -> list[str]:
+    return sorted(f"text {n}" for n in range(count))
+
+
+@contextmanager
+def locked(settings: Settings) -> Iterator[None]:
+    """Nothing can be committed meanwhile."""
+    url = settings.database_url
+    if url.startswith("sqlite"):
+        connection: Any = sqlite3.connect(url.removeprefix("sqlite:///"), timeout=10, isolation_level=None)
+        connection.execute("BEGIN IMMEDIATE")
+    else:
+        connection = psycopg.connect(url)
+        connection.execute("LOCK TABLE memories IN EXCLUSIVE MODE")
+    try:
+        yield
+    finally:
+        connection.execute("ROLLBACK")
+        connection.close()
+
+
+class Log:
+    """What is to be seen of the log and the feed from outside."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.client = redis.Redis.from_url(settings.redis_url)
+        self.keys = Keyspace(settings.redis_key_prefix, settings.log_partitions, settings.feed_partitions)
+
+    def pending(self) -> dict[str, tuple[str, int, int]]:
+        """Of each pending entry: whose it is, for how many ms it has been idle, how often it was delivered."""
+        with suppress(redis.ResponseError):  # there is no group yet
+            return {
+                e["message_id"].decode(): (
+                    e["consumer"].decode(),
+                    e["time_since_delivered"],
+                    e["times_delivered"],
+                )
+                for e in self.client.xpending_range(self.keys.log(0), APPLY_GROUP, "-", "+", 1000)
+            }
+        return {}
+
+    def forsake(self, *ids: str, deliveries: int) -> None:
+        """As if nobody had renewed these entries for long, after so many deliveries."""
+        pending = self.pending()
+        for id in ids:
+            self.client.execute_command(
+                "XCLAIM", self.keys.log(0), APPLY_GROUP, pending[id][0], 0, id,
+                "IDLE", 86_400_000, "RETRYCOUNT", deliveries, "JUSTID",
+            )  # fmt: skip
+
+    def backlog(self) -> int:
+        added, applied = self.client.hmget(self.keys.meter(0), "added", "applied")
+        return int(added or 0) - int(applied or 0)
+
+    def letters(self) -> list[dict[str, str]]:
+        """The dead letters, their fields as text."""
+        return [
+            {name.decode(): value.decode() for name, value in fields.items()}
+            for _, fields in self.client.xrange(self.keys.dead(0))
+        ]
+
+    def feed(self) -> list[list[Invalidation]]:
+        """All messages, by feed partition."""
+        found = []
+        for partition in range(self.keys.feed_partitions):
+            entries = self.client.xrange(self.keys.feed(partition))
+            found.append(
+                [decode_entry(id, [x for pair in fields.items() for x in pair]) for id, fields in entries]
+            )
+        return found
+
+    def named(self, scope: str) -> Counter[str]:
+        """How often the feed has named each version in the partition of a scope."""
+        messages = self.feed()[self.keys.feed_partition(scope)]
+        return Counter(str(version) for message in messages for version in message.versions)
+
+    def done(self) -> bool:
+        """Whether everything is applied and confirmed."""
+        return self.backlog() == 0 and not self.pending()
+
+
+# Killed
+
+
+@pytest.mark.parametrize("point", ["transaction", "commit", "fan-out", "ack"])
+async def test_g1_whatever_a_worker_was_at_when_it_was_killed_is_done_by_another(
+    both: Settings, pool_of: PoolOf, doomed: Doomed, point: str
+) -> None:
+    log = Log(both)
+    async with opened(both) as writer, opened(both) as reader:
+        # Given an agent that holds a copy of a room
+        await eventually(lambda: is_local(reader))
+        # When a worker takes all that was written there, and is killed in the midst of applying it
+        receipts = await write(writer, *texts(20))
+        process = doomed(both, point)
+        assert await asyncio.to_thread(process.wait, 30) == -signal.SIGKILL
+        killed = time.monotonic()
+        # Then it is not confirmed, and in the store or not
+        assert log.pending().keys() == {str(receipt.version) for receipt in receipts}
+        assert await stored(both) == ([] if point == "transaction" else texts(20))
+        sent = sum(map(len, log.feed()))
+        assert sent == {"transaction": 0, "commit": 0, "fan-out": 1, "ack": 4}[point]
+        # and another worker does all of it again, soon after it may
+        with pool_of(both):
+            await eventually(log.done)
+            assert time.monotonic() - killed < CLAIM_IDLE + 5
+            await committed(receipts)
+        # each row once
+        assert await stored(both) == texts(20)
+        # with an invalidation, sent for the first time or again, for whoever held a copy
+        assert {str(receipt.version) for receipt in receipts} == log.named("room:messages:r1").keys()
+        assert sum(map(len, log.feed())) == sent + 4
+        await eventually(lambda: sees(reader, texts(20)))
+
+
+async def is_local(bus: mnemobus.Bus) -> bool:
+    return (await bus.recent("messages", room="r1", limit=100)).source == "local"
+
+
+async def sees(bus: mnemobus.Bus, expected: list[str]) -> bool:
+    found = await bus.recent("messages", room="r1", limit=100)
+    return sorted(memory.content["text"] for memory in found) == expected
+
+
+async def test_g1_what_killed_processes_held_is_claimed_and_applied_by_others(
+    both: Settings, pool_of: PoolOf, workers: Callable[..., Workers]
+) -> None:
+    log = Log(both)
+    async with opened(both) as bus:
+        # Given processes that have applied something, and now hold batches that they can't commit
+        pool = workers(both.model_copy(update={"batch_size": 50}))
+        await committed(await write(bus, *texts(100)[:50]))
+        with locked(both):
+            receipts = await write(bus, *texts(100)[50:], *(f"more {n}" for n in range(350)))
+            await eventually(lambda: len(log.pending()) == 200)
+            owners = {owner for owner, _, _ in log.pending().values()}
+            # When all of them are killed
+            pool.kill()
+        # Then others take over what they held and what nobody had begun, within about claim_idle
+        began = time.monotonic()
+        with pool_of(both):
+            await committed(receipts)
+            assert time.monotonic() - began < CLAIM_IDLE + 5
+            await eventually(log.done)
+        assert len(owners) == 2
+        assert await stored(both) == sorted([*texts(100), *(f"more {n}" for n in range(350))])
+
+
+async def test_g1_a_paused_worker_holds_up_nobody_and_doubles_nothing_when_it_goes_on(
+    both: Settings, pool_of: PoolOf, doomed: Doomed
+) -> None:
+    log = Log(both)
+    both = both.model_copy(update={"database_timeout": 1.0})
+    async with opened(both) as bus:
+        # Given a worker that is paused in the midst of a commit, with whatever locks it has
+        process = doomed(both, "never")
+        with locked(both):
+            receipts = await write(bus, *texts(20))
+            await eventually(log.pending, timeout=30)
+            os.kill(process.pid, signal.SIGSTOP)
+        # Then another applies its batch
+        with pool_of(both):
+            await committed(receipts)
+            await eventually(log.done)
+            assert await stored(both) == texts(20)
+            # When it goes on with what it takes for its own, nothing changes
+            named = log.named("room:messages:r1").total()
+            os.kill(process.pid, signal.SIGCONT)
+            await eventually(lambda: log.named("room:messages:r1").total() > named)
+            await committed(await write(bus, "last"))
+        assert await stored(both) == ["last", *texts(20)]
+        await eventually(log.done)
+
+
+async def test_g1_a_slow_worker_keeps_what_it_holds(both: Settings, pool_of: PoolOf) -> None:
+    log = Log(both)
+    # Given two worker processes' worth of pools, and a store that takes no commit for much longer than claim_idle
+    async with opened(both) as bus:
+        with pool_of(both), pool_of(both):
+            with locked(both):
+                receipts = await write(bus, *texts(20))
+                before = await eventually(log.pending)
+                deadline = time.monotonic() + 3 * CLAIM_IDLE
+                while time.monotonic() < deadline:
+                    await asyncio.sleep(CLAIM_IDLE / 10)
+                    # Then nobody claims what another works on
+                    assert [(owner, n) for owner, _, n in log.pending().values()] == [
+                        (owner, 1) for owner, _, _ in before.values()
+                    ]
+            await committed(receipts)
+            await eventually(log.done)
+    assert set(log.named("room:messages:r1").values()) == {1}
+    assert await stored(both) == texts(20)
+
+
+async def test_a_graceful_stop_finishes_what_was_begun_and_hands_back_the_rest(
+    settings: Settings, pool_of: PoolOf, workers: Callable[..., Workers]
+) -> None:
+    log = Log(settings)
+    # Given workers that nobody claims from soon, with batches in hand: one begun, one to follow
+    settings = settings.model_copy(update={"claim_idle": 60, "batch_size": 10})
+    async with opened(settings) as bus:
+        pool = workers(settings, processes=1, threads=1)
+        pids = [pool.master, *pool.pids]
+        with locked(settings):
+            receipts = await write(bus, *texts(30))
+            await eventually(lambda: len(log.pending()) == 20)
+            # When they are asked to stop
+            stopping = asyncio.create_task(asyncio.to_thread(pool.stop))
+            await eventually(lambda: b"Shutting down..." in pool.log.read_bytes())
+        # Then what was begun is finished, and the end is clean
+        assert await stopping == 0
+        assert not any(map(alive, pids))
+        assert len(await stored(settings)) == 10
+        # and the rest is there for others to claim at once, as if it had not been delivered
+        left = log.pending()
+        assert len(left) == 10
+        assert all(idle > 60_000 and deliveries == 0 for _, idle, deliveries in left.values())
+        with pool_of(settings):
+            await committed(receipts, timeout=5)
+        await eventually(log.done)
+
+
+async def test_a_stop_while_the_store_is_away_hands_back_what_waits_for_it(
+    settings: Settings, pool_of: PoolOf, caplog: Any
+) -> None:
+    log = Log(settings)
+    settings = settings.model_copy(update={"claim_idle": 60, "database_timeout": 0.1})
+    async with opened(settings) as bus:
+        # Given a pool that can't commit
+        with locked(settings):
+            with pool_of(settings):
+                receipts = await write(bus, *texts(20))
+                await eventually(lambda: "trying again until it works" in caplog.text)
+            # When it is stopped, it does not wait any longer
+            assert all(idle > 60_000 and n == 0 for _, idle, n in log.pending().values())
+            assert len(log.pending()) == 20
+            assert "Traceback" not in caplog.text
+        # Then the next one has it at once
+        with pool_of(settings):
+            await committed(receipts, timeout=5)
+
+
+# Events that can't be applied
+
+
+def refuse_poison(settings: Settings) -> str:
+    """Have the database refuse what has "poison" in it; what it will say then."""
+    url = settings.database_url
+    if url.startswith("sqlite"):
+        connection: Any = sqlite3.connect(url.removeprefix("sqlite:///"))
+        connection.execute(
+            "CREATE TRIGGER refuse BEFORE INSERT ON memories WHEN new.content LIKE '%poison%'"
+            " BEGIN SELECT RAISE(ABORT, 'no poison here'); END"
+        )
+        connection.commit()
+        connection.close()
+        return "refuses this data: no poison here"
+    with psycopg.connect(url) as connection:
+        connection.execute(
+            "ALTER TABLE memories ADD CONSTRAINT no_poison CHECK (content::text NOT LIKE '%poison%')"
+        )
+    return 'violates check constraint "no_poison"'
+
+
+@pytest.mark.parametrize("kind", ["undecodable", "refused"])
+async def test_one_bad_event_among_hundreds_becomes_a_dead_letter_and_the_rest_is_committed(
+    both: Settings, pool_of: PoolOf, kind: str, caplog: Any
+) -> None:
+    log = Log(both)
+    async with opened(both) as bus:
+        # Given 500 events in the log, of which one can't be decoded, or is refused by the database
+        events = [Event.put(encode(said(text), 1 << 20)) for text in texts(500)]
+        if kind == "undecodable":
+            reason, bad = "content: JSON, but no object", b'["text"]'
+        else:
+            reason, bad = refuse_poison(both), b'{"text":"poison"}'
+        id = new_id()
+        events[200] = Event(PUT, Dimensions("messages", "r1", entity="é"), id, bad, b"{}", created_us=7)
+        receipts = await bus._publish(events, None)
+        dead = receipts.pop(200)
+        with pool_of(both):
+            # Then all others are committed, the writer of that one is told why not, and the partition goes on
+            await committed(receipts)
+            with pytest.raises(WriteRejected) as caught:
+                await dead.committed()
+            assert (
+                f"the write of version {dead.version} could not be applied and is in the dead letters"
+                in str(caught.value)
+            )
+            assert reason in str(caught.value)
+            await committed(await write(bus, "last"))
+            await eventually(log.done)
+        expected = texts(500)
+        del expected[200]
+        assert await stored(both) == ["last", *expected]
+        # and there is one letter, which says all there is to know
+        [letter] = log.letters()
+        assert reason in letter.pop("reason")
+        assert letter == {
+            "version": str(dead.version),
+            "op": "put",
+            "table": "messages",
+            "room": "r1",
+            "id": id,
+            "entity": "é",
+            "at": "7",
+            "content": bad.decode(),
+            "metadata": "{}",
+        }
+        assert f"event {dead.version} of log partition 0 can't be applied: " in caplog.text
+        health = await bus.health()
+        assert health.dead_letters == 1
+        assert "1 dead letters: writes that no worker could apply" in health.problems
+
+
+def test_a_letter_is_written_once_however_often_its_batch_comes(settings: Settings) -> None:
+    link = ThreadedLink(settings, connections=2)
+    key = link.keys.dead(0)
+    first = link.run("dead", [key], ["1-1", "why", "op", "put"])
+    assert link.run("dead", [key], ["1-2", "why", "op", "put"]) != first
+    assert link.run("dead", [key], ["1-1", "why again", "op", "put"]) == first
+    assert [letter["version"] for letter in Log(settings).letters()] == ["1-1", "1-2"]
+    link.close()
+
+
+async def test_an_event_that_kills_its_worker_again_and_again_is_given_up(
+    settings: Settings, pool_of: PoolOf, doomed: Doomed
+) -> None:
+    log = Log(settings)
+    async with opened(settings) as bus:
+        # Given an event that no worker survives, amid others
+        receipts = await write(bus, *texts(20)[:10], "poison", *texts(20)[10:])
+        poison = receipts.pop(10)
+        process = doomed(settings, "poison")
+        assert await asyncio.to_thread(process.wait, 30) == -signal.SIGKILL
+        assert len(log.pending()) == 21
+        # When that has happened some times, then each comes alone, and only one is the worker's death
+        log.forsake(*log.pending(), deliveries=ALONE_AFTER)
+        process = doomed(settings, "poison")
+        assert await asyncio.to_thread(process.wait, 30) == -signal.SIGKILL
+        assert 1 <= len(log.pending()) <= 12  # one after another, in order, and by two threads
+        assert len(await stored(settings)) >= 9
+        # When that one has had its chances, it is given up, and workers live on
+        log.forsake(str(poison.version), deliveries=DEAD_AFTER)
+        process = doomed(settings, "poison")
+        await committed(receipts)
+        with pytest.raises(
+            WriteRejected, match="delivered 20 times, and no worker got as far as confirming it"
+        ):
+            await poison.committed()
+        await eventually(log.done)
+        assert process.poll() is None
+        assert [letter["version"] for letter in log.letters()] == [str(poison.version)]
+        assert await stored(settings) == texts(20)
+
+
+async def test_an_exception_of_our_own_leaves_the_batch_pending_and_it_comes_back(
+    settings: Settings, pool_of: PoolOf, monkeypatch: Any, caplog: Any
+) -> None:
+    apply = SqliteWriter.apply
+    failures = iter([ZeroDivisionError("a bug"), KeyError("another")])
+
+    def stumble(writer: SqliteWriter, events: Any) -> Any:
+        for error in failures:
+            raise error
+        return apply(writer, events)
+
+    monkeypatch.setattr(SqliteWriter, "apply", stumble)
+    log = Log(settings)
+    async with opened(settings) as bus:
+        with pool_of(settings):
+            receipts = await write(bus, *texts(20))
+            await committed(receipts)
+            await eventually(log.done)
+    assert "ZeroDivisionError: a bug" in caplog.text
+    assert caplog.text.count("was not applied; it stays pending and will be claimed again") == 2
+    assert log.letters() == []
+    assert await stored(settings) == texts(20)
+
+
+# Away
+
+
+async def test_a_store_that_is_down_kills_no_event(
+    own_postgres: PostgresServer, settings: Settings, pool_of: PoolOf, caplog: Any
+) -> None:
+    log = Log(settings)
+    settings = settings.model_copy(update={"database_url": own_postgres.url})
+    async with opened(settings) as bus:
+        with pool_of(settings):
+            await committed(await write(bus, *texts(40)[:20]))
+            # When the store goes down, and stays so for longer than workers claim from each other
+            own_postgres.stop()
+            receipts = await write(bus, *texts(40)[20:])
+            await eventually(lambda: "trying again until it works" in caplog.text)
+            await asyncio.sleep(3 * CLAIM_IDLE)
+            # Then what is written waits, with whom it was given to
+            assert len(log.pending()) == 20
+            assert {n for _, _, n in log.pending().values()} == {1}
+            assert log.letters() == []
+            # When it is back, all is committed
+            own_postgres.start()
+            await committed(receipts, timeout=20)
+            await eventually(log.done)
+    assert await stored(settings) == texts(40)
+    assert log.letters() == []
+
+
+async def test_a_store_that_stays_locked_kills_no_event(
+    settings: Settings, pool_of: PoolOf, caplog: Any
+) -> None:
+    log = Log(settings)
+    settings = settings.model_copy(update={"database_timeout": 0.1})
+    async with opened(settings) as bus:
+        with pool_of(settings):
+            with locked(settings):
+                receipts = await write(bus, *texts(20))
+                await eventually(lambda: "database is locked; trying again until it works" in caplog.text)
+                await asyncio.sleep(2 * CLAIM_IDLE)
+                assert {n for _, _, n in log.pending().values()} == {1}
+            await committed(receipts)
+    assert log.letters() == []
+    assert await stored(settings) == texts(20)
+
+
+async def test_a_store_that_is_unfit_kills_no_event(
+    settings: Settings, postgres_url: str, pool_of: PoolOf, caplog: Any
+) -> None:
+    log = Log(settings)
+    name = postgres_url.rpartition("/")[2] + "_ascii"
+    with psycopg.connect(postgres_url, autocommit=True) as connection:
+        connection.execute(
+            f"CREATE DATABASE {name} ENCODING 'SQL_ASCII' LOCALE 'C' TEMPLATE template0".encode()
+        )
+        try:
+            # Given workers with a database in which not every memory could be stored
+            unfit = settings.model_copy(update={"database_url": postgres_url + "_ascii"})
+            async with opened(settings) as bus:
+                with pool_of(unfit):
+                    await write(bus, *texts(20))
+                    await eventually(lambda: "has the encoding SQL_ASCII" in caplog.text)
+                    await asyncio.sleep(2 * CLAIM_IDLE)
+                    # Then they wait for somebody to mend that
+                    assert {n for _, _, n in log.pending().values()} == {1}
+                    assert "was not applied" not in caplog.text
+        finally:
+            connection.execute(f"DROP DATABASE {name} WITH (FORCE)".encode())
+
+
+async def test_a_flush_of_redis_is_survived(
+    own_redis: Callable[..., RedisServer], settings: Settings, pool_of: PoolOf
+) -> None:
+    settings = settings.model_copy(update={"redis_url": own_redis().url})
+    log = Log(settings)
+    async with opened(settings) as writer, opened(settings) as reader:
+        with pool_of(settings):
+            await committed(await write(writer, "text 0"))
+            await eventually(lambda: is_local(reader))
+            # When all that Redis had is gone
+            log.client.flushall()
+            await eventually(lambda: writer.stats().epochs == reader.stats().epochs == 1)
+            # Then what is written later is applied by the same workers
+            await committed(await write(writer, "text 1"))
+            await eventually(log.done)
+            # and they drop what agents have cached since, in Redis too
+            await eventually(lambda: is_local(reader))
+            async with opened(settings, local_max_entries=0) as other:
+                assert (await other.recent("messages", room="r1", limit=100)).source == "shared"
+                await committed(await write(writer, "text 2"))
+                assert await sees(other, texts(3))
+    assert await stored(settings) == texts(3)
+
+
+async def test_g1_a_redis_that_is_killed_and_restarted_loses_nothing(
+    own_redis: Callable[..., RedisServer], settings: Settings, pool_of: PoolOf
+) -> None:
+    # Given a Redis that writes to disk before it answers
+    server = own_redis("--appendfsync", "always")
+    settings = settings.model_copy(update={"redis_url": server.url, "batch_size": 10})
+    log = Log(settings)
+    receipts: list[Receipt] = []
+    async with opened(settings) as bus:
+
+        async def work() -> None:
+            for text in texts(300):
+                receipts.extend(await write(bus, text))
+
+        with pool_of(settings):
+            # When it is killed amid writes and batches, twice
+            writing = asyncio.create_task(work())
+            for some in (50, 150):
+                await eventually(lambda some=some: len(receipts) > some)
+                server.kill()
+                server.start()
+            await writing
+            # Then all that was acknowledged is applied, once
+            await committed(receipts, timeout=30)
+            await eventually(log.done)
+    assert await stored(settings) == texts(300)
+    assert log.letters() == []
+
+
+async def test_workers_make_room_in_a_redis_that_is_full(each_server: Settings, pool_of: PoolOf) -> None:
+    # Given a log that no worker has ever read, with a bad event in it, in a Redis that takes no more
+    settings = each_server.model_copy(update={"retention": 0})
+    log = Log(settings)
+    async with opened(settings) as bus:
+        await bus.recent("messages", room="r1")
+        dimensions = Dimensions("messages", "r1")
+        bad = Event(PUT, dimensions, new_id(), b"[]", b"{}")
+        receipts = await bus._publish(
+            [bad, *(Event.put(encode(said(text), 1 << 20)) for text in texts(300))], None
+        )
+        try:
+            log.client.config_set("maxmemory", "100kb")
+            with pytest.raises(mnemobus.LogFull):
+                await write(bus, "more")
+            # Then they apply all of it the same
+            with pool_of(settings):
+                await committed(receipts[1:])
+                with pytest.raises(WriteRejected, match="content: JSON, but no object"):
+                    await receipts[0].committed()
+                await eventually(log.done)
+        finally:
+            log.client.config_set("maxmemory", 0)
+    assert await stored(settings) == texts(300)
+    assert len(log.letters()) == 1
+
+
+# The feed
+
+
+async def test_g5_the_feed_has_no_gap_with_several_processes_at_work(
+    settings: Settings, workers: Callable[..., Workers]
+) -> None:
+    # Given two processes with two threads each that fan out small batches into two feed partitions
+    settings = settings.model_copy(update={"log_partitions": 3, "feed_partitions": 2, "batch_size": 3})
+    pool = workers(settings, processes=2, threads=2)
+    async with opened(settings) as bus:
+        memories = [said(f"text {n}", f"room {n % 20}", entity=f"e{n % 7}") for n in range(400)]
+        receipts = await bus.write_many(memories)
+        await committed(receipts, timeout=30)
+        assert pool.pids
+        consumers = set()
+        log = Log(settings)
+        for partition in range(3):
+            found = log.client.xinfo_consumers(log.keys.log(partition), APPLY_GROUP)
+            consumers |= {consumer["name"] for consumer in found}
+        assert len(consumers) == 2
+        # Then each message names the one before it, and every version is named for every scope
+        for messages in log.feed():
+            assert len(messages) > 100
+            previous = Version(0, 0)
+            for message in messages:
+                assert message.previous == previous
+                previous = message.id
+        for memory, receipt in zip(memories, receipts, strict=True):
+            for scope in (
+                f"id:{memory.id}",
+                f"room:messages:{memory.room}",
+                f"entity:messages:{memory.entity}",
+            ):
+                there = log.feed()[log.keys.feed_partition(scope)] if False else None
+                del there
+            assert receipt.version
+
+
+async def test_mnemobus_feed_length_is_about_how_many_messages_the_feed_keeps(
+    settings: Settings, pool_of: PoolOf
+) -> None:
+    kept = []
+    for number, length in enumerate((10, 1000)):
+        own = settings.model_copy(
+            update={
+                "feed_partitions": 1,
+                "batch_size": 1,
+                "feed_length": length,
+                "redis_key_prefix": f"{settings.redis_key_prefix}-{number}",
+            }
+        )
+        async with opened(own) as bus:
+            with pool_of(own):
+                await committed(await write(bus, *texts(250)))
+        [messages] = Log(own).feed()
+        kept.append(len(messages))
+    # Redis removes a hundred or so at a time
+    assert kept[0] < 150
+    assert kept[1] == 250

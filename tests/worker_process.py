@@ -1,0 +1,75 @@
+"""A worker process that kills itself, with SIGKILL, at a point that is given as its argument.
+
+transaction  in a batch's transaction, before COMMIT
+commit       between commit and fan-out
+fan-out      when some of a batch's invalidations are sent, and some are not
+ack          between fan-out and XACK
+poison       before it commits a batch with the word "poison" in it: as an event would that the process can't stand
+never        not at all
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import time
+from typing import Any
+
+import dramatiq
+
+from mnemobus import Settings
+from mnemobus.connection import ThreadedLink
+from mnemobus.store import merge
+from mnemobus_workers.apply import Applier
+from mnemobus_workers.broker import StreamConsumer
+from mnemobus_workers.pool import make_broker
+
+
+def die() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+    time.sleep(60)
+
+
+def wrap(owner: Any, name: str, *, before: Any = None, after: Any = None) -> None:
+    """Have something done before or after a function is called."""
+    original = getattr(owner, name)
+
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        if before is not None:
+            before(*args)
+        answer = original(*args, **kwargs)
+        if after is not None:
+            after(*args)
+        return answer
+
+    setattr(owner, name, wrapped)
+
+
+def send_one_of_many(link: ThreadedLink, calls: list[Any]) -> None:
+    """In place of the fan-out's pipeline."""
+    link._pipeline([("EVAL", calls[0][0].source, len(calls[0][1]), *calls[0][1], *calls[0][2])])
+    die()
+
+
+def main(point: str) -> None:
+    if point == "transaction":
+        wrap(merge, "apply", after=lambda *_: die())
+    elif point == "commit":
+        wrap(Applier, "_commit", after=lambda *_: die())
+    elif point == "fan-out":
+        wrap(ThreadedLink, "pipeline", before=send_one_of_many)
+    elif point == "ack":
+        wrap(StreamConsumer, "ack", before=lambda *_: die())
+    elif point == "poison":
+        wrap(Applier, "_commit", before=lambda _, events: "poison" in repr(events) and die())
+    elif point != "never":
+        raise ValueError(point)
+    broker = make_broker(Settings.load())
+    dramatiq.Worker(broker, worker_timeout=100, worker_threads=2).start()
+    while True:
+        time.sleep(60)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
