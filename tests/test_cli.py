@@ -351,8 +351,8 @@ def test_the_doctor_where_redis_or_the_store_does_not_let_us_in(
     locked = own_redis()
     with redis.Redis.from_url(locked.url) as client:
         client.config_set("requirepass", "secret")
-    (tmp_path / "file").write_text("")
-    no_store = f"sqlite:///{tmp_path}/file/memories.db"
+    (tmp_path / "memories.db").write_text("this is no database" * 100)
+    no_store = f"sqlite:///{tmp_path}/memories.db"
     away = f"redis://127.0.0.1:{free_port()}"
     refused = command("doctor", "--json", settings=settings.model_copy(update={"redis_url": locked.url}))
     gone = command(
@@ -363,7 +363,7 @@ def test_the_doctor_where_redis_or_the_store_does_not_let_us_in(
     assert "refuses the login" in checks(refused)["redis"][1]
     assert re.search(rf"^fail  redis  {away} does not answer: ", gone.out, re.MULTILINE)
     assert "start it (`mnemobus up` runs one here), or set REDIS_URL" in gone.out
-    assert re.search(r"^fail  store  SQLite .*file", gone.out, re.MULTILINE)
+    assert re.search(r"^fail  store  SQLite .*: file is not a database$", gone.out, re.MULTILINE)
     assert "check MNEMOBUS_DATABASE_URL and the database" in gone.out
 
 
