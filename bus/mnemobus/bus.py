@@ -24,6 +24,7 @@ from .connection import AWAY, Link
 from .errors import (
     BusClosed,
     DimensionChanged,
+    DurabilityUnavailable,
     InvalidMemory,
     InvalidQuery,
     LogUnavailable,
@@ -57,6 +58,7 @@ from .memory import (
     pack_rows,
     unpack_rows,
 )
+from .outbox import Outbox
 from .query import (
     Place,
     Plan,
@@ -96,10 +98,9 @@ KEEP: Final = _Keep()
 
 
 class Receipt:
-    """A write that is in the log.
+    """A write that is in the log, or in the outbox on its way there.
 
-    id       of the memory; of the room for `delete_room`
-    version  what the log gave the write
+    id  of the memory; of the room for `delete_room`
     """
 
     __slots__ = ("_bus", "_write", "id")
@@ -110,13 +111,19 @@ class Receipt:
         self.id = id
 
     @property
-    def version(self) -> Version:
+    def version(self) -> Version | None:
+        """What the log gave the write; None while it waits in the outbox."""
         return self._write.version
+
+    @property
+    def outboxed(self) -> bool:
+        """Whether the write waits in the outbox, because the log could not be reached."""
+        return self._write.version is None
 
     async def committed(self, timeout: float = 5.0) -> None:
         """Return once the store has the write.
 
-        Raises NotCommitted after ``timeout`` seconds (the write is in the log, and will get there) and
+        Raises NotCommitted after ``timeout`` seconds (the write is in the log or the outbox, and will get there) and
         WriteRejected if it went to the dead letters.
         """
         await self._bus._committed(self._write, timeout)
@@ -151,8 +158,12 @@ class Bus:
         self._shared = SharedCache(self._link, settings.lease)
         self._marks = Marks(self._link)
         self._feed = Feed(self._link, self._local, self._marks, self.id)
+        self._outbox = (
+            None if settings.outbox == "off" else Outbox(self._link, self.id, self._kept, self._published)
+        )
         self._publishers = [
-            Publisher(self._link, p, self.id, self._logged) for p in range(settings.log_partitions)
+            Publisher(self._link, p, self.id, self._logged, self._outbox)
+            for p in range(settings.log_partitions)
         ]
         self._syncers = [Syncer(self._link, p) for p in range(settings.log_partitions)]
         self._dimensions: OrderedDict[str, Dimensions] = OrderedDict()
@@ -191,6 +202,8 @@ class Bus:
                     logger.warning("%s is away, going on without it: %s", what, error)
             await self._link.start()
             await self._feed.start()
+            if self._outbox is not None:
+                await self._outbox.open()
         except BaseException:
             await self.close()
             raise
@@ -216,6 +229,8 @@ class Bus:
         self._state = "closed"
         for publisher in self._publishers:
             await publisher.close()
+        if self._outbox is not None:
+            await self._outbox.close(self.settings.write_timeout)
         await self._marks.close()
         await self._feed.close()
         with suppress(StoreError):
@@ -391,21 +406,39 @@ class Bus:
             for event, write in zip(events, writes, strict=True)
         ]
         if durability == "synced":
+            if any(write.version is None for write in writes):
+                raise DurabilityUnavailable(
+                    "the log can't be reached: the write is in the outbox, and will be logged, but is not synced"
+                )
             await asyncio.gather(*(self._syncers[partition].sync() for partition in set(partitions)))
         elif durability == "committed":
             await asyncio.gather(*(receipt.committed(self.settings.write_timeout) for receipt in receipts))
         return receipts
 
-    def _logged(self, partition: int, event: Event, version: Version) -> Write:
+    def _logged(self, partition: int, event: Event, version: Version | None) -> Write:
         """A write of this bus is in the log: nothing that it touches may be answered without it."""
         self._drop(event)
         deadline = asyncio.get_running_loop().time() + self.settings.own_write_timeout
         everywhere = event.op == DELETE_ROOM
         write = self._marks.mark(partition, version, event.scopes(), deadline, everywhere=everywhere)
-        self._seen[partition] = max(self._seen.get(partition, version), version)
+        if version is not None:
+            self._saw(partition, version)
         if event.id:
             self._remember_dimensions(event.id, event.dimensions)
         return write
+
+    def _kept(self, partition: int, event: Event) -> Write:
+        """A write of this bus is in the outbox: the same holds."""
+        return self._logged(partition, event, None)
+
+    def _published(self, partition: int, write: Write | None, version: Version) -> None:
+        """A write is out of the outbox and in the log; None for one of an earlier process."""
+        self._saw(partition, version)
+        if write is not None:
+            self._marks.logged(write, version)
+
+    def _saw(self, partition: int, version: Version) -> None:
+        self._seen[partition] = max(self._seen.get(partition, version), version)
 
     def _drop(self, event: Event) -> None:
         if event.op == DELETE_ROOM:
@@ -632,7 +665,14 @@ class Bus:
     # Across agents
 
     def token(self) -> str:
-        """What another bus needs to `observe` all that this one has written and observed so far."""
+        """What another bus needs to `observe` all that this one has written and observed so far.
+
+        Raises LogUnavailable while writes wait in the outbox: they have no version yet that could be waited for.
+        """
+        if self._outbox is not None and self._outbox.waiting:
+            raise LogUnavailable(
+                f"{self._outbox.waiting} writes wait in the outbox: a token can't name them yet"
+            )
         state = {str(partition): str(version) for partition, version in sorted(self._seen.items())}
         return base64.urlsafe_b64encode(orjson.dumps(state)).decode().rstrip("=")
 
@@ -651,7 +691,7 @@ class Bus:
                 f"what the token names was not in the store after {timeout:g} s. Are workers running?"
             ) from None
         for partition, version in wanted.items():
-            self._seen[partition] = max(self._seen.get(partition, version), version)
+            self._saw(partition, version)
 
     def _parse_token(self, token: str) -> dict[int, Version]:
         try:
@@ -707,6 +747,8 @@ class Bus:
             writes=sum(p.events for p in self._publishers),
             publish_calls=sum(p.calls for p in self._publishers),
             publish_retries=sum(p.retries for p in self._publishers),
+            outbox=0 if self._outbox is None else self._outbox.waiting,
+            outboxed=0 if self._outbox is None else self._outbox.kept,
             marks=len(self._marks),
             listening=feed.listening,
             invalidations=feed.invalidations,
@@ -731,6 +773,8 @@ class Bus:
         except StoreError as error:
             store = str(error)
             problems.append(f"the store can't be read: {error}")
+        if self._outbox is not None and self._outbox.waiting:
+            problems.append(f"{self._outbox.waiting} writes wait in the outbox {self._outbox.where}")
         age = clock() - self._feed.last_good
         if clock() < self._local.fresh_until:
             feed = f"local copies are served; verified {age:.1f} s ago"

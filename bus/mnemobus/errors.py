@@ -14,6 +14,7 @@
      │   ├─ LogUnavailable       it could not be reached in time; the write may or may not be in it
      │   ├─ LogFull              Redis is out of memory; nothing was written
      │   ├─ BacklogFull          workers are too far behind; nothing was written
+     │   ├─ OutboxFull           the log can't be reached and the outbox is full; nothing was written
      │   └─ DurabilityUnavailable  the server can't give the durability that was asked for
      ├─ WriteRejected            the write was logged, but a worker could not apply it (dead letter)
      ├─ NotCommitted             the store did not have the write within the given time
@@ -83,6 +84,18 @@ class LogFull(WriteFailed):
 
 class BacklogFull(WriteFailed):
     """The workers are too far behind for the log to take more; nothing was written."""
+
+
+class OutboxError(MnemobusError):
+    """The outbox's file can't be used."""
+
+
+class OutboxInUse(OutboxError):
+    """The outbox's file is in use by another bus."""
+
+
+class OutboxFull(WriteFailed, OutboxError):
+    """The log can't be reached and the outbox takes no more; nothing was written."""
 
 
 class DurabilityUnavailable(WriteFailed):

@@ -7,6 +7,9 @@ A call carries the producer's id and a sequence number, and the script answers a
 it gave the first time. So a call that timed out, its outcome unknown, is simply repeated (tenacity, exponential
 backoff with jitter); a late first copy of it, arriving after its repetition, finds that it was overtaken.
 
+A log that can't be reached for a moment is waited for. Where that goes on, what the call carries, and everything after
+it, goes to the outbox (outbox.py) if there is one, which makes the same call once the log is back.
+
 Publishing is done by a task of the publisher, not of the caller: cancelling a write gives up the answer, not the
 write, and everything that has to follow a logged write (`on_logged`) follows.
 """
@@ -18,11 +21,12 @@ import logging
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 from redis.exceptions import OutOfMemoryError, ResponseError
 from tenacity import AsyncRetrying, RetryCallState, retry_if_exception_type, wait_random_exponential
 
-from .connection import AWAY, Argument, Link
+from .connection import AWAY, Link
 from .errors import (
     BacklogFull,
     DurabilityUnavailable,
@@ -45,9 +49,76 @@ CALL_BYTES = 8 << 20
 _PASSING = ("READONLY", "LOADING", "MASTERDOWN", "NOREPLICAS", "CLUSTERDOWN", "TRYAGAIN", "UNBLOCKED")
 """Errors of a server that is failing over or starting: trying again helps."""
 
+_PATIENCE = 0.5
+"""Seconds that a log which can't be reached is waited for before writes go to the outbox."""
 
-class _Busy(Exception):
-    """The log can't take the call now, but may soon."""
+Field = str | bytes | int
+
+
+async def append(
+    link: Link, partition: int, producer: str, sequence: int, events: Sequence[Sequence[Field]]
+) -> list[Version]:
+    """One call: put events, as field names and values, into a log partition; their versions.
+
+    May be repeated, and is answered the same then. Raises one of AWAY if the outcome is unknown; Unready, BacklogFull
+    or LogFull if nothing was written; Overtaken if the producer has gone on to another call.
+    """
+    keys = link.keys
+    arguments: list[Field] = [producer, sequence, link.settings.max_backlog]
+    for fields in events:
+        arguments.append(len(fields))
+        arguments += fields
+    try:
+        reply = await link.run(
+            "publish", [keys.log(partition), keys.producers(partition), keys.meter(partition)], arguments
+        )
+    except ResponseError as error:
+        # Redis 6.2 says of a script that it is out of memory in other words.
+        if isinstance(error, OutOfMemoryError) or "OOM command not allowed" in str(error):
+            raise LogFull(
+                f"Redis at {link.address} is out of memory (maxmemory); nothing was written. Raise maxmemory,"
+                " or lower MNEMOBUS_RETENTION"
+            ) from None
+        raise _refusal(link, partition, producer, str(error)) from error
+    return [Version.parse(id) for id in reply]
+
+
+def _refusal(link: Link, partition: int, producer: str, text: str) -> WriteFailed:
+    word, _, number = text.partition(" ")
+    if word == "BACKLOG":
+        return BacklogFull(
+            f"log partition {partition} holds {number} events that no worker has applied yet"
+            f" (MNEMOBUS_MAX_BACKLOG is {link.settings.max_backlog}); nothing was written. Are workers"
+            " running? `mnemobus doctor` tells"
+        )
+    if word == "SUPERSEDED":
+        return Overtaken(
+            f"producer {producer} is in use by another process, or went on without this write: nothing was written"
+        )
+    if text.startswith(_PASSING):
+        return Unready(f"Redis at {link.address} does not take writes now: {text}")
+    return WriteFailed(f"the log refuses the write: {text}")
+
+
+class Unready(LogUnavailable):
+    """The server fails over, or starts: it takes no writes yet. Nothing was written."""
+
+
+class Overtaken(WriteFailed):
+    """The producer has gone on to another call, so this one was answered, or given up."""
+
+
+class Overflow(Protocol):
+    """Where writes go while the log can't be reached: the outbox."""
+
+    @property
+    def waiting(self) -> int:
+        """Writes that newer ones have to wait behind."""
+
+    async def keep(
+        self, partition: int, events: Sequence[tuple[Event, Sequence[Field]]], call: tuple[str, int] | None
+    ) -> list[Write]:
+        """Keep writes until it can; ``call``: producer and number under which they may be in the log already."""
 
 
 @dataclass(slots=True)
@@ -55,7 +126,7 @@ class _Pending:
     """A write that waits to be published."""
 
     event: Event
-    arguments: list[str | bytes | int]
+    fields: list[Field]
     size: int
     deadline: float
     done: asyncio.Future[Write]
@@ -69,14 +140,15 @@ returns is the writer's answer."""
 class Publisher:
     """Appends events to one partition of the log."""
 
-    def __init__(self, link: Link, partition: int, producer: str, on_logged: OnLogged) -> None:
+    def __init__(
+        self, link: Link, partition: int, producer: str, on_logged: OnLogged, overflow: Overflow | None = None
+    ) -> None:
         self._link = link
         self._settings: Settings = link.settings
         self._partition = partition
         self._producer = producer
         self._on_logged = on_logged
-        keys = link.keys
-        self._keys = [keys.log(partition), keys.producers(partition), keys.meter(partition)]
+        self._overflow = overflow
         self._queue: deque[_Pending] = deque()
         self._task: asyncio.Task[None] | None = None
         self._sequence = 0
@@ -85,7 +157,7 @@ class Publisher:
         self.events = 0
 
     def publish(self, event: Event) -> asyncio.Future[Write]:
-        """Queue an event; the future gives what `on_logged` made of it once it is in the log, or a WriteFailed."""
+        """Queue an event; the future gives a Write once it is in the log or in the outbox, else a WriteFailed."""
         loop = asyncio.get_running_loop()
         fields = event.fields()
         size = sum(len(field) for field in fields if not isinstance(field, int))
@@ -106,17 +178,15 @@ class Publisher:
             while self._queue:
                 batch = self._take()
                 try:
-                    versions = await self._call(batch)
+                    writes = await self._publish(batch)
                 except Exception as error:  # every writer must hear of it, whatever it is
                     if not isinstance(error, MnemobusError):
                         logger.exception("publishing to log partition %d failed", self._partition)
                     self._fail(batch, error)
                     continue
-                for pending, version in zip(batch, versions, strict=True):
-                    write = self._on_logged(self._partition, pending.event, version)
+                for pending, write in zip(batch, writes, strict=True):
                     if not pending.done.done():
                         pending.done.set_result(write)
-                self.events += len(batch)
         finally:
             self._task = None
             # Only if the loop is shutting down and cancelled this task is anything left.
@@ -140,27 +210,48 @@ class Publisher:
                 pending.done.set_exception(error)
                 pending.done.exception()  # a writer that was cancelled won't fetch it
 
-    async def _call(self, batch: list[_Pending]) -> list[Version]:
+    async def _publish(self, batch: list[_Pending]) -> list[Write]:
+        overflow = self._overflow
+        events = [(pending.event, pending.fields) for pending in batch]
+        if overflow is not None and overflow.waiting:
+            return await overflow.keep(self._partition, events, None)
         self._sequence += 1
-        arguments: list[Argument] = [self._producer, self._sequence, self._settings.max_backlog]
-        for pending in batch:
-            arguments.append(len(pending.arguments))
-            arguments += pending.arguments
+        try:
+            versions = await self._call(batch)
+        except LogUnavailable as error:
+            if overflow is None:
+                raise
+            try:
+                return await overflow.keep(self._partition, events, (self._producer, self._sequence))
+            except MnemobusError as full:
+                raise LogUnavailable(f"{error}; and {full}") from full
+        self.events += len(batch)
+        logged = zip(batch, versions, strict=True)
+        return [self._on_logged(self._partition, pending.event, version) for pending, version in logged]
+
+    async def _call(self, batch: list[_Pending]) -> list[Version]:
         deadline = batch[0].deadline
         loop = asyncio.get_running_loop()
+        spill_at = min(deadline, loop.time() + _PATIENCE) if self._overflow is not None else deadline
+
+        def stop(state: RetryCallState) -> bool:
+            error = state.outcome.exception() if state.outcome else None
+            end = deadline if isinstance(error, BacklogFull) else spill_at
+            return loop.time() + state.upcoming_sleep >= end
+
         retrying = AsyncRetrying(
-            retry=retry_if_exception_type((*AWAY, _Busy)),
+            retry=retry_if_exception_type((*AWAY, Unready, BacklogFull)),
             wait=wait_random_exponential(multiplier=self._settings.redis_create_retry_interval / 1000, max=2),
-            stop=lambda state: loop.time() + state.upcoming_sleep >= deadline,
+            stop=stop,
             before_sleep=self._before_sleep,
             reraise=True,
         )
+        events = [pending.fields for pending in batch]
         try:
             async for attempt in retrying:
                 with attempt:
-                    return await self._attempt(arguments)
-        except _Busy as error:
-            raise self._busy(error) from None
+                    self.calls += 1
+                    return await append(self._link, self._partition, self._producer, self._sequence, events)
         except AWAY as error:
             raise LogUnavailable(
                 f"Redis at {self._link.address} could not be reached in time ({error}; MNEMOBUS_WRITE_TIMEOUT is"
@@ -168,47 +259,11 @@ class Publisher:
             ) from error
         raise AssertionError("unreachable")
 
-    async def _attempt(self, arguments: list[Argument]) -> list[Version]:
-        self.calls += 1
-        try:
-            reply = await self._link.run("publish", self._keys, arguments)
-        except OutOfMemoryError:
-            raise self._full() from None
-        except ResponseError as error:
-            text = str(error)
-            if "OOM command not allowed" in text:  # as 6.2 says it of a script
-                raise self._full() from None
-            if text.startswith(("BACKLOG", *_PASSING)):
-                raise _Busy(text) from None
-            if text.startswith("SUPERSEDED"):
-                raise WriteFailed(
-                    f"producer {self._producer} is in use by another process, or went on without this write:"
-                    " nothing was written"
-                ) from None
-            raise WriteFailed(f"the log refuses the write: {text}") from error
-        return [Version.parse(id) for id in reply]
-
-    def _full(self) -> LogFull:
-        return LogFull(
-            f"Redis at {self._link.address} is out of memory (maxmemory); nothing was written. Raise maxmemory,"
-            " or lower MNEMOBUS_RETENTION"
-        )
-
     def _before_sleep(self, state: RetryCallState) -> None:
         self.retries += 1
         error = state.outcome.exception() if state.outcome else None
         log = logger.warning if state.attempt_number == 1 else logger.debug
         log("log partition %d: %s; trying again", self._partition, error)
-
-    def _busy(self, error: _Busy) -> WriteFailed:
-        word, _, number = str(error).partition(" ")
-        if word == "BACKLOG":
-            return BacklogFull(
-                f"log partition {self._partition} holds {number} events that no worker has applied yet"
-                f" (MNEMOBUS_MAX_BACKLOG is {self._settings.max_backlog}); nothing was written. Are workers"
-                " running? `mnemobus doctor` tells"
-            )
-        return LogUnavailable(f"Redis at {self._link.address} does not take writes now: {error}")
 
 
 class Syncer:

@@ -60,15 +60,16 @@ class Applied(NamedTuple):
 
 
 class Write:
-    """One write of this bus that is in the log.
+    """One write of this bus that is in the log, or in the outbox on its way there.
 
+    version  None while it is in the outbox
     applied   whether its fate is known: the store has it, or it went to the dead letters
     rejected  why it went there, or None
     """
 
     __slots__ = ("applied", "partition", "rejected", "scopes", "version", "waiters")
 
-    def __init__(self, partition: int, version: Version, scopes: Iterable[str]) -> None:
+    def __init__(self, partition: int, version: Version | None, scopes: Iterable[str]) -> None:
         self.partition = partition
         self.version = version
         self.scopes = set(scopes)
@@ -123,18 +124,29 @@ class Marks:
     def mark(
         self,
         partition: int,
-        version: Version,
+        version: Version | None,
         scopes: Iterable[str],
         deadline: float,
         *,
         everywhere: bool = False,
     ) -> Write:
-        """Mark scopes; ``deadline``, by the loop's clock, is when queries stop waiting for this write."""
-        write = Write(partition, version, [*scopes, _EVERYWHERE] if everywhere else scopes)
-        self._writes.setdefault(partition, {})[version] = write
+        """Mark scopes; ``deadline``, by the loop's clock, is when queries stop waiting for this write.
+
+        version: None for a write in the outbox; `logged` follows
+        """
+        write = Write(partition, None, [*scopes, _EVERYWHERE] if everywhere else scopes)
+        if version is not None:
+            self.logged(write, version)
         for scope in write.scopes:
             self._scopes.setdefault(scope, {})[write] = deadline
         return write
+
+    def logged(self, write: Write, version: Version) -> None:
+        """A write is in the log."""
+        write.version = version
+        self._writes.setdefault(write.partition, {})[version] = write
+        if self._waiting or self._settling:
+            self._start_polling()
 
     def __contains__(self, scope: str) -> bool:
         return scope in self._scopes or (_EVERYWHERE in self._scopes and not scope.startswith("room:"))
@@ -178,7 +190,7 @@ class Marks:
                 marks.pop(write, None)
                 if not marks:
                     del self._scopes[scope]
-        if not write.scopes:
+        if not write.scopes and write.version is not None:
             writes = self._writes.get(write.partition, {})
             writes.pop(write.version, None)
             if not writes:
@@ -200,6 +212,11 @@ class Marks:
                 async with asyncio.timeout(timeout):
                     await done
             except TimeoutError:
+                if write.version is None:
+                    raise NotCommitted(
+                        f"the write was not in the store after {timeout:g} s; it is in the outbox, and goes on from"
+                        " there once Redis is back"
+                    ) from None
                 raise NotCommitted(
                     f"version {write.version} of log partition {write.partition} was not in the store after"
                     f" {timeout:g} s; it is in the log and will get there. Are workers running?"
@@ -241,7 +258,7 @@ class Marks:
         wanted = dict.fromkeys(self._waiting)
         for scope in self._settling:
             wanted.update(dict.fromkeys(self.on(scope)))
-        return list(wanted)
+        return [write for write in wanted if write.version is not None]
 
     async def _poll(self) -> None:
         """Ask Redis about what is waited for, for as long as anything is."""
@@ -293,16 +310,18 @@ class Marks:
             states.append(state)
             if not self._letters.setdefault(partition, _Letters()).read(letters):
                 continue  # there are more, and one may be about a write of ours: the next question reads on
-            applied = []
-            for write in self._writes.get(partition, {}).values():
-                if not state.passed(write.version):
+            applied: list[tuple[Version, Write]] = []
+            for version, write in self._writes.get(partition, {}).items():
+                if not state.passed(version):
                     break
-                applied.append(write)
+                applied.append((version, write))
             for write, is_pending in zip(asked, flags, strict=False):
-                if not is_pending and state.last is not None and write.version <= state.last:
-                    applied.append(write)
-            for write in applied:
-                self._applied(write, self._letters[partition].reasons.get(write.version))
+                version_asked = write.version
+                if version_asked is None or state.last is None or version_asked > state.last or is_pending:
+                    continue
+                applied.append((version_asked, write))
+            for version, write in applied:
+                self._applied(write, self._letters[partition].reasons.get(version))
         return states
 
     def _question(self, partition: int, writes: Sequence[Write]) -> Call:

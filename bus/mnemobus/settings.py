@@ -90,6 +90,10 @@ class Settings(BaseSettings):
     max_backlog: Count = _own("MAX_BACKLOG", 1_000_000)
     retention: float = _own("RETENTION", 86_400.0, ge=0)
 
+    # The outbox
+    outbox: str = _own("OUTBOX", "auto", min_length=1)
+    outbox_max_bytes: Count = _own("OUTBOX_MAX_BYTES", 64 << 20)
+
     # The workers
     batch_size: int = _own("BATCH_SIZE", 500, ge=1, le=10_000)
     batch_bytes: Count = _own("BATCH_BYTES", 16 << 20)

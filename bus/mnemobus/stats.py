@@ -28,6 +28,8 @@ class Stats:
         writes            events logged
         publish_calls     round trips that took; fewer than the writes where writes went together
         publish_retries   calls repeated because their outcome was unknown or the log was busy
+        outbox            writes that wait in the outbox now
+        outboxed          writes that went there because the log could not be reached
         marks             writes of this bus that the feed has not named yet
     The feed
         listening         feed partitions listened to
@@ -58,6 +60,8 @@ class Stats:
     writes: int
     publish_calls: int
     publish_retries: int
+    outbox: int
+    outboxed: int
     marks: int
     listening: int
     invalidations: int
