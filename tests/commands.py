@@ -70,7 +70,10 @@ class Command:
         self._reader.start()
 
     def _read_terminal(self, terminal: int) -> None:
-        with self._out.open("wb", buffering=0) as out, contextlib.suppress(OSError):  # EIO: nobody writes any more
+        with (
+            self._out.open("wb", buffering=0) as out,
+            contextlib.suppress(OSError),
+        ):  # EIO: nobody writes any more
             while said := os.read(terminal, 65_536):
                 out.write(said)
 

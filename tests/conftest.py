@@ -98,8 +98,10 @@ def quick(**settings: object) -> Settings:
 
 
 @pytest.fixture
-def settings(redis_url: str, prefix: str, sqlite_url: str) -> Settings:
-    return quick(redis_url=redis_url, redis_key_prefix=prefix, database_url=sqlite_url)
+def settings(redis_url: str, prefix: str, sqlite_url: str, tmp_path: Path) -> Settings:
+    return quick(
+        redis_url=redis_url, redis_key_prefix=prefix, database_url=sqlite_url, data_dir=tmp_path / "data"
+    )
 
 
 @pytest.fixture
@@ -224,11 +226,15 @@ def every_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[
     ids=lambda param: param.replace("/", "-").replace(" ", "-"),
 )
 def everywhere(
-    request: pytest.FixtureRequest, every_server: Callable[[str], str], sqlite_url: str
+    request: pytest.FixtureRequest, every_server: Callable[[str], str], sqlite_url: str, tmp_path: Path
 ) -> Settings:
     """Settings for every server that there is and both versions of the protocol, and once for PostgreSQL."""
     name, _, protocol = request.param.rpartition(" resp")
-    own = {"redis_key_prefix": f"test-{secrets.token_hex(6)}", "redis_protocol": int(protocol)}
+    own = {
+        "redis_key_prefix": f"test-{secrets.token_hex(6)}",
+        "redis_protocol": int(protocol),
+        "data_dir": tmp_path / "data",
+    }
     if name == "postgres":
         return quick(
             redis_url=request.getfixturevalue("redis_url"),

@@ -281,7 +281,7 @@ async def test_g7_with_redis_away_reads_go_on_and_writes_fail_clearly(
     own_redis: Any, settings: Settings
 ) -> None:
     server: RedisServer = own_redis()
-    overrides = {"redis_url": server.url, "write_timeout": 0.5}
+    overrides = {"redis_url": server.url, "write_timeout": 0.5, "outbox": "off"}
     async with mnemobus.connect(**{**settings.model_dump(), **overrides}) as bus:
         await eventually(lambda: local_twice(bus))
         server.stop()

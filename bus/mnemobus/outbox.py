@@ -28,7 +28,7 @@ from collections.abc import Awaitable, Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import aiosqlite
 
@@ -148,13 +148,15 @@ class OutboxFile:
 
     async def close(self, *, remove: bool = False) -> None:
         """Let go of the file; ``remove`` it if it is empty."""
-        if remove and not self.entries:
-            # Before the lock is gone: nobody else can have put anything in it.
-            self.path.unlink(missing_ok=True)
-        await self._abandon()
-        if remove and not self.entries:
-            for suffix in ("-wal", "-journal"):
-                self.path.with_name(self.path.name + suffix).unlink(missing_ok=True)
+        async with self._lock:  # a transaction may still be under way, though its caller was cancelled
+            remove = remove and not self.entries
+            if remove:
+                # Before the lock on it is gone: nobody else can have put anything in it.
+                self.path.unlink(missing_ok=True)
+            await self._abandon()
+            if remove:
+                for suffix in ("-wal", "-journal"):
+                    self.path.with_name(self.path.name + suffix).unlink(missing_ok=True)
 
     async def append(
         self,
@@ -287,12 +289,20 @@ class OutboxFile:
                 self.bytes += size
                 return result
 
-        return await asyncio.shield(asyncio.ensure_future(run()))
+        task = asyncio.ensure_future(run())
+        task.add_done_callback(_retrieve)
+        return await asyncio.shield(task)
 
     def _explain(self, error: sqlite3.Error) -> OutboxError:
         if "full" in str(error):
             return OutboxFull(f"the disk of the outbox {self.path} is full; nothing was written")
         return OutboxError(f"the outbox {self.path} can't be used: {error}")
+
+
+def _retrieve(task: asyncio.Future[Any]) -> None:
+    """Whoever waited for it may be gone; then nobody has to hear of it."""
+    if not task.cancelled():
+        task.exception()
 
 
 def _pack(event: Sequence[Field]) -> bytes:
