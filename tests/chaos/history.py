@@ -1,9 +1,9 @@
 """What everyone did in a run, as it was recorded: the only thing that the checker goes by.
 
-Each agent process writes one file of JSON lines, one record a line, in the order in which its calls *ended*; the campaign
-writes two more, of the faults and of the end. All times are of CLOCK_MONOTONIC, in seconds, which the processes of one
-machine share (a suspended process finds that it went on). Versions are ``"<ms>-<seq>"``. A line that a kill cut short is the
-last one of its file and is left out.
+Each agent process writes one file of JSON lines, one record a line, in the order in which its calls *ended*; the
+campaign writes two more, of the faults and of the end. All times are of CLOCK_MONOTONIC, in seconds, which the
+processes of one machine share (a suspended process finds that it went on). Versions are ``"<ms>-<seq>"``. A line that
+a kill cut short is the last one of its file and is left out.
 
 Every content that is written is ``{"n": "<agent>/<number>"}``, never the same twice, so that a value that is read tells
 which write it is from.
@@ -106,7 +106,11 @@ class Observed:
 
 @dataclass(slots=True)
 class Fault:
-    """Something that the campaign did. what: see the campaign's table of faults; on: an agent, a worker, "redis", ..."""
+    """Something that the campaign did.
+
+    what  see the campaign's table of faults
+    on    an agent, a worker, "redis", ...
+    """
 
     what: str
     on: str
@@ -148,7 +152,7 @@ _KINDS: dict[str, type[Any]] = {
 
 
 class Recorder:
-    """Appends records to a file; each is handed to the kernel at once, so that a SIGKILL loses none that was recorded."""
+    """Appends records to a file; each is handed to the kernel at once: a SIGKILL loses none that was recorded."""
 
     def __init__(self, file: TextIO) -> None:
         self._file = file
