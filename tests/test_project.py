@@ -253,8 +253,9 @@ def test_a_script_begins_with_its_contract(path: Path) -> None:
     # What it does, then each key and argument, then what comes back
     assert re.match(r"-- [A-Z].+", contract)
     assert re.search(r"^-- KEYS\[1\]\s+\w+: \S", contract, re.MULTILINE)
-    assert re.search(r"^-- Returns\s+\S", contract, re.MULTILINE)
-    assert contract.index("KEYS[1]") < contract.index("Returns")
+    outcome = re.search(r"^-- (Returns|Errors)\s+\S", contract, re.MULTILINE)
+    assert outcome is not None
+    assert contract.index("KEYS[1]") < outcome.start()
 
 
 def _declared(contract: str, what: str) -> tuple[set[int], int | None]:
