@@ -39,6 +39,8 @@ WAY = os.environ.get("TEST_SERVERS", "")
 REDIS_IMAGE = os.environ.get("TEST_REDIS_IMAGE", "redis:8")
 POSTGRES_IMAGE = os.environ.get("TEST_POSTGRES_IMAGE", "pgvector/pgvector:pg17")
 PULL_SECONDS = 60
+PATIENCE = float(os.environ.get("TEST_PATIENCE", "1"))
+"""What the time that conditions are waited for is multiplied with."""
 
 
 class NoServer(Exception):
@@ -50,6 +52,7 @@ class NoServer(Exception):
 
 async def eventually(condition: Callable[[], Any], timeout: float = 10.0) -> Any:
     """Wait until a condition, which may be a coroutine function, holds; what it answered then."""
+    timeout *= PATIENCE
     deadline = time.monotonic() + timeout
     while True:
         answer = condition()

@@ -65,12 +65,12 @@ async def test_g7_with_redis_away_writes_wait_and_are_published_once_and_in_orde
             # Given that Redis is gone
             server.kill()
             # When a bus writes, then it says where the write is, and what it wrote last is not forgotten
-            receipts = [await bus.write(said(str(n))) for n in range(1, 30)]
+            receipts = [await bus.write(said(str(n))) for n in range(1, 8)]
             assert all(receipt.outboxed and receipt.version is None for receipt in receipts)
-            assert (bus.stats().outbox, bus.stats().outboxed) == (29, 29)
-            assert any("29 writes wait in the outbox" in problem for problem in (await bus.health()).problems)
+            assert (bus.stats().outbox, bus.stats().outboxed) == (7, 7)
+            assert any("7 writes wait in the outbox" in problem for problem in (await bus.health()).problems)
             with pytest.raises(
-                LogUnavailable, match="29 writes wait in the outbox: a token can't name them yet"
+                LogUnavailable, match="7 writes wait in the outbox: a token can't name them yet"
             ):
                 bus.token()
             with pytest.raises(NotCommitted, match="it is in the outbox, and goes on from there"):
@@ -78,15 +78,15 @@ async def test_g7_with_redis_away_writes_wait_and_are_published_once_and_in_orde
 
             # When it is back, and more is written at once
             server.start()
-            receipts += [await bus.write(said(str(n))) for n in range(30, 40)]
+            receipts += [await bus.write(said(str(n))) for n in range(8, 18)]
             for receipt in receipts:
                 await receipt.committed(timeout=20)
 
             # Then all of it is in the log, once, in the order in which it was written, and in the store
-            assert logged(settings) == [str(n) for n in range(40)]
+            assert logged(settings) == [str(n) for n in range(18)]
             versions = [receipt.version for receipt in [first, *receipts]]
             assert versions == sorted(versions, key=lambda version: version or (0, 0))
-            assert await bus.count("messages", room="r1") == 40
+            assert await bus.count("messages", room="r1") == 18
             assert bus.stats().outbox == 0
             bus.token()
     assert files(settings) == []

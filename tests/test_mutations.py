@@ -1,0 +1,222 @@
+"""Every protection is needed: with one of them taken out of the code, a test of its promise fails.
+
+Each case patches one place in a copy of the packages and runs the named tests on that copy. A protection whose removal
+nothing noticed would be either untested or unneeded.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+
+@dataclass(frozen=True)
+class Mutation:
+    """Take ``cut`` out of ``file`` and put ``paste`` in its place: then ``test`` has to fail."""
+
+    name: str
+    file: str
+    cut: str
+    paste: str
+    test: str
+
+
+MUTATIONS = [
+    Mutation(
+        "the lease: a fill is accepted only while its lease is there (G4)",
+        "bus/mnemobus/lua/fill.lua",
+        "if not lease or string.match(lease, '^(%S+) ') ~= ARGV[2] then",
+        "if false then",
+        "test_feed.py::test_g4_a_load_that_an_invalidation_overtakes_enters_no_cache",
+    ),
+    Mutation(
+        "the fan-out takes the shared bucket away, leases and all (G4)",
+        "bus/mnemobus/lua/fanout.lua",
+        "  redis.call('UNLINK', KEYS[i])\n",
+        "",
+        "test_feed.py::test_g4_a_load_that_an_invalidation_overtakes_enters_no_cache",
+    ),
+    Mutation(
+        "bucket identity: a late fill lands in the bucket that its read began with (G4)",
+        "bus/mnemobus/local.py",
+        "        if not bucket.live:\n            return\n",
+        "        bucket = self._buckets.get(bucket.scope, bucket)\n        if not bucket.live:\n            return\n",
+        "test_feed.py::test_g4_a_load_that_an_invalidation_overtakes_enters_no_cache",
+    ),
+    Mutation(
+        "the predecessor check: a message that does not follow the position is a gap (G5)",
+        "bus/mnemobus/feed.py",
+        "        if message.previous == position:\n",
+        "        if message.id > position:\n",
+        "test_feed.py::test_g5_a_gap_is_seen_with_the_next_message",
+    ),
+    Mutation(
+        "the heartbeat fetches what pub/sub did not bring (G5)",
+        "bus/mnemobus/feed.py",
+        "            await self._catch_up([(partition, head) for partition, _, head in heads])\n",
+        "",
+        "test_feed.py::test_g5_a_single_lost_message_is_found_and_repaired_within_the_bound",
+    ),
+    Mutation(
+        "a copy is served only while the feed is verified (G5)",
+        "bus/mnemobus/local.py",
+        "        if now >= self.fresh_until or now >= bucket.expires:\n",
+        "        if now >= bucket.expires:\n",
+        "test_feed.py::test_g5_local_copies_are_not_served_while_redis_does_not_answer",
+    ),
+    Mutation(
+        "the epoch: an unseen run id begins a new one (G5)",
+        "bus/mnemobus/lua/epoch.lua",
+        "if known[1] == ARGV[1] then",
+        "if known[1] then",
+        "test_feed.py::test_g5_a_restart_of_redis_begins_a_new_epoch",
+    ),
+    Mutation(
+        "the sequence number: a call that is repeated is answered and not done again (G1)",
+        "bus/mnemobus/lua/publish.lua",
+        "  if last.seq == seq then\n    return last.ids\n  elseif",
+        "  if",
+        "test_log.py::test_g1_a_call_that_is_repeated_is_answered_and_not_done_again",
+    ),
+    Mutation(
+        "the version condition: an older write that comes later changes nothing (G2)",
+        "bus/mnemobus/store/merge.py",
+        'WHERE ({" OR ".join(newer)}) AND',
+        'WHERE (TRUE OR {" OR ".join(newer)}) AND',
+        "test_store.py::test_g1_a_redelivered_batch_changes_nothing",
+    ),
+    Mutation(
+        "the version condition, field by field (G2)",
+        "bus/mnemobus/store/merge.py",
+        "                > {greatest}(m.put_version, m.{field}_version) THEN excluded.{field}",
+        "                > x'' THEN excluded.{field}",
+        "test_store.py::test_g2_the_last_version_wins_whatever_comes_first",
+    ),
+    Mutation(
+        "the tombstone of a memory (G3)",
+        "bus/mnemobus/store/merge.py",
+        "                <= {greatest}(m.deleted_version, excluded.deleted_version) THEN NULL",
+        "                < x'' THEN NULL",
+        "test_store.py::test_a_deletion_that_overtakes_its_put",
+    ),
+    Mutation(
+        "the tombstone of a room (G3)",
+        "bus/mnemobus/store/sqlite.py",
+        "(SELECT version FROM room_tombstones WHERE tbl = ?2 AND room = ?3)",
+        "(SELECT version FROM room_tombstones WHERE tbl = ?2 AND room = ?3 AND FALSE)",
+        "test_store.py::test_g3_a_deleted_room_stays_deleted",
+    ),
+    Mutation(
+        "the low-water mark: nothing is trimmed that pends (G1)",
+        "bus/mnemobus/lua/trim.lua",
+        "  if pending[1] > 0 then\n",
+        "  if false then\n",
+        "test_broker.py::test_trimming_stops_at_what_is_pending_or_not_delivered",
+    ),
+    Mutation(
+        "to confirm comes last (G1)",
+        "workers/mnemobus_workers/broker.py",
+        "        self.fail()\n",
+        "        pass\n",
+        "test_broker.py::test_a_failed_batch_stays_pending_and_comes_back",
+    ),
+    Mutation(
+        "invalidations are sent also for what lost against a newer version (G5)",
+        "workers/mnemobus_workers/apply.py",
+        "lambda: self._fan_out(batch.partition, events, cleared, dict(dead))",
+        "lambda: self._fan_out(batch.partition, [e for e in events if e.id in applied.won], cleared, dict(dead))",
+        "test_workers.py::test_g1_whatever_a_worker_was_at_when_it_was_killed_is_done_by_another",
+    ),
+    Mutation(
+        "the own-write mark (G6)",
+        "bus/mnemobus/bus.py",
+        "        stale = plan.scope in self._marks and not await self._wait_for_own_writes(plan.scope)\n",
+        "        stale = False\n",
+        "test_bus.py::test_g6_a_bus_reads_its_own_writes_in_every_query",
+    ),
+    Mutation(
+        "the outbox keeps the number of the call that was under way (G7)",
+        "bus/mnemobus/log.py",
+        "return await overflow.keep(self._partition, events, (self._producer, self._sequence))",
+        "return await overflow.keep(self._partition, events, None)",
+        "test_outbox.py::test_g1_a_call_with_unknown_outcome_is_not_doubled_by_the_outbox",
+    ),
+    Mutation(
+        "newer writes wait behind the outbox (G7)",
+        "bus/mnemobus/log.py",
+        "if overflow is not None and overflow.waiting:",
+        "if False:",
+        "test_outbox.py::test_g7_with_redis_away_writes_wait_and_are_published_once_and_in_order",
+    ),
+]
+
+
+def run(mutation: Mutation, redis_url: str, folder: Path) -> subprocess.CompletedProcess[str]:
+    """The outcome of its test on a copy of the packages without the protection."""
+    for package in ("bus/mnemobus", "workers/mnemobus_workers"):
+        shutil.copytree(ROOT / package, folder / package, ignore=shutil.ignore_patterns("__pycache__"))
+    path = folder / mutation.file
+    source = path.read_text()
+    assert source.count(mutation.cut) == 1, f"{mutation.file} has changed: this case has to follow it"
+    path.write_text(source.replace(mutation.cut, mutation.paste))
+    file, _, name = mutation.test.partition("::")
+    command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "--no-header", "-ra"]
+    command += [
+        "--rootdir",
+        str(ROOT),
+        "-c",
+        str(ROOT / "pyproject.toml"),
+        "--basetemp",
+        str(folder / "pytest"),
+    ]
+    roots = [str(folder / "bus"), str(folder / "workers")]
+    return subprocess.run(
+        [*command, str(ROOT / "tests" / file), "-k", f"{name} and not postgres and not resp3"],
+        cwd=folder,
+        env=os.environ
+        | {"PYTHONPATH": os.pathsep.join(roots), "TEST_REDIS_URL": redis_url, "TEST_PATIENCE": "0.2"},
+        capture_output=True,
+        text=True,
+        timeout=100,
+        check=False,
+    )
+
+
+@pytest.fixture(scope="module")
+def outcomes(
+    session_redis: str, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[dict[str, Future[subprocess.CompletedProcess[str]]]]:
+    """All of them at work already, two at a time: each spends most of its time on starting, or waiting."""
+    with ThreadPoolExecutor(2) as pool:
+        yield {
+            mutation.name: pool.submit(run, mutation, session_redis, tmp_path_factory.mktemp("mutant"))
+            for mutation in MUTATIONS
+        }
+        pool.shutdown(cancel_futures=True)
+
+
+@pytest.mark.parametrize(
+    "mutation", MUTATIONS, ids=lambda m: re.sub(r"[^a-z0-9]+", "-", m.name.lower()).strip("-")
+)
+def test_without(mutation: Mutation, outcomes: dict[str, Future[subprocess.CompletedProcess[str]]]) -> None:
+    # When the test of a promise runs without one of the protections that keep it
+    done = outcomes[mutation.name].result()
+    # Then it fails, and for no other reason than that
+    assert done.returncode == 1, done.stdout[-4000:]
+    assert f"{mutation.test.partition('::')[2]}" in done.stdout.partition("short test summary")[2], (
+        done.stdout[-4000:]
+    )
+    assert "ERROR" not in done.stdout.partition("short test summary")[2], done.stdout[-4000:]
+    for word in ("ImportError", "SyntaxError"):
+        assert word not in done.stdout, done.stdout[-4000:]
