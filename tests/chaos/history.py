@@ -28,6 +28,8 @@ class Write:
     outcome   acked: it returned. unknown: LogUnavailable, or the agent was killed before it knew (then ended is None).
               refused: an error that says that nothing was written. missing: MemoryNotFound, or None from delete
     version   None where it was not told (outboxed, unknown, refused)
+    number    of the write among the agent's own, from 1; 0 where nobody counts. An agent notes each write twice, before
+              the call (as unknown) and after it: of two with the same agent and number the later one counts
     """
 
     agent: str
@@ -42,18 +44,27 @@ class Write:
     version: str | None = None
     outboxed: bool = False
     error: str = ""
+    number: int = 0
     kind: str = "write"
 
 
 @dataclass(slots=True)
 class Published:
-    """A write that had been outboxed, or whose version was not known, turned out to have this version."""
+    """A write that had been outboxed, or whose version was not known, turned out to have this version.
+
+    agent   who published it: the one that wrote it, or the one that took up its outbox
+    number  of the write among that agent's own; 0 where it is another's
+    """
 
     agent: str
     at: float
     id: str
     value: str
     version: str
+    op: str = ""
+    table: str = ""
+    room: str = ""
+    number: int = 0
     kind: str = "published"
 
 
@@ -123,7 +134,10 @@ class Fault:
 class Final:
     """The end, once all is quiet.
 
-    log     [version, op, table, room, id, value] of every event that is still in the log, in order of each partition
+    log     [version, op, table, room, id, value] of every event that is still in the log, in order of each partition;
+            and before them those that were in it when Redis was emptied
+    lost    those of them that need not be in the store: Redis was emptied, or killed under appendfsync everysec, before
+            they were known to be applied
     store   [id, version, value, table, room] of every memory that the store has
     views   by agent and scope: [id, version, value] of what it sees, newest first
     dead    versions of dead letters
@@ -136,6 +150,7 @@ class Final:
     views: dict[str, dict[str, list[list[str]]]] = field(default_factory=dict)
     dead: list[str] = field(default_factory=list)
     lost_log: bool = False
+    lost: list[list[str]] = field(default_factory=list)
     kind: str = "final"
 
 
@@ -184,6 +199,7 @@ class History:
         history = cls(Bounds(**json.loads((folder / "bounds.json").read_text())))
         for path in sorted(folder.glob("*.jsonl")):
             history.records += read(path)
+        history.records = _settled(history.records)
         return history
 
     def save(self, folder: Path) -> None:
@@ -194,6 +210,18 @@ class History:
 
     def of(self, kind: type[Any]) -> list[Any]:
         return [record for record in self.records if isinstance(record, kind)]
+
+
+def _settled(records: list[Record]) -> list[Record]:
+    """Without the intentions of writes whose outcome is recorded, too."""
+    last = {
+        (r.agent, r.number): index for index, r in enumerate(records) if isinstance(r, Write) and r.number
+    }
+    return [
+        r
+        for index, r in enumerate(records)
+        if not isinstance(r, Write) or not r.number or last[r.agent, r.number] == index
+    ]
 
 
 def read(path: Path) -> Iterator[Record]:
