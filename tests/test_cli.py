@@ -221,7 +221,7 @@ async def test_tail_begins_where_it_is_told_and_shows_what_can_not_be_read(
 ) -> None:
     # Given two writes, an entry that is none, and a message of the feed that is none
     async with connect() as bus:
-        first, second = await bus.write(said("one")), await bus.write(said("two"))
+        first, second = await bus.write_many([said("one"), said("two")])
     partition = keys(settings).log_partition("kitchen")
     client.xadd(keys(settings).log(partition), {"op": "put", "table": "messages"})
     client.xadd(keys(settings).feed(0), {"prev": "0-0", "m": "[]"})

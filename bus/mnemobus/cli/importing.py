@@ -237,7 +237,8 @@ def _dimensions_differ(row: Row, stored: Row) -> str:
 
 
 def run(*, file: str, skip: bool, overwrite: bool, wait: bool, json: bool) -> int:
-    return run_until_signal(_main(Settings.load(), file, skip, overwrite, wait, json))
+    # No outbox: what can't be logged now is in the file, and the next run finds it there.
+    return run_until_signal(_main(Settings.load(outbox="off"), file, skip, overwrite, wait, json))
 
 
 async def _main(settings: Settings, file: str, skip: bool, overwrite: bool, wait: bool, json: bool) -> int:
