@@ -1,4 +1,4 @@
-"""A worker process that kills itself, with SIGKILL, at a point that is given as its argument.
+"""A worker process that kills itself at a point that is given as its argument; with a second one, "pause", it pauses.
 
 transaction  in a batch's transaction, before COMMIT
 commit       between commit and fan-out
@@ -26,9 +26,17 @@ from mnemobus_workers.broker import StreamConsumer
 from mnemobus_workers.pool import make_broker
 
 
+paused = False
+
+
 def die() -> None:
-    os.kill(os.getpid(), signal.SIGKILL)
-    time.sleep(60)
+    """Or stand still, once, until somebody has the process continue."""
+    global paused
+    if not sys.argv[2:]:
+        os.kill(os.getpid(), signal.SIGKILL)
+    elif not paused:
+        paused = True
+        os.kill(os.getpid(), signal.SIGSTOP)
 
 
 def wrap(owner: Any, name: str, *, before: Any = None, after: Any = None) -> None:

@@ -27,7 +27,7 @@ import uuid
 from collections.abc import AsyncIterator, Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager, contextmanager, nullcontext
 from threading import Lock
-from typing import Any, ClassVar, Self, TypeVar
+from typing import Any, ClassVar, LiteralString, Self, TypeVar
 from zlib import crc32
 
 import psycopg
@@ -436,15 +436,24 @@ class PostgresWriter:
 def _apply(connection: Connection[Any], events: Sequence[Event]) -> Applied:
     # What returns nothing goes along with what follows it, in one round trip.
     pipeline = connection.pipeline() if psycopg.Pipeline.is_supported() else nullcontext()
-    with pipeline, connection.transaction():
-        return merge.apply(_Transaction(connection), events)
+    with pipeline as sending, connection.transaction():
+        return merge.apply(_Transaction(connection, sending), events)
 
 
 class _Transaction:
     """The steps of :func:`merge.apply`."""
 
-    def __init__(self, connection: Connection[Any]) -> None:
+    def __init__(self, connection: Connection[Any], pipeline: psycopg.Pipeline | None) -> None:
         self._execute = connection.execute
+        self._pipeline = pipeline
+
+    def _fetch(self, query: LiteralString | bytes, parameters: Sequence[Any]) -> list[tuple[Any, ...]]:
+        cursor = self._execute(query, parameters)
+        if self._pipeline is not None:
+            # Without that, the server would take the transaction for busy, not idle, until all of the pipeline is sent,
+            # and would not end it if this process is paused.
+            self._pipeline.sync()
+        return cursor.fetchall()
 
     def lock(self, shared: Collection[Room], exclusive: Collection[Room]) -> None:
         slots = dict.fromkeys(map(_slot, shared), False)
@@ -470,10 +479,10 @@ class _Transaction:
             )
 
     def lengths(self, tables: Collection[str]) -> dict[str, int]:
-        rows = self._execute(
+        rows = self._fetch(
             "SELECT tbl, embedding_length FROM tables WHERE tbl = ANY(%s)", (_texts(sorted(tables)),)
         )
-        return dict(rows.fetchall())
+        return dict(rows)
 
     def claim(self, lengths: Mapping[str, int]) -> None:
         for table, length in sorted(lengths.items()):
@@ -483,17 +492,17 @@ class _Transaction:
             )
 
     def dimensions(self, ids: Collection[str]) -> dict[str, Dimensions]:
-        rows = self._execute(
+        rows = self._fetch(
             "SELECT id::text, tbl, room, agent, entity, world FROM memories WHERE id = ANY(%s)",
             (_uuids(ids),),
         )
-        return {id: Dimensions(*dimensions) for id, *dimensions in rows.fetchall()}
+        return {id: Dimensions(*dimensions) for id, *dimensions in rows}
 
     def upsert(self, deltas: Sequence[Delta]) -> list[str]:
         if not deltas:
             return []
         tables, rooms, agents, entities, worlds = zip(*(d.dimensions for d in deltas), strict=True)
-        rows = self._execute(
+        rows = self._fetch(
             _UPSERT,
             (
                 _uuids(d.id for d in deltas),
@@ -513,17 +522,17 @@ class _Transaction:
                 _Byteas.of([d.deleted for d in deltas]),
             ),
         )
-        return [id for (id,) in rows.fetchall()]
+        return [id for (id,) in rows]
 
     def clear(self, room: Room, last: bytes, versions: Collection[bytes]) -> list[tuple[str, Dimensions]]:
         for statement in _CLEAR:
             self._execute(statement, merge.clearing_parameters(room, last))
-        rows = self._execute(
+        rows = self._fetch(
             "SELECT id::text, tbl, room, agent, entity, world FROM memories"
             " WHERE tbl = %s AND room = %s AND NOT live AND deleted_version = ANY(%s)",
             (*room, _Byteas.of(list(versions))),
         )
-        return [(id, Dimensions(*dimensions)) for id, *dimensions in rows.fetchall()]
+        return [(id, Dimensions(*dimensions)) for id, *dimensions in rows]
 
 
 def _slot(room: Room) -> int:
