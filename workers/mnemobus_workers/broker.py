@@ -220,7 +220,7 @@ class StreamConsumer(dramatiq.Consumer):
         self._timeout = timeout / 1000
         # A read that blocks longer than the socket would time out on its own connection.
         self._block = max(1, min(timeout, int(self._settings.redis_timeout * 500)))
-        self._claim_every = self._settings.claim_idle / 5
+        self._claim_every = self._settings.claim_idle / 10
         self._claim_next = 0.0
         self._mean_size = float(_FIRST_GUESS)
         self._away = 0
