@@ -374,7 +374,7 @@ def test_an_empty_file_is_fine_and_a_missing_one_is_not(
 # Interrupted
 
 
-@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
 async def test_g1_an_import_that_was_stopped_half_way_is_completed_by_the_next(
     pool: Settings, command: Start, tmp_path: Path, how: int
 ) -> None:
