@@ -1,6 +1,7 @@
 """Settings: read from the environment, refused by name, and each with the effect that env.template says.
 
-Effects that need workers or the embedded server are shown in test_workers.py, test_embedded.py and test_cli.py.
+Effects that need workers or the embedded server are shown in test_broker.py, test_workers.py, test_embedded.py and
+test_cli.py.
 """
 
 from __future__ import annotations

@@ -158,7 +158,7 @@ class Log:
     def letters(self) -> list[dict[str, str]]:
         """The dead letters, their fields as text."""
         return [
-            {name.decode(): value.decode() for name, value in fields.items()}
+            {name.decode(): value.decode("utf-8", "replace") for name, value in fields.items()}
             for _, fields in self.client.xrange(self.keys.dead(0))
         ]
 
@@ -432,6 +432,26 @@ def test_a_letter_is_written_once_however_often_its_batch_comes(settings: Settin
     link.close()
 
 
+async def test_an_entry_that_is_no_event_at_all_does_not_stop_the_log(
+    settings: Settings, pool_of: PoolOf
+) -> None:
+    log = Log(settings)
+    async with opened(settings) as bus:
+        # Given what somebody else put into the log: another program's entry, and one with thousands of fields
+        await write(bus, "text 0")
+        log.client.xadd(log.keys.log(0), {"hello": b"\xff"})
+        log.client.xadd(log.keys.log(0), {f"field {n}": "x" for n in range(10_000)})
+        receipts = await write(bus, "text 1")
+        with pool_of(settings):
+            await committed(receipts)
+            await eventually(lambda: not log.pending())
+    assert await stored(settings) == texts(2)
+    assert [letter["reason"].partition(":")[0] for letter in log.letters()] == [
+        "unknown field 'hello'",
+        "unknown field 'field 0'",
+    ]
+
+
 async def test_an_event_that_kills_its_worker_again_and_again_is_given_up(
     settings: Settings, pool_of: PoolOf, doomed: Doomed
 ) -> None:
@@ -476,6 +496,7 @@ async def test_an_exception_of_our_own_leaves_the_batch_pending_and_it_comes_bac
 
     monkeypatch.setattr(SqliteWriter, "apply", stumble)
     log = Log(settings)
+    settings = settings.model_copy(update={"claim_idle": 0.2})
     async with opened(settings) as bus:
         with pool_of(settings):
             receipts = await write(bus, *texts(20))
@@ -674,7 +695,7 @@ async def test_mnemobus_feed_length_is_about_how_many_messages_the_feed_keeps(
     settings: Settings, pool_of: PoolOf
 ) -> None:
     kept = []
-    for number, length in enumerate((10, 1000)):
+    for number, length in enumerate((5, 1000)):
         own = settings.model_copy(
             update={
                 "feed_partitions": 1,
@@ -685,9 +706,9 @@ async def test_mnemobus_feed_length_is_about_how_many_messages_the_feed_keeps(
         )
         async with opened(own) as bus:
             with pool_of(own):
-                await committed(await write(bus, *texts(250)))
+                await committed(await write(bus, *texts(120)))
         [messages] = Log(own).feed()
         kept.append(len(messages))
-    # Redis removes a hundred or so at a time
-    assert kept[0] < 150
-    assert kept[1] == 250
+    # Redis removes a hundred at most at a time
+    assert 5 <= kept[0] <= 105
+    assert kept[1] == 120
