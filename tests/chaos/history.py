@@ -75,7 +75,9 @@ class Read:
     scope   the scope that the query depends on
     limit   of a recent; 0 for get and count
     seen    [id, version, value] of each memory in the answer, in its order; for count: [] and ``count``
-    source  local | shared | store; of a get: empty
+            (the scope is all that the query says, but for the limit: no second dimension, no before or after)
+    source  local | shared | store; empty where it is not known
+    stale   also of an answer that can't carry the mark: None, a count
     """
 
     agent: str
@@ -121,12 +123,15 @@ class Fault:
 
     what  see the campaign's table of faults
     on    an agent, a worker, "redis", ...
+    loses_log  whether it may cost Redis what it had: emptied, or killed under appendfsync everysec. Agents then forget
+               which of their writes are on their way, so G6 does not hold across it
     """
 
     what: str
     on: str
     began: float
     ended: float | None = None
+    loses_log: bool = False
     kind: str = "fault"
 
 
@@ -141,6 +146,7 @@ class Final:
     store   [id, version, value, table, room] of every memory that the store has
     views   by agent and scope: [id, version, value] of what it sees, newest first
     dead    versions of dead letters
+    poison  those of them that were to be: written so that no worker can apply them
     lost_log whether Redis was emptied or lost its last second in this run: then the log does not have everything
     """
 
@@ -151,6 +157,7 @@ class Final:
     dead: list[str] = field(default_factory=list)
     lost_log: bool = False
     lost: list[list[str]] = field(default_factory=list)
+    poison: list[str] = field(default_factory=list)
     kind: str = "final"
 
 
@@ -179,11 +186,16 @@ class Recorder:
 
 @dataclass(slots=True)
 class Bounds:
-    """What the promises allow in a run, in seconds."""
+    """What the promises allow in a run, in seconds.
+
+    fan_out  how long a committed write may wait for its fan-out: claim_idle and the time to apply, where workers are
+             killed between the two. None: for as long as it takes, as where workers are cut off from Redis
+    """
 
     max_staleness: float
     heartbeat: float
     own_write_timeout: float
+    fan_out: float | None = None
 
 
 @dataclass(slots=True)
