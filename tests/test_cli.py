@@ -94,9 +94,11 @@ def test_a_bad_setting_is_named_by_every_command(command: Start) -> None:
 # stats
 
 
+@pytest.mark.parametrize("protocol", [2, 3])
 async def test_stats_are_those_of_log_workers_feed_and_store(
-    pool: Settings, connect: Connect, command: Start, client: redis.Redis
+    pool: Settings, connect: Connect, command: Start, client: redis.Redis, protocol: int
 ) -> None:
+    pool = pool.model_copy(update={"redis_protocol": protocol})
     # Given a bus that has written, and listens to what it read
     async with connect() as bus:
         for receipt in await bus.write_many([said(str(n), f"room-{n}") for n in range(12)]):
@@ -159,9 +161,11 @@ def test_stats_with_something_away_tell_the_rest(settings: Settings, command: St
 # tail
 
 
+@pytest.mark.parametrize("protocol", [2, 3])
 async def test_tail_shows_events_and_invalidations_as_they_pass(
-    pool: Settings, connect: Connect, command: Start
+    pool: Settings, connect: Connect, command: Start, protocol: int
 ) -> None:
+    pool = pool.model_copy(update={"redis_protocol": protocol})
     # Given one who watches, before anything happens
     watching = command("tail", "--json", "--count", "6", settings=pool)
     plain = command("tail", "--events", "-n", "4", settings=pool)

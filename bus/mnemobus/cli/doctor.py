@@ -205,9 +205,8 @@ def _workers(settings: Settings, figures: dict[str, Any]) -> Iterator[Finding]:
 def _readers(settings: Settings, reading: int | None, log: list[dict[str, Any]]) -> Finding:
     """Whether workers read every partition. ``reading`` connections wait for some log of this server; a worker of
     this bus makes a consumer group on each partition as soon as it starts."""
-    if (
-        reading is None
-    ):  # managed servers hide CLIENT LIST; consumers tell less: an idle one may just have no work
+    if reading is None:
+        # Managed servers hide CLIENT LIST. Consumers tell less: an idle one may just have no work.
         within = 1000 * max(10.0, 2 * settings.claim_idle)
         without = [p for p in log if not any(c["idle_ms"] <= within for c in p["consumers"])]
         found = "consumers at work on every log partition"

@@ -23,7 +23,7 @@ from ..feed import Invalidation, decode_entry
 from ..keys import Version
 from ..settings import Settings, hide_password
 from .console import emit, err, out, run_until_signal
-from .inspection import ask, keyspace, looking_at, now, table, text
+from .inspection import ask, keyspace, looking_at, now, text
 
 _AGO = re.compile(r"(\d+(?:\.\d+)?)\s*(s|m|h|d)\Z")
 _SECONDS = {"s": 1, "m": 60, "h": 3_600, "d": 86_400}
@@ -96,7 +96,8 @@ class _Tail:
             "XREAD", "COUNT", _READ, "BLOCK", block, "STREAMS", *self._last, *self._last.values()
         )
         items: list[tuple[Version, Item, int]] = []
-        for stream, entries in table(reply or ()).items():
+        for name, entries in reply.items() if isinstance(reply, dict) else reply or ():
+            stream = text(name)
             for id, fields in entries:
                 version = Version.parse(id)
                 self._last[stream] = str(version)
