@@ -16,6 +16,7 @@ from mnemobus import Health, Memory, Settings, Stats, errors, log
 from mnemobus.keys import APPLY_GROUP, Keyspace
 from mnemobus_workers import upkeep
 from mnemobus_workers.broker import DEAD_AFTER
+from mnemobus_workers.pool import make_broker
 from servers import eventually
 from test_project import ROOT, variables
 
@@ -95,6 +96,8 @@ def test_times_and_counts_are_those_of_the_code() -> None:
     assert "silent for an hour" in words and "after a day" in words
     assert f"delivered {DEAD_AFTER} times" in words
     assert settings["claim_idle"].default == 5 and "`MNEMOBUS_CLAIM_IDLE` (5 s)" in words
+    consumer = make_broker(Settings.load()).consume("log-0")
+    assert consumer._claim_every == consumer._settings.claim_idle / 10 and "a tenth of it" in words
     assert settings["retention"].default == 24 * 3600 and "`MNEMOBUS_RETENTION` (24 h)" in words
     assert settings["max_backlog"].default == 1_000_000 and "a million events" in words
     assert (
