@@ -25,7 +25,6 @@ from mnemobus_workers.apply import Applier
 from mnemobus_workers.broker import StreamConsumer
 from mnemobus_workers.pool import make_broker
 
-
 paused = False
 
 
