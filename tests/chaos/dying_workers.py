@@ -1,0 +1,58 @@
+"""The worker pool, as `dramatiq chaos.dying_workers`; its processes kill themselves at a point of the campaign's choice.
+
+The campaign makes a file, named after the point, in the folder CHAOS_DEATHS. The first process that comes by removes
+it, and kills itself with SIGKILL:
+
+transaction  in a batch's transaction, before COMMIT
+commit       between commit and fan-out
+fan-out      when some of a batch's invalidations are sent, and some are not
+ack          between fan-out and XACK
+
+CHAOS_AHEAD: seconds by which the wall clock of these processes is ahead.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+from mnemobus.connection import ThreadedLink
+from mnemobus.store import merge
+from mnemobus_workers import broker
+from mnemobus_workers.apply import Applier
+from mnemobus_workers.broker import StreamConsumer
+from worker_process import die, send_one_of_many, wrap
+
+from .clocks import set_ahead
+
+POINTS = ("transaction", "commit", "fan-out", "ack")
+FOLDER = Path(os.environ["CHAOS_DEATHS"])
+
+
+def due(point: str) -> bool:
+    """Whether it is this process that shall die here; nobody else is told the same."""
+    try:
+        (FOLDER / point).unlink()
+    except FileNotFoundError:
+        return False
+    return True
+
+
+def die_at(point: str) -> None:
+    if due(point):
+        die()
+
+
+def in_fan_out(link: ThreadedLink, calls: list[Any]) -> None:
+    if due("fan-out"):
+        send_one_of_many(link, calls)
+
+
+set_ahead(float(os.environ.get("CHAOS_AHEAD", "0")))
+wrap(merge, "apply", after=lambda *_: die_at("transaction"))
+wrap(Applier, "_commit", after=lambda *_: die_at("commit"))
+wrap(ThreadedLink, "pipeline", before=in_fan_out)
+wrap(StreamConsumer, "ack", before=lambda *_: die_at("ack"))
+
+__all__ = ["POINTS", "broker"]

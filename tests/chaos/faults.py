@@ -1,0 +1,325 @@
+"""What is done to a run: a function for each kind of fault, which does it, waits, and undoes it.
+
+Each belongs to a lane. Faults of one lane come one after the other; one of each lane may be on at the same time. Which
+comes next, on whom, and for how long, is drawn from the seed.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import random
+import signal
+from collections.abc import Awaitable, Callable
+from typing import TYPE_CHECKING
+
+from .proxy import DOWN, UP
+
+if TYPE_CHECKING:
+    from .campaign import Campaign
+
+Inject = Callable[["Campaign", random.Random], Awaitable[None]]
+LANES: dict[str, dict[str, Inject]] = {"workers": {}, "agents": {}, "links": {}, "servers": {}}
+
+
+def fault(lane: str) -> Callable[[Inject], Inject]:
+    def register(inject: Inject) -> Inject:
+        LANES[lane][inject.__name__.replace("_", "-")] = inject
+        return inject
+
+    return register
+
+
+def names() -> list[str]:
+    return [name for lane in LANES.values() for name in lane]
+
+
+# Workers
+
+
+@fault("workers")
+async def worker_killed(run: Campaign, rng: random.Random) -> None:
+    """SIGKILL of a worker process, whatever it is at."""
+    pool = rng.choice(run.workers)
+    await pool.ready.wait()
+    if pool.kill_one():
+        run.injected("worker-killed", pool.name)
+
+
+async def _die_at(run: Campaign, rng: random.Random, point: str, kind: str) -> None:
+    pool = rng.choice(run.workers)
+    await pool.ready.wait()
+    order = pool.die_at(point)
+    for _ in range(100):
+        await asyncio.sleep(0.05)
+        if not order.exists():
+            run.injected(kind, pool.name)
+            return
+    order.unlink(missing_ok=True)
+
+
+@fault("workers")
+async def worker_killed_before_commit(run: Campaign, rng: random.Random) -> None:
+    await _die_at(run, rng, "transaction", "worker-killed-before-commit")
+
+
+@fault("workers")
+async def worker_killed_after_commit(run: Campaign, rng: random.Random) -> None:
+    """Between commit and fan-out."""
+    await _die_at(run, rng, "commit", "worker-killed-after-commit")
+
+
+@fault("workers")
+async def worker_killed_in_fan_out(run: Campaign, rng: random.Random) -> None:
+    await _die_at(run, rng, "fan-out", "worker-killed-in-fan-out")
+
+
+@fault("workers")
+async def worker_killed_before_ack(run: Campaign, rng: random.Random) -> None:
+    """Between fan-out and XACK."""
+    await _die_at(run, rng, "ack", "worker-killed-before-ack")
+
+
+@fault("workers")
+async def worker_paused(run: Campaign, rng: random.Random) -> None:
+    """SIGSTOP for longer than claim_idle: others claim what it holds, and it goes on with it later."""
+    pool = rng.choice(run.workers)
+    await pool.ready.wait()
+    pid = pool.pause_one()
+    if pid is not None:
+        with run.fault("worker-paused", pool.name):
+            await asyncio.sleep(run.settings.claim_idle * rng.uniform(1.2, 3))
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGCONT)
+
+
+@fault("workers")
+async def worker_clock_ahead(run: Campaign, rng: random.Random) -> None:
+    """The pool's machine is some seconds ahead, until it is restarted."""
+    pool = rng.choice(run.workers)
+    await pool.ready.wait()
+    pool.ahead = True
+    with run.fault("worker-clock-ahead", pool.name):
+        await pool.restart()
+        await asyncio.sleep(rng.uniform(3, 6))
+        pool.ahead = False
+        await pool.restart()
+
+
+# Agents
+
+
+@fault("agents")
+async def agent_killed(run: Campaign, rng: random.Random) -> None:
+    """SIGKILL of an agent, whatever it is at."""
+    agent = rng.choice(run.agents)
+    await agent.ready.wait()
+    run.injected("agent-killed", agent.current)
+    agent.kill()
+
+
+@fault("agents")
+async def agent_killed_unanswered(run: Campaign, rng: random.Random) -> None:
+    """SIGKILL of an agent whose write has reached the log, and that was not answered."""
+    agent = rng.choice(run.agents)
+    await agent.ready.wait()
+    caught = agent.proxy.trap(b"}:producers\r\n")
+    await asyncio.wait([caught], timeout=3)
+    if not caught.done() or caught.cancelled():
+        agent.proxy.traps.clear()
+        return
+    await asyncio.sleep(rng.uniform(0.01, 0.05))
+    run.injected("agent-killed-unanswered", agent.current)
+    agent.kill()
+    agent.proxy.lift()
+
+
+@fault("agents")
+async def agent_paused(run: Campaign, rng: random.Random) -> None:
+    """SIGSTOP for longer than max_staleness."""
+    agent = rng.choice(run.agents)
+    await agent.ready.wait()
+    with run.fault("agent-paused", agent.current):
+        agent.pause()
+        await asyncio.sleep(run.settings.max_staleness * rng.uniform(1.1, 3))
+        agent.resume()
+
+
+@fault("agents")
+async def agent_clock_ahead(run: Campaign, rng: random.Random) -> None:
+    """The agent's machine is some seconds ahead, until it is restarted."""
+    agent = rng.choice(run.agents)
+    await agent.ready.wait()
+    agent.ahead = True
+    with run.fault("agent-clock-ahead", agent.name):
+        await agent.restart()
+        await asyncio.sleep(rng.uniform(3, 6))
+        agent.ahead = False
+        await agent.ready.wait()
+        await agent.restart()
+
+
+@fault("agents")
+async def feed_trimmed(run: Campaign, rng: random.Random) -> None:
+    """An agent hears nothing for a while, and then the feed no longer reaches back to where it was."""
+    agent = rng.choice(run.agents)
+    await agent.ready.wait()
+    with run.fault("feed-trimmed", agent.current):
+        paused = rng.random() < 0.5
+        if paused:
+            agent.pause()
+        else:
+            agent.proxy.withhold(DOWN)
+        await asyncio.sleep(rng.uniform(0.2, 1.5) * run.settings.max_staleness)
+        await run.trim_feed()
+        if paused:
+            agent.resume()
+        else:
+            agent.proxy.lift()
+
+
+# The way to Redis
+
+
+async def _held(run: Campaign, rng: random.Random, kind: str, *directions: str) -> None:
+    party = rng.choice(run.parties)
+    await party.ready.wait()
+    with run.fault(kind, party.name):
+        party.proxy.withhold(*directions)
+        await asyncio.sleep(run.settings.max_staleness * rng.uniform(0.1, 3))
+        if rng.random() < 0.5:
+            party.proxy.reset()
+        party.proxy.lift()
+
+
+@fault("links")
+async def half_open(run: Campaign, rng: random.Random) -> None:
+    """Nothing arrives in either direction, and nobody is told."""
+    await _held(run, rng, "half-open")
+
+
+@fault("links")
+async def deaf(run: Campaign, rng: random.Random) -> None:
+    """What a party says arrives; what it is told does not."""
+    await _held(run, rng, "deaf", DOWN)
+
+
+@fault("links")
+async def mute(run: Campaign, rng: random.Random) -> None:
+    """What a party is told arrives; what it says does not, or late."""
+    await _held(run, rng, "mute", UP)
+
+
+@fault("links")
+async def delayed(run: Campaign, rng: random.Random) -> None:
+    party = rng.choice(run.parties)
+    with run.fault("delayed", party.name):
+        party.proxy.delay = rng.uniform(0.005, 0.15)
+        await asyncio.sleep(rng.uniform(0.5, 2))
+        party.proxy.lift()
+
+
+@fault("links")
+async def cut(run: Campaign, rng: random.Random) -> None:
+    """Connections are closed, and new ones too, for a while."""
+    party = rng.choice(run.parties)
+    with run.fault("cut", party.name):
+        party.proxy.cut()
+        await asyncio.sleep(run.settings.max_staleness * rng.uniform(0.1, 3))
+        party.proxy.lift()
+
+
+@fault("links")
+async def connections_reset(run: Campaign, rng: random.Random) -> None:
+    party = rng.choice(run.parties)
+    for _ in range(rng.randint(1, 3)):
+        run.injected("connections-reset", party.name)
+        party.proxy.reset()
+        await asyncio.sleep(rng.uniform(0.02, 0.3))
+
+
+@fault("links")
+async def push_dropped(run: Campaign, rng: random.Random) -> None:
+    """Single messages of the feed never arrive."""
+    agent = rng.choice(run.agents)
+    for _ in range(rng.randint(1, 4)):
+        await agent.ready.wait()
+        before = agent.proxy.dropped
+        agent.proxy.drop_pushes(rng.choice((1, 1, 1, 5)))
+        await asyncio.sleep(rng.uniform(0.2, 0.8))
+        agent.proxy.to_drop = 0
+        for _ in range(agent.proxy.dropped - before):
+            run.injected("push-dropped", agent.current)
+
+
+# Redis and the database
+
+
+async def _redis_killed(run: Campaign, rng: random.Random, fsync: str) -> None:
+    await run.redis_config("appendfsync", fsync)
+    await asyncio.sleep(rng.uniform(0.2, 1))
+    kind = f"redis-killed-{fsync}"
+    with run.fault(kind, "redis"):
+        await run.kill_redis()
+        await asyncio.sleep(rng.choice((0, rng.uniform(0, 0.5), rng.uniform(0.5, 3))))
+        await run.start_redis()
+
+
+@fault("servers")
+async def redis_killed_always(run: Campaign, rng: random.Random) -> None:
+    """SIGKILL, and a start with its append-only file, which was written before each answer."""
+    await _redis_killed(run, rng, "always")
+
+
+@fault("servers")
+async def redis_killed_everysec(run: Campaign, rng: random.Random) -> None:
+    """SIGKILL, and a start with its append-only file."""
+    await _redis_killed(run, rng, "everysec")
+
+
+@fault("servers")
+async def redis_paused(run: Campaign, rng: random.Random) -> None:
+    """It hangs: connections stay, and nothing is answered."""
+    with run.fault("redis-paused", "redis"):
+        run.redis.pause()
+        await asyncio.sleep(rng.uniform(0.2, 2.5))
+        run.redis.resume()
+
+
+@fault("servers")
+async def redis_emptied(run: Campaign, rng: random.Random) -> None:
+    """SIGKILL, and a start without any data."""
+    with run.fault("redis-emptied", "redis"):
+        await run.empty_redis()
+
+
+@fault("servers")
+async def redis_flushed(run: Campaign, rng: random.Random) -> None:
+    """FLUSHALL: the same process goes on, with nothing."""
+    with run.fault("redis-flushed", "redis"):
+        await run.flush_redis()
+
+
+@fault("servers")
+async def redis_full(run: Campaign, rng: random.Random) -> None:
+    """At maxmemory, with nothing that it may evict."""
+    with run.fault("redis-full", "redis"):
+        await run.redis_config("maxmemory", "1mb")
+        await asyncio.sleep(rng.uniform(0.3, 2))
+        await run.redis_config("maxmemory", "0")
+
+
+@fault("servers")
+async def clients_killed(run: Campaign, rng: random.Random) -> None:
+    """CLIENT KILL of all connections that listen to the feed."""
+    run.injected("clients-killed", "redis")
+    await run.kill_clients()
+
+
+@fault("servers")
+async def database_away(run: Campaign, rng: random.Random) -> None:
+    """PostgreSQL stopped, in order or not, and started again; SQLite locked against writing."""
+    with run.fault("database-away", "database"):
+        async with run.without_database(at_once=rng.random() < 0.5):
+            await asyncio.sleep(rng.uniform(0.3, 3))

@@ -1,0 +1,262 @@
+"""A party's way to Redis, and all that can happen on it.
+
+Each party (an agent, a pool of workers) has a proxy of its own, whose port is in its REDIS_URL. A fault of the proxy
+hits every connection of that party, those under way and those to come, until it is lifted; and nobody else.
+
+    delay          each chunk is late, in either direction; order is kept
+    cut            connections are closed, and new ones too, as soon as they are accepted
+    reset          connections that are under way end with an RST
+    withhold       nothing arrives any more, and nobody is told: half open, in one direction or in both. What was held
+                   is delivered when it is lifted, however late
+    drop_pushes    single messages of feed channels are taken out of what the server sends; all else goes through
+    trap           the answer to the next request that contains some bytes is withheld, and all after it on that
+                   connection: the request itself gets through
+
+To take out exactly one message the proxy has to know where it begins and ends: it reads the server's side frame by
+frame (RESP2 and RESP3), but never waits for a frame to be complete where nothing is to be dropped.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import socket
+import struct
+
+UP, DOWN = "up", "down"
+"""From the party to Redis, and back."""
+
+_CHUNK = 1 << 16
+_RST = struct.pack("ii", 1, 0)
+_MESSAGES = (b">3\r\n$7\r\nmessage\r\n", b"*3\r\n$7\r\nmessage\r\n")
+_FEED = b":feed"
+
+
+def frame_end(data: bytes | bytearray, at: int = 0) -> int:
+    """Where the RESP frame that begins at ``at`` ends; -1 if it is not complete. ValueError if it is none."""
+    pending = 1
+    while pending:
+        end = data.find(b"\r\n", at)
+        if end < 0:
+            return -1
+        kind, text = data[at : at + 1], bytes(data[at + 1 : end])
+        at = end + 2
+        pending -= 1
+        if kind in (b"$", b"!", b"="):
+            if int(text) >= 0:
+                at += int(text) + 2
+            if at > len(data):
+                return -1
+        elif kind in (b"*", b"~", b">"):
+            pending += max(0, int(text))
+        elif kind == b"%":
+            pending += 2 * int(text)
+        elif kind == b"|":  # attributes, and then what they are about
+            pending += 2 * int(text) + 1
+        elif kind not in (b"+", b"-", b":", b"_", b"#", b",", b"("):
+            raise ValueError(f"no frame of RESP begins with {bytes(kind)!r}")
+    return at
+
+
+def feed_message(frame: bytes | bytearray) -> bool:
+    """Whether a frame is a message on a feed channel."""
+    if not frame.startswith(_MESSAGES):
+        return False
+    at = len(_MESSAGES[0])
+    end = frame.find(b"\r\n", at)
+    length = int(frame[at + 1 : end])
+    return frame[end + 2 : end + 2 + length].endswith(_FEED)
+
+
+def _open_gates() -> dict[str, asyncio.Event]:
+    gates = {UP: asyncio.Event(), DOWN: asyncio.Event()}
+    for gate in gates.values():
+        gate.set()
+    return gates
+
+
+class _Connection:
+    """One connection of the party, and the one to Redis that it stands for."""
+
+    def __init__(self, proxy: Proxy, client: asyncio.StreamWriter, server: asyncio.StreamWriter) -> None:
+        self.proxy = proxy
+        self.client, self.server = client, server
+        self.own = _open_gates()
+        self._recent = b""
+
+    async def carry(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, direction: str) -> None:
+        frames = _Frames(self.proxy) if direction == DOWN else None
+        while chunk := await reader.read(_CHUNK):
+            if self.proxy.delay:
+                await asyncio.sleep(self.proxy.delay)
+            # One after the other, and again: one may be shut while the other is waited for.
+            gates = (self.proxy.gates[direction], self.own[direction])
+            while not all(gate.is_set() for gate in gates):
+                for gate in gates:
+                    await gate.wait()
+            if frames is not None:
+                chunk = frames.pass_on(chunk)
+            else:
+                self._look(chunk)
+            if chunk:
+                writer.write(chunk)
+                await writer.drain()
+
+    def _look(self, chunk: bytes) -> None:
+        for pattern, caught in list(self.proxy.traps.items()):
+            if pattern in self._recent + chunk:
+                self.own[DOWN].clear()
+                del self.proxy.traps[pattern]
+                if not caught.done():
+                    caught.set_result(None)
+        self._recent = chunk[-64:]
+
+    def close(self, *, reset: bool = False) -> None:
+        for writer in (self.client, self.server):
+            if reset:
+                with contextlib.suppress(OSError):
+                    writer.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RST)
+            # What is held is not for anybody any more.
+            writer.transport.abort()
+
+
+class _Frames:
+    """The server's side of one connection, frame by frame."""
+
+    def __init__(self, proxy: Proxy) -> None:
+        self._proxy = proxy
+        self._held = bytearray()
+        """Of a frame that is not complete: what was not passed on."""
+        self._passed = 0
+        """Of the same frame: how many bytes of `_held` were."""
+
+    def pass_on(self, chunk: bytes) -> bytes:
+        """What may go on of all that has come."""
+        held, out = self._held, bytearray()
+        held += chunk
+        at = 0
+        while at < len(held):
+            end = frame_end(held, at)
+            if end < 0:
+                break
+            if self._proxy.to_drop and not self._passed and feed_message(held[at:end]):
+                self._proxy.to_drop -= 1
+                self._proxy.dropped += 1
+            else:
+                out += held[at + self._passed : end]
+            self._passed = 0
+            at = end
+        del held[:at]
+        if not self._proxy.to_drop:  # nobody wants to see the rest of it first
+            out += held[self._passed :]
+            self._passed = len(held)
+        return bytes(out)
+
+
+class Proxy:
+    """A party's way to Redis. Used from one event loop."""
+
+    def __init__(self, host: str, port: int) -> None:
+        self._target = (host, port)
+        self._server: asyncio.Server | None = None
+        self._connections: set[_Connection] = set()
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._cut = False
+        self.port = 0
+        self.delay = 0.0
+        """Seconds that each chunk is late."""
+        self.gates = _open_gates()
+        self.traps: dict[bytes, asyncio.Future[None]] = {}
+        self.to_drop = 0
+        self.dropped = 0
+        """Messages of the feed that were taken out so far."""
+
+    @property
+    def url(self) -> str:
+        return f"redis://127.0.0.1:{self.port}"
+
+    @property
+    def connections(self) -> int:
+        return len(self._connections)
+
+    async def start(self) -> None:
+        self._server = await asyncio.start_server(self._accept, "127.0.0.1", 0)
+        self.port = self._server.sockets[0].getsockname()[1]
+
+    async def close(self) -> None:
+        if self._server is not None:
+            self._server.close()
+        self.lift()
+        self.reset()
+        for task in list(self._tasks):
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        task = asyncio.get_running_loop().create_task(self._serve(reader, writer))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        if self._cut:
+            writer.transport.abort()
+            return
+        try:
+            from_server, to_server = await asyncio.open_connection(*self._target)
+        except OSError:
+            writer.transport.abort()
+            return
+        connection = _Connection(self, writer, to_server)
+        self._connections.add(connection)
+        ways = [
+            asyncio.ensure_future(connection.carry(reader, to_server, UP)),
+            asyncio.ensure_future(connection.carry(from_server, writer, DOWN)),
+        ]
+        try:
+            await asyncio.wait(ways, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            for way in ways:
+                way.cancel()
+            await asyncio.gather(*ways, return_exceptions=True)
+            self._connections.discard(connection)
+            connection.close()
+
+    # What can happen
+
+    def cut(self) -> None:
+        """Close what there is, and whatever comes, until `lift`."""
+        self._cut = True
+        for connection in list(self._connections):
+            connection.close()
+
+    def reset(self) -> None:
+        """End with an RST what there is."""
+        for connection in list(self._connections):
+            connection.close(reset=True)
+
+    def withhold(self, *directions: str) -> None:
+        """Hold what goes in these directions, or in both, until `lift`."""
+        for direction in directions or (UP, DOWN):
+            self.gates[direction].clear()
+
+    def drop_pushes(self, count: int = 1) -> None:
+        """Take the next messages of feed channels out, whichever connections they are on."""
+        self.to_drop += count
+
+    def trap(self, pattern: bytes) -> asyncio.Future[None]:
+        """Withhold the answer to the next request with these bytes (64 at most); done once it has gone to Redis."""
+        return self.traps.setdefault(pattern, asyncio.get_running_loop().create_future())
+
+    def lift(self) -> None:
+        """End all of it; what was held is delivered."""
+        self._cut = False
+        self.delay = 0.0
+        self.to_drop = 0
+        for caught in self.traps.values():
+            caught.cancel()
+        self.traps.clear()
+        for gate in self.gates.values():
+            gate.set()
+        for connection in self._connections:
+            for gate in connection.own.values():
+                gate.set()
