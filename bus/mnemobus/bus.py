@@ -60,8 +60,10 @@ from .memory import (
 )
 from .outbox import Outbox
 from .query import (
+    GET,
     Place,
     Plan,
+    Question,
     cursor_of,
     field_of,
     pack_count,
@@ -72,6 +74,7 @@ from .query import (
     show_one,
 )
 from .settings import Settings
+from .shadow import Shadow
 from .shared import Lease, SharedCache
 from .stats import Health, Stats
 from .store import open_reader
@@ -85,7 +88,6 @@ _KNOWN_DIMENSIONS = 10_000
 """Memories whose dimensions a bus remembers."""
 _JOIN_PATIENCE = 0.05
 """Seconds that a read waits for its feed partition; without it the read is not cached."""
-_GET = "get"
 
 
 class _Keep:
@@ -158,6 +160,7 @@ class Bus:
         self._shared = SharedCache(self._link, settings.lease)
         self._marks = Marks(self._link)
         self._feed = Feed(self._link, self._local, self._marks, self.id)
+        self._shadow = Shadow(settings, self._ask, self._local, self._shared, self._marks)
         self._outbox = (
             None if settings.outbox == "off" else Outbox(self._link, self.id, self._kept, self._published)
         )
@@ -231,6 +234,7 @@ class Bus:
             await publisher.close()
         if self._outbox is not None:
             await self._outbox.close(self.settings.write_timeout)
+        await self._shadow.close()
         await self._marks.close()
         await self._feed.close()
         with suppress(StoreError):
@@ -451,7 +455,7 @@ class Bus:
     def _known_dimensions(self, id: str) -> Dimensions | None:
         known = self._dimensions.get(id)
         if known is None:
-            cached = self._local.last_known(id_scope(id), _GET)
+            cached = self._local.last_known(id_scope(id), GET)
             if isinstance(cached, Memory):
                 known = cached.dimensions
         return known
@@ -480,7 +484,7 @@ class Bus:
 
         From the nearest tier that has it and may answer. Raises StoreUnavailable if none can.
         """
-        found = self._local.hit(f"id:{id}", _GET)
+        found = self._local.hit(f"id:{id}", GET)
         if found is not MISS:
             return found  # type: ignore[no-any-return]
         return await self._get(canonical_id(id))
@@ -490,7 +494,7 @@ class Bus:
             row = await self._reader.get(id)
             return [] if row is None else [row]
 
-        plan = Plan(id_scope(id), "", _GET, b"get", find, pack_rows, unpack_rows, show_one)
+        plan = Plan(id_scope(id), "", GET, GET.encode(), find, pack_rows, unpack_rows, show_one)
         return await self._read(plan)  # type: ignore[no-any-return]
 
     async def recent(
@@ -659,6 +663,9 @@ class Bus:
             await self._shared.discard(plan.scope)
             return MISS
 
+    async def _ask(self, question: Question) -> list[Row] | int:
+        return await question.ask(self._reader)
+
     def _cache(self, plan: Plan, bucket: Any, found: Any, size: int) -> None:
         self._local.put(bucket, plan.key, plan.show(found, "local", False), size)
 
@@ -760,6 +767,9 @@ class Bus:
             bad_messages=feed.bad_messages,
             failed_heartbeats=feed.failed_heartbeats,
             restarted_tasks=feed.restarted_tasks,
+            shadow_reads=self._shadow.reads,
+            breaches_local=self._shadow.breaches_local,
+            breaches_shared=self._shadow.breaches_shared,
         )
 
     async def health(self) -> Health:
@@ -775,6 +785,12 @@ class Bus:
             problems.append(f"the store can't be read: {error}")
         if self._outbox is not None and self._outbox.waiting:
             problems.append(f"{self._outbox.waiting} writes wait in the outbox {self._outbox.where}")
+        shadow = self._shadow
+        if shadow.breaches_local or shadow.breaches_shared:
+            problems.append(
+                f"copies were older than promised: {shadow.breaches_local} local, {shadow.breaches_shared} shared;"
+                " the log names them"
+            )
         age = clock() - self._feed.last_good
         if clock() < self._local.fresh_until:
             feed = f"local copies are served; verified {age:.1f} s ago"

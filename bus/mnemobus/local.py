@@ -23,7 +23,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Final
 
 if hasattr(time, "CLOCK_BOOTTIME"):
@@ -94,6 +94,10 @@ class LocalCache:
         """By `clock`; moved on by the feed. Nothing is served after it."""
         self.on_drop: Callable[[str], None] | None = None
         """Called with a scope whose bucket an invalidation dropped."""
+        self.sample_at = 0
+        """The number of the hit that `on_sample` is told of; 0 for none."""
+        self.on_sample: Callable[[Bucket, Any, Any], None] | None = None
+        """Called with bucket, query and result of that hit. Must not raise."""
         self.entries = 0
         self.bytes = 0
         self.hits = 0
@@ -112,8 +116,18 @@ class LocalCache:
         if now >= self.fresh_until or now >= bucket.expires:
             return MISS
         bucket.visited = True
-        self.hits += 1
+        self.hits = hits = self.hits + 1
+        if hits == self.sample_at and self.on_sample is not None:
+            self.on_sample(bucket, query, value)
         return value
+
+    def served(self, scope: str) -> Mapping[Any, Any]:
+        """What hits on a scope would give now, by query; counts as no hit."""
+        bucket = self._buckets.get(scope)
+        now = clock()
+        if bucket is None or now >= self.fresh_until or now >= bucket.expires:
+            return {}
+        return bucket.entries
 
     def last_known(self, scope: str, query: Any) -> Any:
         """The cached result however old, or MISS."""

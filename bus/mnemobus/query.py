@@ -1,21 +1,27 @@
-"""Queries: which scope one depends on, what it is called in each tier, and how its answer is shown."""
+"""Queries: which scope one depends on, what it is called in each tier, and how its answer is shown.
+
+A `Question` goes the other way: from what an answer is called in a tier back to the query, to ask it again.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import dataclass
 from datetime import datetime
-from typing import Any
+from typing import Any, Final
 
 import orjson
 
 from .errors import InvalidMemory, InvalidQuery
-from .keys import agent_scope, entity_scope, room_scope, world_scope
+from .keys import Version, agent_scope, entity_scope, room_scope, world_scope
 from .memory import Memories, Memory, Row, canonical_id, check_name, check_table, to_micros
-from .store import Cursor, Query
+from .store import Cursor, Query, Reader
 
 Place = Memory | datetime | tuple[datetime, str]
 """A place in a listing: a memory, or a date, or a date and the id of the memory that has it."""
+
+GET: Final = "get"
+"""What a memory by its id is called in either tier."""
 
 _FIRST_ID = "00000000-0000-0000-0000-000000000000"
 _LAST_ID = "ffffffff-ffff-ffff-ffff-ffffffffffff"
@@ -121,3 +127,82 @@ def show_count(count: int, source: str, stale: bool) -> int:
 
 def pack_count(count: int) -> bytes:
     return b"%d" % count
+
+
+Versions = tuple[tuple[str, Version], ...] | int
+"""An answer by versions: id and version of each memory, in order; of a count, the count."""
+
+
+def versions_of(answer: Any) -> Versions:
+    """The versions of an answer, as the store gave it or as L1 keeps it."""
+    if isinstance(answer, int):
+        return answer
+    if answer is None:
+        return ()
+    memories: Iterable[Any] = (answer,) if isinstance(answer, Memory) else answer
+    return tuple((memory.id, memory.version) for memory in memories)
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    """A query by itself, to ask the store what a tier has answered.
+
+    query  None for a memory by its id, which is in the scope
+    """
+
+    scope: str
+    kind: str
+    query: Query | None = None
+    limit: int = 0
+
+    @classmethod
+    def local(cls, scope: str, key: Any) -> Question:
+        """The question whose answer is under this key in L1."""
+        if key == GET:
+            return cls(scope, GET)
+        if key[0] == "count":
+            return cls(scope, "count", key[1])
+        limit, entity, agent, world, *cursors = key
+        before, after = cursors or (None, None)
+        return cls(scope, "recent", _query_in(scope, entity, agent, world, before, after), limit)
+
+    @classmethod
+    def shared(cls, scope: str, field: bytes | str) -> Question:
+        """The question whose answer is in this field in L2; ValueError if it is no such field."""
+        if field in (GET, GET.encode()):
+            return cls(scope, GET)
+        try:
+            kind, limit, entity, agent, world, before, after = orjson.loads(field)
+            cursors = [None if c is None else Cursor(int(c[0]), canonical_id(c[1])) for c in (before, after)]
+            query = _query_in(scope, entity, agent, world, *cursors)
+            if kind not in ("recent", "count") or not isinstance(limit, int):
+                raise ValueError("neither recent nor count")
+        except (ValueError, TypeError, IndexError, InvalidMemory) as error:
+            raise ValueError(f"{field!r} names no query: {error}") from None
+        return cls(scope, kind, query, limit)
+
+    @property
+    def field(self) -> bytes:
+        """What its answer is called in L2."""
+        return GET.encode() if self.query is None else field_of(self.kind, self.query, self.limit)
+
+    async def ask(self, reader: Reader) -> list[Row] | int:
+        """The store's answer. Raises StoreUnavailable."""
+        if self.query is None:
+            row = await reader.get(self.scope.removeprefix("id:"))
+            return [] if row is None else [row]
+        if self.kind == "count":
+            return await reader.count(self.query)
+        return await reader.recent(self.query, self.limit)
+
+
+def _query_in(
+    scope: str,
+    entity: str | None,
+    agent: str | None,
+    world: str | None,
+    before: Cursor | None,
+    after: Cursor | None,
+) -> Query:
+    kind, table, name = scope.split(":", 2)
+    return Query(table, name if kind == "room" else None, agent, entity, world, before, after)

@@ -116,6 +116,7 @@ class Settings(BaseSettings):
     table_ttl: Annotated[dict[str, str | float], NoDecode] = _own(
         "TABLE_TTL", {"messages": "short", "facts": "medium"}
     )
+    shadow_reads: float = _own("SHADOW_READS", 0.001, ge=0, le=1)
 
     @field_validator("redis_url")
     @classmethod

@@ -13,6 +13,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import secrets
+from collections.abc import Callable
 from contextlib import suppress
 from itertools import count
 
@@ -49,6 +50,10 @@ class SharedCache:
         self._link = link
         self._lease_ms = int(lease * 1000)
         self._tokens = (f"{secrets.token_hex(6)}.{n}" for n in count())
+        self.sample_at = 0
+        """The number of the hit that `on_sample` is told of; 0 for none."""
+        self.on_sample: Callable[[str, bytes, bytes], None] | None = None
+        """Called with scope, field and result of that hit. Must not raise."""
         self.hits = 0
         self.fills = 0
         self.refused_fills = 0
@@ -59,6 +64,8 @@ class SharedCache:
             reply, lease = await self._look(scope, field, ttl)
             if isinstance(reply, bytes):
                 self.hits += 1
+                if self.hits == self.sample_at and self.on_sample is not None:
+                    self.on_sample(scope, field, reply)
                 return reply
             if reply == 1:
                 return lease
@@ -80,6 +87,12 @@ class SharedCache:
             # What a bucket of an older epoch holds may be older than the store knows.
             if epoch == self._link.epoch:
                 return reply, lease
+
+    async def peek(self, scope: str, field: bytes) -> bytes | None:
+        """The result, or None; takes no lease and counts as no hit."""
+        key = self._link.keys.bucket(self._link.epoch, scope)
+        result: bytes | None = await self._link.client.execute_command("HGET", key, b"q:" + field)
+        return result
 
     async def fill(self, lease: Lease, result: bytes) -> bool:
         """Share a result; whether the lease still held."""

@@ -42,6 +42,10 @@ class Stats:
         bad_messages      messages that were none
         failed_heartbeats heartbeats that could not verify every position
         restarted_tasks   background tasks that died and were started again
+    Shadow reads
+        shadow_reads      hits of L1 and L2 that were compared with the store
+        breaches_local    copies in this process that were older than promised; they were dropped
+        breaches_shared   copies in Redis that were
     """
 
     hits_local: int
@@ -73,6 +77,9 @@ class Stats:
     bad_messages: int
     failed_heartbeats: int
     restarted_tasks: int
+    shadow_reads: int
+    breaches_local: int
+    breaches_shared: int
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,201 @@
+"""Shadow reads: a share of what the caches answer is read from the store as well, in the background, and compared.
+
+A difference alone is no breach: the write may just have been committed, and its invalidation be on the way. So a copy
+that is older than the store is looked at again, once two things are certain:
+
+- everything that the workers had been given when the store was read is confirmed. Whoever confirms has fanned out
+  before; so the invalidation was sent, even if a worker died between the two and another took over;
+- ``max_staleness`` and one heartbeat have passed since then: no local copy may outlive that (G5).
+
+If the same copy is served even now, and the store still says otherwise, a promise is broken. That is counted, logged
+and mended: the copy is dropped. It must never happen, so one is worth a look at the log.
+
+Nothing waits for a shadow read. A few at most are under way; while they are, no more begin. If the store or Redis is
+away, what can't be compared is not compared. What to sample is decided by a hit's number, the next one drawn whenever
+one is reached: a hit costs the comparison of two integers.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import random
+from collections.abc import Awaitable, Callable, Coroutine
+from math import log
+from typing import Any
+
+from redis.exceptions import RedisError
+
+from .connection import AWAY
+from .errors import MnemobusError
+from .local import MISS, Bucket, LocalCache, clock
+from .marks import Marks
+from .memory import Row, unpack_rows
+from .query import Question, Versions, versions_of
+from .settings import Settings
+from .shared import SharedCache
+from .tasks import end
+
+logger = logging.getLogger("mnemobus.shadow")
+
+_READING = 2
+"""Shadow reads that ask the store at once."""
+_WAITING = 32
+"""Shadow reads under way, those included that wait for their second look."""
+_TOLD = 3
+"""Memories that the log names at most."""
+_PATIENCE = 60.0
+"""Seconds to wait for workers to confirm; what takes longer is their trouble, not the caches'."""
+
+
+class Shadow:
+    """The shadow reads of one bus. ``ask`` has a question answered by its store."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        ask: Callable[[Question], Awaitable[list[Row] | int]],
+        local: LocalCache,
+        shared: SharedCache,
+        marks: Marks,
+    ) -> None:
+        self._share = settings.shadow_reads
+        self._partitions = range(settings.log_partitions)
+        self._heartbeat = settings.heartbeat
+        self._bound = settings.max_staleness + settings.heartbeat
+        self._ask = ask
+        self._local = local
+        self._shared = shared
+        self._marks = marks
+        self._waiting = 0
+        self._tasks: set[asyncio.Task[None]] = set()
+        self.reads = 0
+        self.breaches_local = 0
+        self.breaches_shared = 0
+        if self._share > 0:
+            local.on_sample, local.sample_at = self._sample_local, self._gap()
+            shared.on_sample, shared.sample_at = self._sample_shared, self._gap()
+
+    async def close(self) -> None:
+        """Take no more samples, and give up those under way."""
+        self._local.on_sample = self._shared.on_sample = None
+        await end(self._tasks)
+
+    @property
+    def under_way(self) -> int:
+        """Shadow reads that are not yet decided."""
+        return len(self._tasks)
+
+    def _gap(self) -> int:
+        """Hits to the next sample: as if each were one with probability `share`, whatever came before."""
+        if self._share >= 1:
+            return 1
+        return 1 + int(log(1.0 - random.random()) / log(1.0 - self._share))
+
+    def _sample_local(self, bucket: Bucket, key: Any, value: Any) -> None:
+        self._local.sample_at = self._local.hits + self._gap()
+        if not self._busy():
+            self._start(self._check_local(bucket, key, value))
+
+    def _sample_shared(self, scope: str, field: bytes, packed: bytes) -> None:
+        self._shared.sample_at = self._shared.hits + self._gap()
+        if not self._busy():
+            self._start(self._check_shared(scope, field, packed))
+
+    def _busy(self) -> bool:
+        return len(self._tasks) >= _WAITING or len(self._tasks) - self._waiting >= _READING
+
+    def _start(self, check: Coroutine[Any, Any, None]) -> None:
+        async def run() -> None:
+            try:
+                await check
+            except (MnemobusError, RedisError, *AWAY) as error:
+                logger.debug("a shadow read came to nothing: %s", error)
+            except Exception:
+                logger.exception("a shadow read failed")
+
+        task = asyncio.create_task(run(), name="mnemobus-shadow-read")
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        # A task that is cancelled before it began never runs what it was made of.
+        task.add_done_callback(lambda _: check.close())
+
+    async def _check_local(self, bucket: Bucket, key: Any, value: Any) -> None:
+        async def served() -> bool:
+            # The same object in the same bucket: what was dropped and filled again is another copy.
+            return bucket.live and self._local.served(bucket.scope).get(key, MISS) is value
+
+        question = Question.local(bucket.scope, key)
+        breach = await self._older(question, versions_of(value), served)
+        if breach:
+            self.breaches_local += 1
+            logger.error("the local copy of %s %s. Dropped it", bucket.scope, breach)
+            self._local.drop(bucket.scope)
+
+    async def _check_shared(self, scope: str, field: bytes, packed: bytes) -> None:
+        async def served() -> bool:
+            return await self._shared.peek(scope, field) == packed
+
+        question = Question.shared(scope, field)
+        try:
+            copy = int(packed) if question.kind == "count" else versions_of(unpack_rows(packed))
+        except (ValueError, TypeError, KeyError):
+            return  # the read that got it says so, and drops it
+        breach = await self._older(question, copy, served)
+        if breach:
+            self.breaches_shared += 1
+            logger.error("the shared copy of %s %s. Dropped it", scope, breach)
+            await self._shared.discard(scope)
+            self._local.drop(scope)
+
+    async def _older(
+        self, question: Question, copy: Versions, served: Callable[[], Awaitable[bool]]
+    ) -> str | None:
+        """How a copy is older than promised, in words; None if it is not."""
+        truth = versions_of(await self._ask(question))
+        self.reads += 1
+        if not _behind(copy, truth):
+            return None
+        since = clock()
+        self._waiting += 1
+        try:
+            await self._fanned_out()
+            await asyncio.sleep(self._bound)
+        finally:
+            self._waiting -= 1
+        truth = versions_of(await self._ask(question))
+        if not _behind(copy, truth) or not await served():
+            return None
+        return (
+            f"was older than the store for {clock() - since:.1f} s, where {self._bound:g} s are promised:"
+            f" {_difference(copy, truth)}"
+        )
+
+    async def _fanned_out(self) -> None:
+        """Return once all that workers were given so far is fanned out; TimeoutError if that takes too long."""
+        async with asyncio.timeout(_PATIENCE):
+            states = await self._marks.state(self._partitions)
+            given = {p: state.last for p, state in enumerate(states) if state.last is not None}
+            while not all(states[p].passed(last) for p, last in given.items()):
+                await asyncio.sleep(self._heartbeat)
+                states = await self._marks.state(self._partitions)
+
+
+def _behind(copy: Versions, truth: Versions) -> bool:
+    """Whether a copy differs from what the store has, and not because it is the newer of the two."""
+    if isinstance(copy, int) or isinstance(truth, int):
+        return copy != truth
+    known = dict(truth)
+    return copy != truth and not any(id in known and version > known[id] for id, version in copy)
+
+
+def _difference(copy: Versions, truth: Versions) -> str:
+    if isinstance(copy, int) or isinstance(truth, int):
+        return f"it counts {copy}, the store {truth}"
+    had, known = dict(copy), dict(truth)
+    wrong = [id for id in dict.fromkeys([*known, *had]) if had.get(id) != known.get(id)]
+    told = [
+        f"{id} is {had.get(id, 'missing')} there, {known.get(id, 'missing')} in the store" for id in wrong
+    ]
+    more = f"; and {len(told) - _TOLD} more" if len(told) > _TOLD else ""
+    return "; ".join(told[:_TOLD] or ["the order differs"]) + more
