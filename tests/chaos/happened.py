@@ -1,0 +1,423 @@
+"""What happened in a run: its writes, put together with the versions that they turned out to have.
+
+An acknowledged write tells its version. One that was outboxed, or whose answer never came, may have happened or not: it
+did if its value is in the log, in the store, or in anybody's answer. A write of unknown outcome that is nowhere stays
+*loose*: what it would have done is allowed, and asked of nobody.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from functools import cache
+
+from chaos.history import Applied, Fault, Final, History, Published, Read, Record, Write
+
+Room = tuple[str, str]
+"""A table and a room in it."""
+
+NEVER = -1
+"""Before every version."""
+
+
+@cache
+def number(version: str) -> int:
+    """A version as a number that compares as versions do."""
+    ms, _, seq = version.partition("-")
+    return (int(ms) << 64) | int(seq)
+
+
+@dataclass(frozen=True, slots=True)
+class Violation:
+    """A promise that was not kept.
+
+    promise  G1 to G7; "history" if the records themselves make no sense, so that nothing can be said
+    records  the fewest that show it
+    times    how often the same was seen, by one agent about one write
+    """
+
+    promise: str
+    sentence: str
+    records: tuple[Record, ...]
+    times: int = 1
+
+    def __str__(self) -> str:
+        again = f" ({self.times} times; the first is shown)" if self.times > 1 else ""
+        return "\n".join(
+            [f"{self.promise}: {self.sentence}{again}", *(f"    {shown(r)}" for r in self.records)]
+        )
+
+
+def shown(record: Record, width: int = 600) -> str:
+    """A record on one line, without what says nothing."""
+    fields = {name: value for name, value in asdict(record).items() if value not in (None, "", [], {}, False)}
+    line = json.dumps({"kind": fields.pop("kind"), **fields})
+    return line if len(line) <= width else line[: width - 4] + " ..."
+
+
+class Findings:
+    """Violations; of those that show the same, the first."""
+
+    def __init__(self) -> None:
+        self._found: dict[object, tuple[str, str, tuple[Record, ...]]] = {}
+        self._times: dict[object, int] = defaultdict(int)
+
+    def add(self, promise: str, same: object, sentence: str, *records: Record | None) -> None:
+        key = (promise, same)
+        self._times[key] += 1
+        if key not in self._found:
+            self._found[key] = (promise, sentence, tuple(r for r in records if r is not None))
+
+    def all(self) -> tuple[Violation, ...]:
+        return tuple(Violation(*found, self._times[key]) for key, found in self._found.items())
+
+
+@dataclass(eq=False, slots=True)
+class Event:
+    """A write with its version.
+
+    write      its record; None if nobody recorded it
+    proof      the record that tells the version
+    began      when it began at the earliest
+    in_log     whether the log has it in the end
+    committed  when, at the latest, the store had it, and the record that shows that
+    sure       whether the store must have it in the end
+    """
+
+    version: int
+    text: str
+    op: str
+    table: str
+    room: str
+    id: str
+    value: str
+    write: Write | None
+    proof: Record
+    began: float
+    in_log: bool = False
+    committed: tuple[float, Record] | None = None
+    sure: bool = True
+
+    @property
+    def target(self) -> str:
+        return f"memory {self.id}" if self.id else f"room {self.table}:{self.room}"
+
+    def touched(self, applied: Applied, scopes: set[str], unique: bool) -> list[str]:
+        """Those scopes of an invalidation that this event is about.
+
+        unique  whether no event of another log partition has the same version
+        """
+        own = [f"room:{self.table}:{self.room}"]
+        if self.op != "delete_room":
+            own.append(f"id:{self.id}")
+            if unique:  # who the memory is about is not recorded: any such scope may be meant
+                own += [scope for scope in applied.scopes if not scope.startswith(("id:", "room:"))]
+        return [scope for scope in own if scope in scopes]
+
+
+class Happened:
+    """The events of a history, and what is loose.
+
+    of_id, of_room  puts, updates and deletes by memory; room deletions by room; in the order of their versions
+    loose           writes that may have happened, at a version that nobody knows
+    home            the room of each memory
+    seen            by memory and version: the first read that showed it
+    """
+
+    def __init__(self, history: History, findings: Findings) -> None:
+        self.history = history
+        self.findings = findings
+        self.writes: list[Write] = history.of(Write)
+        self.reads: list[Read] = sorted(history.of(Read), key=lambda read: read.ended)
+        self.applied: list[Applied] = sorted(history.of(Applied), key=lambda applied: applied.at)
+        self.faults: list[Fault] = history.of(Fault)
+        finals = history.of(Final)
+        if len(finals) != 1:
+            findings.add(
+                "history", "end", f"there are {len(finals)} records of the end: there must be one", *finals
+            )
+        self.final: Final = finals[0] if finals else Final(math.inf)
+        self.has_end = bool(finals)
+        self._losses = [(f.began, f.ended or math.inf) for f in self.faults if f.loses_log]
+
+        self.home: dict[str, Room] = {}
+        self.by_version: dict[int, list[Event]] = defaultdict(list)
+        self.of_id: dict[str, list[Event]] = defaultdict(list)
+        self.of_room: dict[Room, list[Event]] = defaultdict(list)
+        self.seen: dict[tuple[str, int], Read] = {}
+        self._events: dict[tuple[int, str], Event] = {}
+        self._by_value: dict[str, Write] = {}
+        self._of_write: dict[int, list[Event]] = defaultdict(list)
+
+        self.never_logged = 0
+        """Acknowledged writes that are nowhere."""
+        self._take_writes()
+        self._take_published()
+        self._take_log()
+        self._take_reads()
+        self._take_store()
+        self._take_applied()
+        self._take_dead()
+        self.loose = self._left()
+        self._check_doubled()
+        for events in (*self.of_id.values(), *self.of_room.values()):
+            events.sort(key=lambda event: event.version)
+
+    def may_be_lost(self, write: Write, until: float = math.inf) -> bool:
+        """Whether Redis may have forgotten a write, or that it had it, before a moment."""
+        if not self.final.lost_log:
+            return False
+        return not self._losses or any(a <= until and b >= write.began for a, b in self._losses)
+
+    def event_of(self, write: Write) -> Event | None:
+        events = self._of_write.get(id(write))
+        return events[-1] if events else None
+
+    @property
+    def events(self) -> Iterable[Event]:
+        return self._events.values()
+
+    def end(self, log: Sequence[list[str]] = (), store: Sequence[list[str]] = ()) -> Final:
+        """The record of the end, without what does not matter."""
+        return Final(self.final.at, log=list(log), store=list(store), lost_log=self.final.lost_log)
+
+    def log_entry(self, event: Event) -> Final | None:
+        if not event.in_log:
+            return None
+        return self.end(log=[[event.text, event.op, event.table, event.room, event.id, event.value]])
+
+    # What the records say
+
+    def _add(
+        self, version: str, like: Write | Event, write: Write | None, proof: Record, began: float
+    ) -> Event:
+        key = (number(version), like.room)  # all of a room is in one stream
+        event = self._events.get(key)
+        if event is not None:
+            if (event.op, event.id, event.value) != (like.op, like.id, like.value):
+                sentence = (
+                    f"version {version} is a {event.op} of {event.target} ({event.value!r}), and yet a {like.op}"
+                    f" with value {like.value!r}"
+                )
+                self.findings.add("G2", ("same version", key), sentence, event.proof, proof)
+            return event
+        event = Event(
+            key[0], version, like.op, like.table, like.room, like.id, like.value, write, proof, began
+        )
+        self._events[key] = event
+        self.by_version[key[0]].append(event)
+        if event.op == "delete_room":
+            self.of_room[event.table, event.room].append(event)
+        else:
+            self.of_id[event.id].append(event)
+            self.home.setdefault(event.id, (event.table, event.room))
+        if write is not None:
+            self._of_write[id(write)].append(event)
+        return event
+
+    def _take_writes(self) -> None:
+        numbers: dict[str, set[int]] = defaultdict(set)
+        for write in self.writes:
+            if write.number:
+                numbers[write.agent].add(write.number)
+            if write.id:
+                self.home.setdefault(write.id, (write.table, write.room))
+            if write.value:
+                other = self._by_value.setdefault(write.value, write)
+                if other is not write:
+                    sentence = f"{write.value!r} was written twice: it does not tell which write it is from"
+                    self.findings.add("history", ("value", write.value), sentence, other, write)
+            if write.version is not None:
+                self._add(write.version, write, write, write, write.began)
+        for agent, known in numbers.items():
+            missing = sorted(set(range(1, max(known) + 1)) - known)
+            if missing:
+                sentence = f"the records of {agent}'s writes {missing[:10]} are missing"
+                self.findings.add("history", ("numbers", agent), sentence)
+
+    def _unresolved(self) -> dict[tuple[str, str, str], list[Write]]:
+        """Deletes that may have happened and whose version is not known yet, by what they delete; first ones last."""
+        found: dict[tuple[str, str, str], list[Write]] = defaultdict(list)
+        for write in sorted(self.writes, key=lambda write: -write.began):
+            if (
+                not write.value
+                and write.outcome in ("acked", "unknown")
+                and not self._of_write.get(id(write))
+            ):
+                found[_target(write)].append(write)
+        return found
+
+    def _take_published(self) -> None:
+        by_number = {(w.agent, w.number): w for w in self.writes if w.number}
+        deletes = self._unresolved()
+        for record in self.history.of(Published):
+            write = by_number.get((record.agent, record.number)) or self._by_value.get(record.value)
+            if write is None and not record.value:
+                write = self._published_delete(record, deletes)
+            if write is not None:
+                self._add(record.version, write, write, record, write.began)
+
+    def _published_delete(
+        self, record: Published, deletes: dict[tuple[str, str, str], list[Write]]
+    ) -> Write | None:
+        for target, writes in deletes.items():
+            if (
+                record.id in (target[2], target[1])
+                and (not record.table or record.table == target[0])
+                and writes
+            ):
+                own = [write for write in writes if write.agent == record.agent]
+                write = (own or writes)[-1]
+                writes.remove(write)
+                return write
+        return None
+
+    def _take_log(self) -> None:
+        deletes = self._unresolved()
+        for entry in self.final.log:
+            version, op, table, room, id, value = entry
+            known = self._events.get((number(version), room))
+            proof = self.end(log=[entry])
+            like = Write("", -math.inf, None, op, table, room, id, value, "unknown")
+            write, began = None, -math.inf
+            if known is None:
+                write, began = self._writer(like, deletes, proof)
+            event = self._add(version, like, write, proof, began)
+            event.in_log = True
+
+    def _writer(
+        self, like: Write, deletes: dict[tuple[str, str, str], list[Write]], proof: Record
+    ) -> tuple[Write | None, float]:
+        """Whose write an entry of the log is, and when it began at the earliest."""
+        if like.value:
+            write = self._by_value.get(like.value)
+            self._check_writer(write, like.id, like.value, proof)
+            return write, -math.inf if write is None else write.began
+        left = deletes[_target(like)]
+        if left:
+            return left[-1], left.pop().began
+        same = [w for w in self.writes if not w.value and _target(w) == _target(like)]
+        happened = [w for w in same if w.outcome in ("acked", "unknown")]
+        if not same:
+            self.findings.add("history", _target(like), f"nobody recorded this {like.op}", proof)
+        elif not happened:
+            self.findings.add(
+                "G7", _target(like), f"a {like.op} that was refused is in the log", proof, same[-1]
+            )
+        elif not any(map(self.may_be_lost, happened)):
+            sentence = (
+                f"the log has more deletions of {like.id or like.room} than were made: one is there twice"
+            )
+            self.findings.add("G1", ("twice", _target(like)), sentence, proof, happened[-1])
+        return None, -math.inf
+
+    def _check_writer(self, write: Write | None, id: str, value: str, proof: Record) -> None:
+        if write is None:
+            sentence = (
+                f"nobody recorded that {value!r} was written: a record is missing, or the value is made up"
+            )
+            self.findings.add("history", ("nobody's", value), sentence, proof)
+        elif write.id != id:
+            sentence = f"{value!r} was written to {write.id} and is seen under {id}"
+            self.findings.add("G1", ("moved", value), sentence, write, proof)
+        elif write.outcome not in ("acked", "unknown"):
+            sentence = f"the {write.op} of {value!r} was refused, and yet it happened"
+            self.findings.add("G7", ("refused", value), sentence, write, proof)
+
+    def _take_reads(self) -> None:
+        known: set[tuple[str, str, str]] = set()
+        for read in self.reads:
+            for id, version, value in read.seen:
+                triple = (id, version, value)
+                if triple not in known:
+                    known.add(triple)
+                    self._met(id, version, value, read)
+                    self.seen.setdefault((id, number(version)), read)
+
+    def _met(self, id: str, version: str, value: str, proof: Record) -> Event:
+        """Somebody saw a memory at a version."""
+        write = self._by_value.get(value)
+        if write is None or write.id != id:
+            self._check_writer(write, id, value, proof)
+            table, room = self.home.get(id, ("", ""))
+            like = Write("", -math.inf, None, "put", table, room, id, value, "unknown")
+        else:
+            like = write
+        event = self._events.get((number(version), like.room))
+        if event is None or (event.id, event.value) != (id, value):
+            if write is like:
+                self._check_writer(write, id, value, proof)
+            event = self._add(version, like, write if write is like else None, proof, like.began)
+        if isinstance(proof, Read) and event.committed is None:
+            event.committed = (proof.ended, proof)
+        return event
+
+    def _take_store(self) -> None:
+        for entry in self.final.store:
+            id, version, value, *_ = entry
+            self._met(id, version, value, self.end(store=[entry]))
+
+    def _take_applied(self) -> None:
+        for applied in self.applied:
+            scopes = set(applied.scopes)
+            for text in applied.versions:
+                events = self.by_version.get(number(text), ())
+                for event in events:
+                    if event.touched(applied, scopes, len(events) == 1) and (
+                        event.committed is None or event.committed[0] > applied.at
+                    ):
+                        event.committed = (applied.at, applied)
+
+    def _take_dead(self) -> None:
+        """Dead letters have no effect; nor need those have one that went with Redis."""
+        poison = set(self.final.poison)
+        for text in self.final.dead:
+            events = self.by_version.pop(number(text), [])
+            if text not in poison:
+                sentence = f"version {text} is in the dead letters: it is acknowledged, and not in the store"
+                proofs = [event.proof for event in events] or [Final(self.final.at, dead=[text])]
+                self.findings.add("G1", ("dead", text), sentence, *proofs)
+            for event in events:
+                self._events.pop((event.version, event.room))
+                self.of_id[event.id] = [e for e in self.of_id[event.id] if e is not event]
+                room = (event.table, event.room)
+                self.of_room[room] = [e for e in self.of_room[room] if e is not event]
+        lost = {(number(entry[0]), entry[3]) for entry in self.final.lost}
+        for key, event in self._events.items():
+            kept = event.in_log and key not in lost if self.final.lost_log or lost else True
+            event.sure = event.committed is not None or kept
+
+    def _left(self) -> list[Write]:
+        left = [w for w in self.writes if w.outcome in ("acked", "unknown") and not self._of_write.get(id(w))]
+        if not self.has_end:
+            return left
+        for write in left:
+            if write.outcome == "acked" and not self.may_be_lost(write):
+                sentence = (
+                    f"the {write.op} of {write.id or write.room} was acknowledged, and never got into the log"
+                )
+                self.findings.add("G1", ("lost", id(write)), sentence, write)
+                self.never_logged += 1
+        # A log that has everything has what happened of these, too.
+        whole = not self.final.lost_log and all(event.in_log for event in self._events.values())
+        return [] if whole else left
+
+    def _check_doubled(self) -> None:
+        for events in self._of_write.values():
+            write = events[0].write
+            if len(events) > 1 and write is not None:
+                acked = write.outcome == "acked" and not write.outboxed and write.ended is not None
+                if not self.may_be_lost(write, write.ended or math.inf if acked else math.inf):
+                    first, second = events[:2]
+                    what = f"{write.value!r}" if write.value else f"the {write.op} of {first.target}"
+                    sentence = (
+                        f"{what} was written once, and has two versions: {first.text} and {second.text}"
+                    )
+                    self.findings.add("G1", ("twice", id(write)), sentence, write, first.proof, second.proof)
+
+
+def _target(write: Write) -> tuple[str, str, str]:
+    return (write.table, write.room, write.id)
