@@ -76,7 +76,9 @@ def postgres_url(session_postgres: str) -> Iterator[str]:
 
     name = f"test_{secrets.token_hex(6)}"
     with psycopg.connect(session_postgres, autocommit=True) as connection:
-        connection.execute(sql.SQL("create database {}").format(sql.Identifier(name)))
+        # Whatever the server's default is: the store refuses any other.
+        create = sql.SQL("create database {} encoding 'UTF8' template template0")
+        connection.execute(create.format(sql.Identifier(name)))
         yield session_postgres.rpartition("/")[0] + "/" + name
         connection.execute(sql.SQL("drop database {} with (force)").format(sql.Identifier(name)))
 
