@@ -377,7 +377,7 @@ def test_what_is_handed_back_is_claimed_at_once_and_was_never_delivered(
     # When one shuts down before it began with a batch
     me.consumer.requeue([proxy])
     assert {n for _, _, n in me.pending().values()} == {0}
-    # Then the other gets it with its next look at what was left; it looks five times within claim_idle
+    # Then the other gets it with its next look at what was left
     other.consumer._claim_next = 0
     assert next(other.consumer).batch.ids == ids  # type: ignore[union-attr]
     assert {(owner, n) for owner, _, n in me.pending().values()} == {(other.broker.consumer_name, 1)}

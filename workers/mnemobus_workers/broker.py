@@ -359,9 +359,8 @@ class StreamConsumer(dramatiq.Consumer):
         try:
             self._acknowledge(message.batch.ids)
         except (MnemobusError, RedisError, *AWAY) as error:
-            away = isinstance(
-                error, (MnemobusError, *AWAY)
-            )  # or it is not fit for use, until somebody sees to that
+            # One that was refused in the handshake is not fit for use until somebody sees to that.
+            away = isinstance(error, (MnemobusError, *AWAY))
             if away and not self._broker.stopping.is_set():
                 raise ConnectionClosed(
                     f"log partition {self._partition} can't be confirmed now: {error}"
