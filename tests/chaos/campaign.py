@@ -43,6 +43,7 @@ from .agent import Plan
 from .history import Bounds, Fault, Final, History, Published, Recorder, Write
 from .parties import AgentParty, Party, WorkerParty
 from .proxy import Proxy
+from .report import tell
 from .world import rooms
 
 ROOMS = 4
@@ -84,11 +85,13 @@ class Campaign:
         self._unapplied: list[list[str]] = []
         """Those of them that were not known to be applied."""
         self._fsync = "everysec"
+        self._lost_log = False
         self.counts: Counter[str] = Counter()
         self.agents: list[AgentParty] = []
         self.workers: list[WorkerParty] = []
         self.problems: list[str] = []
         """What is wrong besides what the history shows."""
+        self.lost_by_everysec = 0
         self.converged: float | None = None
         self.redis: RedisServer
         self.settings: Settings
@@ -200,14 +203,15 @@ class Campaign:
         self.counts[what] += 1
 
     @contextlib.contextmanager
-    def fault(self, what: str, on: str) -> Iterator[None]:
+    def fault(self, what: str, on: str, *, loses_log: bool = False) -> Iterator[None]:
         """Record a fault that lasts."""
         began = time.monotonic()
         self.counts[what] += 1
         try:
             yield
         finally:
-            self._recorder.record(Fault(what, on, began, time.monotonic()))
+            self._recorder.record(Fault(what, on, began, time.monotonic(), loses_log))
+            self._lost_log |= loses_log
 
     async def disturb(self, seconds: float) -> None:
         """Faults of all lanes that are wanted, one after the other in each, for about as long."""
@@ -330,8 +334,7 @@ class Campaign:
             party.ahead = False
             party.resume()
             party.proxy.lift()
-        for agent in self.agents:
-            await agent.ask("quiet")
+        await asyncio.gather(*(self._ask(agent, "quiet") for agent in self.agents))
         lifted = time.monotonic()
         await self._until_applied(lifted + QUIET_SECONDS)
         stored = await self._stored()
@@ -339,15 +342,22 @@ class Campaign:
         final = Final(time.monotonic(), self._before, stored, views)
         final.log = self._before + await self._log()
         final.dead = await self._dead()
-        final.lost = self._unapplied
+        final.lost, final.lost_log, final.whole = self._unapplied, self._lost_log, True
         return final
+
+    async def _ask(self, agent: AgentParty, what: str) -> dict[str, Any]:
+        """What an agent answers; or its next process, if this one was told to end before faults were lifted."""
+        for _ in range(3):
+            with contextlib.suppress(ConnectionError):
+                return await agent.ask(what)
+        raise AssertionError(f"{agent.name} ends again and again; see {agent.log}")
 
     async def _until_applied(self, deadline: float) -> None:
         waiting = "?"
         while time.monotonic() < deadline:
             waiting = ""
             for agent in self.agents:
-                found = (await agent.ask("outbox"))["waiting"]
+                found = (await self._ask(agent, "outbox"))["waiting"]
                 if found:
                     waiting = f"{found} writes in the outbox of {agent.name}"
             for partition in range(self.settings.log_partitions):
@@ -386,7 +396,7 @@ class Campaign:
         while True:
             views, different = {}, []
             for agent in self.agents:
-                views[agent.current] = (await agent.ask("view"))["view"]
+                views[agent.current] = (await self._ask(agent, "view"))["view"]
                 if views[agent.current] != wanted:
                     different.append(agent.current)
             if not different:
@@ -428,7 +438,10 @@ class Campaign:
             if left:
                 self.problems.append(f"{agent.name} left {', '.join(left)} in its outbox")
         history = History.load(self.history_folder)
-        final.lost += self._lost_by_everysec(history, final)
+        unwritten = self._lost_by_everysec(history, final)
+        final.log += unwritten
+        final.lost += unwritten
+        self.lost_by_everysec = len(unwritten)
         with (self.history_folder / "final.jsonl").open("w") as file:
             Recorder(file).record(final)
         history.records.append(final)
@@ -436,18 +449,21 @@ class Campaign:
 
     def _lost_by_everysec(self, history: History, final: Final) -> list[list[str]]:
         """Acknowledged writes that Redis had not written to its file when it was killed."""
-        kept = {(row[0], self.keys.log_partition(row[3])) for row in final.log}
-        published = {(w.agent, w.number): w for w in history.of(Published) if w.number}
-        out = []
-        for write in history.of(Write):
-            known = published.get((write.agent, write.number))
-            version, at = (write.version, write.ended) if known is None else (known.version, known.at)
-            if version is None or at is None or (version, self.keys.log_partition(write.room)) in kept:
-                continue
-            if any(kill - FSYNC_SECONDS <= at <= kill + 0.2 for kill in self._everysec_kills):
-                out.append([version, write.op, write.table, write.room, write.id, write.value])
-        self.counts_lost_by_everysec = len(out)
-        return out
+        known = {(row[0], self.keys.log_partition(row[3])) for row in final.log}
+        told: list[tuple[float | None, list[str]]] = [
+            (p.at, [p.version, p.op, p.table, p.room, p.id, p.value]) for p in history.of(Published)
+        ]
+        told += [
+            (w.ended, [w.version, w.op, w.table, w.room, w.id, w.value])
+            for w in history.of(Write)
+            if w.version is not None
+        ]
+        return [
+            row
+            for at, row in told
+            if (row[0], self.keys.log_partition(row[3])) not in known
+            and any(kill - FSYNC_SECONDS <= (at or 0) <= kill + 0.2 for kill in self._everysec_kills)
+        ]
 
 
 def _scopes(stored: list[list[str]]) -> dict[str, list[list[str]]]:
@@ -500,9 +516,10 @@ def main() -> int:
     except NoServer as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    from .report import tell
-
-    return tell(campaign, history)
+    status = tell(campaign, history)
+    if status == 0 and options.folder is None:
+        shutil.rmtree(folder)
+    return status
 
 
 def parse(arguments: list[str]) -> Options:

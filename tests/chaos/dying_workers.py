@@ -1,4 +1,4 @@
-"""The worker pool, as `dramatiq chaos.dying_workers`; its processes kill themselves at a point of the campaign's choice.
+"""The worker pool, as `dramatiq chaos.dying_workers`; its processes kill themselves where the campaign chooses.
 
 The campaign makes a file, named after the point, in the folder CHAOS_DEATHS. The first process that comes by removes
 it, and kills itself with SIGKILL:

@@ -259,8 +259,7 @@ async def push_dropped(run: Campaign, rng: random.Random) -> None:
 async def _redis_killed(run: Campaign, rng: random.Random, fsync: str) -> None:
     await run.redis_config("appendfsync", fsync)
     await asyncio.sleep(rng.uniform(0.2, 1))
-    kind = f"redis-killed-{fsync}"
-    with run.fault(kind, "redis"):
+    with run.fault(f"redis-killed-{fsync}", "redis", loses_log=fsync == "everysec"):
         await run.kill_redis()
         await asyncio.sleep(rng.choice((0, rng.uniform(0, 0.5), rng.uniform(0.5, 3))))
         await run.start_redis()
@@ -290,14 +289,14 @@ async def redis_paused(run: Campaign, rng: random.Random) -> None:
 @fault("servers")
 async def redis_emptied(run: Campaign, rng: random.Random) -> None:
     """SIGKILL, and a start without any data."""
-    with run.fault("redis-emptied", "redis"):
+    with run.fault("redis-emptied", "redis", loses_log=True):
         await run.empty_redis()
 
 
 @fault("servers")
 async def redis_flushed(run: Campaign, rng: random.Random) -> None:
     """FLUSHALL: the same process goes on, with nothing."""
-    with run.fault("redis-flushed", "redis"):
+    with run.fault("redis-flushed", "redis", loses_log=True):
         await run.flush_redis()
 
 

@@ -139,8 +139,9 @@ class Happened:
             findings.add(
                 "history", "end", f"there are {len(finals)} records of the end: there must be one", *finals
             )
-        self.final: Final = finals[0] if finals else Final(math.inf)
+        self.final: Final = finals[0] if finals else Final(math.inf, lost_log=True)
         self.has_end = bool(finals)
+        self._whole = self.final.whole or not (self.final.lost_log or self.final.lost)
         self._losses = [(f.began, f.ended or math.inf) for f in self.faults if f.loses_log]
 
         self.home: dict[str, Room] = {}
@@ -387,7 +388,7 @@ class Happened:
                 self.of_room[room] = [e for e in self.of_room[room] if e is not event]
         lost = {(number(entry[0]), entry[3]) for entry in self.final.lost}
         for key, event in self._events.items():
-            kept = event.in_log and key not in lost if self.final.lost_log or lost else True
+            kept = key not in lost and (event.in_log or self._whole)
             event.sure = event.committed is not None or kept
 
     def _left(self) -> list[Write]:
@@ -395,15 +396,14 @@ class Happened:
         if not self.has_end:
             return left
         for write in left:
-            if write.outcome == "acked" and not self.may_be_lost(write):
+            if write.outcome == "acked" and (self._whole or not self.may_be_lost(write)):
                 sentence = (
                     f"the {write.op} of {write.id or write.room} was acknowledged, and never got into the log"
                 )
                 self.findings.add("G1", ("lost", id(write)), sentence, write)
                 self.never_logged += 1
         # A log that has everything has what happened of these, too.
-        whole = not self.final.lost_log and all(event.in_log for event in self._events.values())
-        return [] if whole else left
+        return [] if self._whole and all(event.in_log for event in self._events.values()) else left
 
     def _check_doubled(self) -> None:
         for events in self._of_write.values():

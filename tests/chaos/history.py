@@ -148,6 +148,8 @@ class Final:
     dead    versions of dead letters
     poison  those of them that were to be: written so that no worker can apply them
     lost_log whether Redis was emptied or lost its last second in this run: then the log does not have everything
+    whole   whether it has everything nevertheless, because what was lost was noted: all that is not in `log` was never
+            there
     """
 
     at: float
@@ -158,6 +160,7 @@ class Final:
     lost_log: bool = False
     lost: list[list[str]] = field(default_factory=list)
     poison: list[str] = field(default_factory=list)
+    whole: bool = False
     kind: str = "final"
 
 

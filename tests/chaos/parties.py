@@ -45,6 +45,7 @@ class Party:
         self._killed = False
         self._closing = False
         self._in_future = False
+        self._was_ready = False
         self._task: asyncio.Task[None] | None = None
         self.log = folder / f"{name}.log"
 
@@ -88,20 +89,20 @@ class Party:
                     limit=1 << 24,
                 )
             self._process = process
+            self._was_ready = False
             try:
                 await self._attend(process)
-                was_ready = self.ready.is_set()
                 self.ready.clear()
                 await process.wait()
             finally:
                 self.signal(signal.SIGKILL)  # what it has left behind
                 await process.wait()
-            self._ended(process.returncode, was_ready)
+            self._ended(process.returncode)
             if not self._closing:
                 await asyncio.sleep(_RESTART_AFTER)
 
-    def _ended(self, status: int | None, was_ready: bool) -> None:
-        if was_ready and status and not self._killed and not self._closing:
+    def _ended(self, status: int | None) -> None:
+        if self._was_ready and status and not self._killed:
             self.crashes.append(f"{self.name}, process {self.starts}, ended with {status}; see {self.log}")
 
     def signal(self, number: int) -> None:
@@ -180,6 +181,7 @@ class AgentParty(Party):
         while line := await process.stdout.readline():
             said = json.loads(line)
             if said["says"] == "ready":
+                self._was_ready = True
                 self.ready.set()
             elif said["says"] == "token":
                 self._on_token(self, said["token"], said["at"])
@@ -206,7 +208,7 @@ class AgentParty(Party):
 
     async def restart(self) -> None:
         """Have it close its bus and end, and start again."""
-        self._killed = True
+        self.ready.clear()
         self.tell("stop")
 
     def _ask_to_end(self) -> None:
@@ -243,7 +245,7 @@ class WorkerParty(Party):
             await asyncio.sleep(0.05)
         await process.wait()
 
-    def _ended(self, status: int | None, was_ready: bool) -> None:
+    def _ended(self, status: int | None) -> None:
         """Dramatiq's master ends whenever one of its processes is killed; that is no crash."""
 
     def kill_one(self) -> bool:
@@ -276,4 +278,5 @@ class WorkerParty(Party):
         return order
 
     async def restart(self) -> None:
+        self.ready.clear()
         self._ask_to_end()
