@@ -24,7 +24,7 @@ Joining a partition: SUBSCRIBE, its confirmation, then the head as the position;
 and goes through the rules above once the position is known. Partitions that hold no bucket for a while are left.
 
 Each heartbeat also publishes a probe on the bus's own channel. A link on which not even the probes arrive is half
-open, and is replaced.
+open, and is replaced. The same channel brings what `mnemobus verify` asks (see inquiry.py).
 """
 
 from __future__ import annotations
@@ -42,6 +42,7 @@ from redis.exceptions import RedisError, ResponseError
 
 from .connection import AWAY, Call, Command, Link, script
 from .errors import SettingsError
+from .inquiry import Inquiry, decode_inquiry, encode_holding
 from .keys import Version
 from .local import LocalCache, clock
 from .marks import Marks
@@ -53,6 +54,8 @@ REPLAY = 500
 """Messages read at a time when the feed is replayed."""
 _GRACE = (0.002, 0.005, 0.010)
 """Seconds that a head may be ahead of its position before pub/sub counts as having lost something."""
+_ANSWERING = 16
+"""Questions that are answered at once; who asks more is not answered."""
 _LINGER = 30.0
 """Seconds that a partition without a bucket is still listened to."""
 
@@ -135,6 +138,7 @@ class Feed:
         self._settings = link.settings
         self._local = local
         self._marks = marks
+        self._bus_id = bus_id
         self._own_channel = link.keys.agent_channel(bus_id).encode()
         self._partitions: dict[int, _Partition] = {}
         self._by_channel: dict[bytes, _Partition] = {}
@@ -142,6 +146,7 @@ class Feed:
         self._heard = clock()
         self._tasks: set[asyncio.Task[None]] = set()
         self._wake = asyncio.Event()
+        self._answering = 0
         self._beats = 0
         self._beaten = asyncio.Condition()
         self.up = False
@@ -263,11 +268,13 @@ class Feed:
         if kind == b"message":
             partition = self._by_channel.get(channel)
             if partition is None:
+                if channel == self._own_channel and not data.isdigit():
+                    self._asked(data)
                 return
             try:
                 message = decode_message(data)
             except (ValueError, TypeError) as error:
-                self._bad(partition, data, error)
+                self._bad(channel, data, error)
             else:
                 self._receive(partition, message)
         elif kind == b"subscribe":
@@ -275,24 +282,47 @@ class Feed:
             if partition is not None and not partition.confirmed:
                 partition.confirmed = True
                 if partition.position is None:
-                    self._once(self._settle(partition))
+                    self._once(self._settle, partition)
                 else:  # again, after a reconnect: what was missed lies after the position
                     self._wake.set()
 
-    def _bad(self, partition: _Partition, data: object, error: Exception) -> None:
+    def _bad(self, channel: bytes, data: object, error: Exception) -> None:
         self.bad_messages += 1
         shown = data[:200] if isinstance(data, bytes) else data
-        logger.error(
-            "a message on %r is not one of the feed: %s: %r", partition.channel.decode(), error, shown
-        )
+        logger.error("a message on %r is not one of the feed: %s: %r", channel.decode(), error, shown)
         self._wake.set()  # if it was one, and spoiled, the stream has it
 
-    def _once(self, work: Any) -> None:
-        """Run a coroutine in the background; the heartbeat does what it leaves undone."""
+    def _asked(self, data: bytes) -> None:
+        """A question of `mnemobus verify`, or garbage."""
+        try:
+            inquiry = decode_inquiry(data, self._link.keys)
+        except (ValueError, TypeError) as error:
+            self._bad(self._own_channel, data, error)
+            return
+        if self._answering < _ANSWERING:
+            self._answering += 1
+            self._once(self._answer, inquiry)
+
+    async def _answer(self, inquiry: Inquiry) -> None:
+        try:
+            partition = self._partitions.get(self._link.keys.feed_partition(inquiry.scope))
+            answer = encode_holding(
+                self._bus_id,
+                inquiry,
+                clock() < self._local.fresh_until,
+                None if partition is None else partition.position,
+                self._local.served(inquiry.scope),
+            )
+            await self._link.client.publish(inquiry.reply, answer)
+        finally:
+            self._answering -= 1
+
+    def _once(self, work: Callable[..., Awaitable[None]], *args: Any) -> None:
+        """Do something in the background; the heartbeat does what it leaves undone."""
 
         async def attempt() -> None:
             try:
-                await work
+                await work(*args)
             except (*AWAY, RedisError, SettingsError) as error:
                 logger.debug("left to the next heartbeat: %s", error)
             except Exception:
@@ -472,7 +502,7 @@ class Feed:
                     try:
                         message = decode_entry(id, fields)
                     except (ValueError, TypeError) as error:
-                        self._bad(partition, fields, error)
+                        self._bad(partition.channel, fields, error)
                         self._local.drop_partition(partition.number)
                         position = Version.parse(id)
                         continue

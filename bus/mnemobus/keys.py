@@ -148,8 +148,12 @@ class Keyspace:
         return f"{self._feed[self.feed_partition(scope)]}b:{epoch}:{scope}"
 
     def agent_channel(self, bus_id: str) -> str:
-        """The channel on which a bus probes its own link."""
+        """The channel on which a bus probes its own link, and is asked what it holds."""
         return f"{{{self.prefix}}}:agent:{bus_id}"
+
+    def verify_channel(self, name: str) -> str:
+        """The channel on which agents answer what they were asked."""
+        return f"{{{self.prefix}}}:verify:{name}"
 
 
 APPLY_GROUP = "apply"

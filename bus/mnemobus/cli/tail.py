@@ -60,7 +60,7 @@ Item = Event | Invalidation | str
 """What an entry says; or why it can't be read."""
 
 
-class _Tail:
+class Tail:
     """The streams that are read, each with the ID that was shown last."""
 
     def __init__(self, settings: Settings, events: bool, invalidations: bool) -> None:
@@ -127,7 +127,7 @@ async def _main(
     count: int | None,
     json: bool,
 ) -> int:
-    tail = _Tail(settings, events, invalidations)
+    tail = Tail(settings, events, invalidations)
     begun = away = False
     shown = 0
     async with looking_at(settings) as client:
