@@ -7,6 +7,7 @@ import fcntl
 import json
 import os
 import pty
+import signal
 import struct
 import subprocess
 import sys
@@ -137,7 +138,13 @@ def descendants(pid: int) -> list[int]:
 
 
 def wait_until_gone(pids: list[int], timeout: float = 10.0) -> None:
-    """Wait until none of these processes is there any more."""
-    wait_until(
-        lambda: not any(map(alive, pids)), timeout, what=f"the end of {[pid for pid in pids if alive(pid)]}"
-    )
+    """Wait until none of these processes is there any more; what is left then, is ended, and fails the test."""
+    try:
+        wait_until(
+            lambda: not any(map(alive, pids)),
+            timeout,
+            what=f"the end of {[pid for pid in pids if alive(pid)]}",
+        )
+    finally:
+        for pid in filter(alive, pids):
+            os.kill(pid, signal.SIGKILL)

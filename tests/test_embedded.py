@@ -427,7 +427,7 @@ def test_up_is_all_that_agents_need_and_keeps_what_it_has(tmp_path: Path, comman
     # Then it leaves no process behind, and the data are there the next time
     assert running.status == 130
     assert "stopped" in running.err
-    assert not any(map(alive, pids))
+    wait_until_gone(pids, 0)
     again = up(command, settings, "--processes", "1")
     figures = command("stats", "--json", settings=settings).json
     assert figures["store"]["tables"] == {"messages": 20}
@@ -436,7 +436,7 @@ def test_up_is_all_that_agents_need_and_keeps_what_it_has(tmp_path: Path, comman
     pids = descendants(again.pid)
     again.signal(signal.SIGTERM)
     assert again.status == 0
-    assert not any(map(alive, pids))
+    wait_until_gone(pids, 0)
 
 
 @pytest.mark.parametrize("moment", ["Redis is up", "all is up"])
@@ -462,7 +462,7 @@ def test_up_interrupted_while_it_starts_leaves_nothing_behind(tmp_path: Path, co
     pids = descendants(running.pid)
     running.signal(signal.SIGINT)
     assert running.status == 130
-    assert not any(map(alive, pids))
+    wait_until_gone(pids, 0)
     assert "Traceback" not in running.err
 
 
