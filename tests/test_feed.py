@@ -424,3 +424,42 @@ async def test_a_spoiled_result_in_redis_is_dropped_and_read_anew(
         async with connect() as second:
             assert [m.content["text"] for m in await second.recent("messages", room="r1")] == ["x"]
             assert second.stats().misses == 1
+
+
+async def test_g5_an_answer_to_a_joiner_that_comes_late_steps_over_nothing(
+    settings: Settings, pool: Settings, connect: Connect, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with connect() as bus, connect() as writer:
+        await writer.write(said("old"), durability="committed")
+        feed = bus._feed
+        asked, release = asyncio.Event(), asyncio.Event()
+        settle = feed._settle
+
+        async def late(partition: Any) -> None:
+            asked.set()
+            await release.wait()
+            await settle(partition)
+
+        monkeypatch.setattr(feed, "_settle", late)
+        # Given a bus that joins a partition, and whose question for its head takes long
+        await bus.recent("messages", room="r1")
+        await asked.wait()
+        # and a heartbeat that is faster, so that a copy is cached
+        assert await cached(bus) == ["old"]
+
+        # When the room changes, and pub/sub is too slow to say so before the late answer is there
+        hear, held = feed._receive, []
+        monkeypatch.setattr(feed, "_receive", lambda *message: held.append(message))
+        monkeypatch.setattr(feed, "_replay", lambda partition: asyncio.sleep(0))
+        await writer.write(said("new"), durability="committed")
+        release.set()
+        await eventually(lambda: held and not any("settle" in t.get_name() for t in feed._tasks))
+        monkeypatch.undo()
+        for message in held:
+            hear(*message)
+
+        # Then the bus hears of the change all the same
+        async def heard() -> bool:
+            return [m.content["text"] for m in await bus.recent("messages", room="r1")] == ["new", "old"]
+
+        await eventually(heard)

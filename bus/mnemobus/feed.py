@@ -339,7 +339,9 @@ class Feed:
         [head] = await self._link.pipeline([self._head(partition)], client=self._link.probe)
         if isinstance(head, Exception):
             raise head
-        if epoch == self._link.epoch:
+        # A heartbeat may have been faster. Then buckets are live already, and what was sent between its answer and this one
+        # has yet to be applied: this head must not step over it.
+        if epoch == self._link.epoch and not partition.ready.is_set():
             self._place(partition, Version.parse(head))
 
     def _place(self, partition: _Partition, position: Version) -> None:
