@@ -152,6 +152,11 @@ class Happened:
         self._events: dict[tuple[int, str], Event] = {}
         self._by_value: dict[str, Write] = {}
         self._of_write: dict[int, list[Event]] = defaultdict(list)
+        self._unclaimed: dict[tuple[str, str, str], dict[str, tuple[list[str], Record, bool]]] = defaultdict(
+            dict
+        )
+        self._accounted: set[int] = set()
+        """Deletions that happened, though it is not known which of several in the log they are."""
 
         self.never_logged = 0
         """Acknowledged writes that are nowhere."""
@@ -240,9 +245,9 @@ class Happened:
                 self.findings.add("history", ("numbers", agent), sentence)
 
     def _unresolved(self) -> dict[tuple[str, str, str], list[Write]]:
-        """Deletes that may have happened and whose version is not known yet, by what they delete; first ones last."""
+        """Deletions that may have happened and whose version is not known, by what they delete."""
         found: dict[tuple[str, str, str], list[Write]] = defaultdict(list)
-        for write in sorted(self.writes, key=lambda write: -write.began):
+        for write in self.writes:
             if (
                 not write.value
                 and write.outcome in ("acked", "unknown")
@@ -253,67 +258,74 @@ class Happened:
 
     def _take_published(self) -> None:
         by_number = {(w.agent, w.number): w for w in self.writes if w.number}
-        deletes = self._unresolved()
         for record in self.history.of(Published):
             write = by_number.get((record.agent, record.number)) or self._by_value.get(record.value)
-            if write is None and not record.value:
-                write = self._published_delete(record, deletes)
             if write is not None:
                 self._add(record.version, write, write, record, write.began)
-
-    def _published_delete(
-        self, record: Published, deletes: dict[tuple[str, str, str], list[Write]]
-    ) -> Write | None:
-        for target, writes in deletes.items():
-            if (
-                record.id in (target[2], target[1])
-                and (not record.table or record.table == target[0])
-                and writes
-            ):
-                own = [write for write in writes if write.agent == record.agent]
-                write = (own or writes)[-1]
-                writes.remove(write)
-                return write
-        return None
+            elif record.op:
+                entry = [record.version, record.op, record.table, record.room, record.id, record.value]
+                self._take_unclaimed(entry, record, in_log=False)
 
     def _take_log(self) -> None:
-        deletes = self._unresolved()
         for entry in self.final.log:
-            version, op, table, room, id, value = entry
-            known = self._events.get((number(version), room))
+            known = self._events.get((number(entry[0]), entry[3]))
             proof = self.end(log=[entry])
-            like = Write("", -math.inf, None, op, table, room, id, value, "unknown")
-            write, began = None, -math.inf
             if known is None:
-                write, began = self._writer(like, deletes, proof)
-            event = self._add(version, like, write, proof, began)
-            event.in_log = True
+                self._take_unclaimed(entry, proof, in_log=True)
+            else:
+                known.in_log = True
+                self._add(entry[0], _like(entry), None, proof, -math.inf)
+        unresolved = self._unresolved()
+        for target, found in self._unclaimed.items():
+            self._take_deletes(target, list(found.values()), unresolved[target])
 
-    def _writer(
-        self, like: Write, deletes: dict[tuple[str, str, str], list[Write]], proof: Record
-    ) -> tuple[Write | None, float]:
-        """Whose write an entry of the log is, and when it began at the earliest."""
-        if like.value:
-            write = self._by_value.get(like.value)
-            self._check_writer(write, like.id, like.value, proof)
-            return write, -math.inf if write is None else write.began
-        left = deletes[_target(like)]
-        if left:
-            return left[-1], left.pop().began
-        same = [w for w in self.writes if not w.value and _target(w) == _target(like)]
+    def _take_unclaimed(self, entry: list[str], proof: Record, *, in_log: bool) -> None:
+        """An event whose version its writer was not told; of deletions, all are needed to say whose they are."""
+        version, _, table, room, memory, value = entry
+        if value:
+            write = self._by_value.get(value)
+            self._check_writer(write, memory, value, proof)
+            began = -math.inf if write is None else write.began
+            self._add(version, _like(entry), write, proof, began).in_log |= in_log
+        else:
+            found = self._unclaimed[table, room, memory]
+            _, first, logged = found.get(version, (entry, proof, False))
+            found[version] = (entry, first, in_log or logged)
+
+    def _take_deletes(
+        self,
+        target: tuple[str, str, str],
+        found: list[tuple[list[str], Record, bool]],
+        candidates: list[Write],
+    ) -> None:
+        """Deletions don't tell whose they are; where they can be those of several, they are nobody's."""
+        candidates = sorted(candidates, key=lambda write: (write.outcome != "acked", write.began))
+        began = min((write.began for write in candidates), default=-math.inf)
+        for entry, proof, in_log in found:
+            write = candidates[0] if len(candidates) == 1 else None
+            self._add(entry[0], _like(entry), write, proof, began).in_log = in_log
+        self._accounted.update(id(write) for write in candidates[: len(found)] if write.outcome == "acked")
+        if len(found) > len(candidates):
+            self._check_deleter(target, found[-1][1])
+
+    def _check_deleter(self, target: tuple[str, str, str], proof: Record) -> None:
+        same = [w for w in self.writes if not w.value and _target(w) == target]
         happened = [w for w in same if w.outcome in ("acked", "unknown")]
+        what = target[2] or f"{target[0]}:{target[1]}"
         if not same:
-            self.findings.add("history", _target(like), f"nobody recorded this {like.op}", proof)
+            self.findings.add("history", target, f"nobody recorded that {what} was deleted", proof)
         elif not happened:
             self.findings.add(
-                "G7", _target(like), f"a {like.op} that was refused is in the log", proof, same[-1]
+                "G7", target, f"a deletion of {what} that was refused happened", same[-1], proof
             )
         elif not any(map(self.may_be_lost, happened)):
+            logged = [
+                entry for entry in self.final.log if entry[1] == same[0].op and tuple(entry[2:5]) == target
+            ]
             sentence = (
-                f"the log has more deletions of {like.id or like.room} than were made: one is there twice"
+                f"{what} was deleted {len(happened)} times, and the log has {len(logged)} deletions of it"
             )
-            self.findings.add("G1", ("twice", _target(like)), sentence, proof, happened[-1])
-        return None, -math.inf
+            self.findings.add("G1", ("twice", target), sentence, *happened, self.end(log=logged))
 
     def _check_writer(self, write: Write | None, id: str, value: str, proof: Record) -> None:
         if write is None:
@@ -392,7 +404,13 @@ class Happened:
             event.sure = event.committed is not None or kept
 
     def _left(self) -> list[Write]:
-        left = [w for w in self.writes if w.outcome in ("acked", "unknown") and not self._of_write.get(id(w))]
+        left = [
+            write
+            for write in self.writes
+            if write.outcome in ("acked", "unknown")
+            and not self._of_write.get(id(write))
+            and id(write) not in self._accounted
+        ]
         if not self.has_end:
             return left
         for write in left:
@@ -417,6 +435,12 @@ class Happened:
                         f"{what} was written once, and has two versions: {first.text} and {second.text}"
                     )
                     self.findings.add("G1", ("twice", id(write)), sentence, write, first.proof, second.proof)
+
+
+def _like(entry: list[str]) -> Write:
+    """An entry of the log, as if it were a write of nobody."""
+    _, op, table, room, memory, value = entry
+    return Write("", -math.inf, None, op, table, room, memory, value, "unknown")
 
 
 def _target(write: Write) -> tuple[str, str, str]:
