@@ -48,7 +48,7 @@ def test_help_describes_every_command_and_every_option(command: Start) -> None:
     # Given the help of everything
     top = command("--help")
     pages = {name: command(name, "--help") for name in COMMANDS}
-    assert set(pages) == {"demo", "up", "worker", "import", "stats", "tail", "doctor"}
+    assert set(pages) >= {"demo", "up", "worker", "import", "stats", "tail", "doctor"}
     for name, page in pages.items():
         # Then each command is listed, described, and shown by an example
         assert page.status == 0

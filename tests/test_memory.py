@@ -77,6 +77,10 @@ def nested(levels: int) -> dict[str, object]:
         ({"embedding": "abc"}, "embedding: a sequence of numbers is needed, not str"),
         ({"embedding": b"abcd"}, "embedding: a sequence of numbers is needed, not bytes"),
         ({"created_at": datetime(2026, 1, 1)}, "created_at: 2026-01-01T00:00:00 has no time zone"),
+        (
+            {"created_at": datetime.fromisoformat("0001-01-01T00:00:00+14:00")},
+            "created_at: 0001-01-01T00:00:00+14:00 is not in the years 1 to 9999, UTC",
+        ),
         ({"created_at": "2026-01-01"}, "created_at: a datetime is needed, not str"),
         ({"created_at": 17}, "created_at: a datetime is needed, not int"),
     ],

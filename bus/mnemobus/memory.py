@@ -556,7 +556,12 @@ def _encode_date(created: object) -> int:
         raise InvalidMemory("created_at", f"a datetime is needed, not {_kind(created)}")
     if created.utcoffset() is None:
         raise InvalidMemory("created_at", f"{created.isoformat()} has no time zone")
-    return to_micros(created)
+    try:
+        return to_micros(created.astimezone(UTC))
+    except OverflowError:
+        raise InvalidMemory(
+            "created_at", f"{created.isoformat()} is not in the years 1 to 9999, UTC"
+        ) from None
 
 
 def _kind(value: object) -> str:
