@@ -277,6 +277,43 @@ async def test_g5_a_flush_begins_a_new_epoch(own_redis: Any, settings: Settings)
         await eventually(lambda: local_twice(bus))
 
 
+async def test_g6_a_write_between_a_flush_and_its_discovery_is_waited_for(
+    own_redis: Any, settings: Settings, caplog: pytest.LogCaptureFixture
+) -> None:
+    server: RedisServer = own_redis()
+    quiet = {"redis_url": server.url, "heartbeat": 5.0, "max_staleness": 10.0, "own_write_timeout": 0.2}
+    async with mnemobus.connect(**{**settings.model_dump(), **quiet}) as bus:
+        await bus.recent("messages", room="r1")
+        await bus.write(said("lost"))
+
+        # When Redis is flushed, and the bus writes again before it finds that out
+        async with redis.asyncio.Redis.from_url(server.url) as client:
+            await client.flushall()
+        await bus.write(said("kept"))
+        assert await bus._feed.sync()
+
+        # Then it knows that the first is lost, and that the second is not in the store yet: there are no workers
+        assert bus.stats().epochs == 1
+        assert "Redis was flushed or lost data: 1 writes may be lost with its log" in caplog.text
+        assert bus.stats().marks == 1
+        assert (await bus.recent("messages", room="r1")).stale
+
+
+async def test_g6_nothing_waits_for_a_write_that_went_with_redis(own_redis: Any, settings: Settings) -> None:
+    server: RedisServer = own_redis()
+    async with mnemobus.connect(**{**settings.model_dump(), "redis_url": server.url}) as bus:
+        # Given a write that no worker has applied
+        await bus.write(said("x"))
+        assert bus.stats().marks == 1
+
+        # When Redis starts again, without it
+        server.restart(empty=True)
+
+        # Then the reads that it would touch are answered as any others
+        await eventually(lambda: bus.stats().marks == 0)
+        await eventually(lambda: local_twice(bus))
+
+
 async def test_g7_with_redis_away_reads_go_on_and_writes_fail_clearly(
     own_redis: Any, settings: Settings
 ) -> None:
@@ -463,3 +500,38 @@ async def test_g5_an_answer_to_a_joiner_that_comes_late_steps_over_nothing(
             return [m.content["text"] for m in await bus.recent("messages", room="r1")] == ["new", "old"]
 
         await eventually(heard)
+
+
+async def test_g5_a_feed_that_vanishes_before_its_replay_drops_the_partition(
+    settings: Settings,
+    pool: Settings,
+    connect: Connect,
+    client: redis.asyncio.Redis,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async with connect() as bus:
+        await bus.write(said("1"), durability="committed")
+        assert await cached(bus) == ["1"]
+        name = keys_of(settings).feed(keys_of(settings).feed_partition(ROOM))
+        feed = bus._feed
+        replay, catch_up = feed._replay, feed._catch_up
+        after: list[mnemobus.Stats] = []
+
+        async def replay_too_late(partition: Any) -> None:
+            await client.delete(name)
+            await replay(partition)
+
+        async def catch_up_and_look(heads: Any) -> None:
+            await catch_up(heads)
+            after.append(bus.stats())
+
+        monkeypatch.setattr(feed, "_replay", replay_too_late)
+        monkeypatch.setattr(feed, "_catch_up", catch_up_and_look)
+        # Given a lost message, whose head a heartbeat has seen
+        [(last, fields)] = await client.xrevrange(name, count=1)
+        before = bus.stats()
+        await client.xadd(name, {"prev": last, "m": fields[b"m"]})
+        # When the stream is gone before it is replayed
+        replayed = await eventually(lambda: [s for s in after if s.replays > before.replays])
+        # Then everything is dropped before that heartbeat counts as good
+        assert replayed[0].drops == before.drops + 1

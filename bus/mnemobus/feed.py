@@ -146,6 +146,8 @@ class Feed:
         self._heard = clock()
         self._tasks: set[asyncio.Task[None]] = set()
         self._wake = asyncio.Event()
+        self._log_in_doubt = False
+        """Whether Redis may have lost writes of this bus since it was last asked."""
         self._answering = 0
         self._beats = 0
         self._beaten = asyncio.Condition()
@@ -339,8 +341,8 @@ class Feed:
         [head] = await self._link.pipeline([self._head(partition)], client=self._link.probe)
         if isinstance(head, Exception):
             raise head
-        # A heartbeat may have been faster. Then buckets are live already, and what was sent between its answer and this one
-        # has yet to be applied: this head must not step over it.
+        # A heartbeat may have been faster. Then buckets are live already, and what was sent between its answer and
+        # this one has yet to be applied: this head must not step over it.
         if epoch == self._link.epoch and not partition.ready.is_set():
             self._place(partition, Version.parse(head))
 
@@ -448,9 +450,6 @@ class Feed:
                 if isinstance(reply, Exception):
                     raise reply
             if replies[0] is None:
-                if len(self._marks):
-                    logger.error("Redis was flushed: %d writes may be lost with its log", len(self._marks))
-                self._marks.forget()
                 await self._link.renew_epoch()
             elif replies[0].decode() != self._link.epoch:
                 self._link.enter(replies[0].decode())
@@ -465,6 +464,13 @@ class Feed:
                 elif before is not None and head < before:
                     self._reset(partition, head)
             await self._catch_up([(partition, head) for partition, _, head in heads])
+            if self._log_in_doubt:
+                missing = await self._marks.forget_missing()
+                if missing:
+                    logger.error(
+                        "Redis was flushed or lost data: %d writes may be lost with its log", missing
+                    )
+                self._log_in_doubt = epoch != self._link.epoch
             await self._marks.beat()
             await self._look_after_link()
             if epoch == self._link.epoch:
@@ -479,6 +485,8 @@ class Feed:
         for partition, head in heads:
             if _behind(partition, head):
                 await self._replay(partition)
+            if _behind(partition, head):  # the stream is gone since it told its head
+                self._reset(partition, head)
 
     def _reset(self, partition: _Partition, head: Version) -> None:
         """Drop all of a partition, because what happened between its position and the head is unknown."""
@@ -542,6 +550,7 @@ class Feed:
     def _on_epoch(self, epoch: str) -> None:
         """Everything may have changed without a word."""
         self._local.clear()
+        self._log_in_doubt = True
         for partition in self._partitions.values():
             partition.position = None
             partition.early.clear()

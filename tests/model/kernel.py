@@ -19,11 +19,13 @@ class Rule(NamedTuple):
 
     guards  what it guards against, for people
     breaks  the promise that is broken without it
+    at      the index, in the world's `small`, of sizes at which that shows
     """
 
     name: str
     guards: str
     breaks: str
+    at: int = 0
 
 
 class World:
