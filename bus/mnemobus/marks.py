@@ -330,13 +330,29 @@ class Marks:
         known = letters.last if letters is not None else ""
         return (script("applied"), keys, (APPLY_GROUP, known, LETTERS, *(str(w.version) for w in writes)))
 
-    def forget(self) -> None:
-        """Drop every mark: the log that they are about is gone."""
-        self._scopes.clear()
-        self._writes.clear()
+    async def forget_missing(self) -> int:
+        """Drop the marks of writes that the log no longer has, because Redis lost it; how many they were.
+
+        Nobody will ever apply them. What was written since is in the new log, and stays marked.
+        """
+        missing = 0
         self._letters.clear()
-        self._changed.set()
-        self._changed = asyncio.Event()
+        for partition, writes in list(self._writes.items()):
+            known = list(writes.items())
+            key = self._link.keys.log(partition)
+            for start in range(0, len(known), LETTERS):
+                part = known[start : start + LETTERS]
+                found = await self._link.pipeline(
+                    [("XRANGE", key, str(version), str(version)) for version, _ in part],
+                    client=self._link.probe,
+                )
+                for (_, write), entries in zip(part, found, strict=True):
+                    if isinstance(entries, Exception):
+                        raise entries
+                    if not entries:
+                        missing += 1
+                        self._unmark(write, list(write.scopes))
+        return missing
 
     async def close(self) -> None:
         await end([self._poller])
