@@ -145,8 +145,8 @@ def agent(tmp_path: Path) -> Iterator[Callable[..., AgentProcess]]:
     """Starts agents as processes."""
     started: list[AgentProcess] = []
 
-    def start(settings: Settings) -> AgentProcess:
-        started.append(AgentProcess(settings, tmp_path))
+    def start(settings: Settings, **options: str) -> AgentProcess:
+        started.append(AgentProcess(settings, tmp_path, **options))
         return started[-1]
 
     yield start

@@ -492,8 +492,8 @@ def _command(pid: int) -> bytes:
 class AgentProcess:
     """An agent in a process of its own, told what to do line by line (see agent_process.py)."""
 
-    def __init__(self, settings: Settings, folder: Path) -> None:
-        runner = Path(__file__).with_name("agent_process.py")
+    def __init__(self, settings: Settings, folder: Path, program: str = "agent_process.py") -> None:
+        runner = Path(__file__).with_name(program)
         self._log = (folder / f"agent-{secrets.token_hex(3)}.log").open("wb")
         self._process = spawn(
             [sys.executable, str(runner)],

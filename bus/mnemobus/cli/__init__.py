@@ -246,6 +246,100 @@ def _tail(
     )
 
 
+@app.command("verify")
+def _verify(
+    seconds: Annotated[
+        float, typer.Option(min=0, help="How long to watch; it ends some 10 s later.", metavar="N")
+    ] = 60.0,
+    marks: Annotated[str, typer.Option(hidden=True)] = "1,5,10",
+    patience: Annotated[float, typer.Option(hidden=True)] = 2.0,
+    json: Json = False,
+) -> None:
+    """Ask every agent, 1, 5 and 10 s after something was written, whether it still holds an older copy.
+
+    It watches the feed, follows a sample of what is invalidated, and compares
+    what each agent would serve with what the store had by then. It prints the
+    share of answers that were consistent at each mark. An agent that does not
+    answer is silent, not consistent. It writes nothing: let agents be at work.
+
+    The exit status is 1 if any agent held an older copy at 10 s, or was silent
+    then. Ctrl-C ends it with the figures so far.
+
+    \b
+    Examples:
+      mnemobus verify
+      mnemobus verify --seconds 600 --json
+    """
+    from .verify import run
+
+    raise typer.Exit(
+        run(seconds=seconds, json=json, marks=[float(m) for m in marks.split(",")], patience=patience)
+    )
+
+
+@app.command("replay")
+def _replay(
+    since: Annotated[
+        str | None,
+        typer.Option(
+            help="Begin there: 90s, 15m, 2h or 1d ago, a date with a zone, or a version. Without it, where the log"
+            " begins.",
+            metavar="WHEN",
+        ),
+    ] = None,
+    until: Annotated[
+        str | None,
+        typer.Option(help="End there, inclusive. Without it, where the log ends now.", metavar="WHEN"),
+    ] = None,
+    partition: Annotated[
+        list[int] | None, typer.Option(min=0, help="Only this log partition; may be repeated.", metavar="N")
+    ] = None,
+    into: Annotated[
+        str | None,
+        typer.Option(
+            help="Into this store instead of the bus's own. Made if need be.", metavar="DATABASE_URL"
+        ),
+    ] = None,
+    partial: Annotated[
+        bool, typer.Option("--partial", help="Also if the log no longer reaches back to --since.")
+    ] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Only count what would be applied; change nothing.")
+    ] = False,
+    json: Json = False,
+) -> None:
+    """Apply a stretch of the log again: after a database was restored, or to build another one.
+
+    It can be done at any time and as often as one likes, while agents and
+    workers go on: what the store has already does not change. What does change
+    is invalidated in every cache. Dead letters are left out.
+
+    It can be stopped at any time; to go on, run the same command again.
+
+    The exit status is 1 if the log no longer reaches back to --since (unless
+    --partial is given), or if an event that is no dead letter can't be applied.
+
+    \b
+    Examples:
+      mnemobus replay --since 2h
+      mnemobus replay --since 2025-06-01T12:00:00Z --dry-run
+      mnemobus replay --into sqlite:///copy.db
+    """
+    from .replay import run
+
+    raise typer.Exit(
+        run(
+            since=since,
+            until=until,
+            partitions=partition or [],
+            into=into,
+            partial=partial,
+            dry_run=dry_run,
+            json=json,
+        )
+    )
+
+
 @app.command("doctor")
 def _doctor(json: Json = False) -> None:
     """Check Redis, the store and the workers, and say what to do about what is wrong.

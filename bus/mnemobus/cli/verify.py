@@ -1,0 +1,494 @@
+"""``mnemobus verify``: do agents hold copies that are older than what was invalidated?
+
+It watches the feed. For a sample of the scopes that are invalidated it notes what the store has at that moment, and
+asks every live agent, at each *mark* (1, 5 and 10 s later), what hits on that scope would give there. Live is who
+listens on a channel of its own, as every bus does: there is no register of agents. Who does not answer is silent, which
+is not the same as consistent.
+
+What an agent holds may be what the store had then, or newer. What is neither equal to that, nor to what the store has
+now, is judged by versions (see `is_older`).
+
+It writes nothing, and is cheap on a busy bus: it follows a few scopes a second, fewer where there are many agents.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import secrets
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from itertools import count
+from typing import Any
+
+import redis.asyncio
+from redis.exceptions import AuthenticationError, RedisError
+
+from ..connection import AWAY
+from ..errors import LogUnavailable, StoreUnavailable
+from ..feed import Invalidation
+from ..inquiry import Holding, Inquiry, decode_holding, encode_inquiry
+from ..keys import Keyspace, Version
+from ..memory import Row
+from ..query import Question, Versions, versions_of
+from ..settings import Settings, hide_password
+from ..store import Cursor, Query, Reader, open_reader
+from ..tasks import end
+from .console import emit, err, out, run_until_signal
+from .inspection import ask, keyspace, looking_at, text
+from .tail import Tail
+
+MARKS = (1.0, 5.0, 10.0)
+"""Seconds after an invalidation at which agents are asked."""
+PATIENCE = 2.0
+"""Seconds that an agent has to answer."""
+ROWS = 200
+"""Memories of a scope, the newest, that are noted when it is invalidated."""
+_SCOPES_A_SECOND = 5.0
+_QUESTIONS_A_SECOND = 200.0
+_BURST = 20.0
+"""Scopes that are followed though they come at once."""
+_SHOWN = 20
+"""Older copies that are shown one by one."""
+
+
+def run(*, seconds: float, json: bool, marks: Sequence[float] = MARKS, patience: float = PATIENCE) -> int:
+    return run_until_signal(_main(Settings.load(), seconds, json, marks, patience))
+
+
+async def _main(
+    settings: Settings, seconds: float, json: bool, marks: Sequence[float], patience: float
+) -> int:
+    reader = open_reader(settings, create=False)
+    try:
+        await reader.open()
+        async with looking_at(settings) as client:
+            verifier = Verifier(settings, client, reader, marks, patience)
+            try:
+                await verifier.run(seconds)
+            except asyncio.CancelledError:
+                if _tell(verifier.report(), json):
+                    raise
+                return 1
+            return 0 if _tell(verifier.report(), json) else 1
+    finally:
+        await reader.close()
+
+
+@dataclass(slots=True)
+class Mark:
+    """What agents said at one mark.
+
+    asked       answers that were wanted: one for each agent and scope
+    consistent  those without an older copy
+    held        of these, those with any copy at all
+    older       those with an older copy
+    silent      those that did not come
+    """
+
+    seconds: float
+    asked: int = 0
+    consistent: int = 0
+    held: int = 0
+    older: int = 0
+    silent: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Truth:
+    """What the store had under a scope, right after an invalidation.
+
+    rows    newest first, at most `ROWS`
+    whole   whether these are all
+    at      the ID of the invalidation: what has a higher version was not logged yet when it was sent
+    """
+
+    rows: list[Row]
+    whole: bool
+    at: Version
+
+    @classmethod
+    async def of(cls, scope: str, at: Version, reader: Reader) -> Truth:
+        kind, table, name = (*scope.split(":", 2), "", "")[:3]
+        if kind == "id":
+            row = await reader.get(table)
+            return cls([] if row is None else [row], True, at)
+        if kind not in ("room", "entity", "agent", "world"):
+            raise ValueError(f"{scope!r} is no scope")
+        by = {kind: name}
+        query = Query(table, by.get("room"), by.get("agent"), by.get("entity"), by.get("world"))
+        rows = await reader.recent(query, ROWS)
+        rows = [row._replace(content=b"", metadata=b"", embedding=None) for row in rows]
+        return cls(rows, len(rows) < ROWS, at)
+
+    def answer(self, question: Question) -> Versions | None:
+        """What the store would have answered then; None if that can't be told from the rows."""
+        query = question.query
+        if query is None:
+            return versions_of(self.rows)
+        rows = [row for row in self.rows if _matches(row, query)]
+        if question.kind == "count":
+            return len(rows) if self.whole else None
+        if query.after is not None and query.before is None:
+            return versions_of(rows[-question.limit :]) if self.whole else None
+        return versions_of(rows[: question.limit]) if self.whole or len(rows) >= question.limit else None
+
+
+def _matches(row: Row, query: Query) -> bool:
+    place = Cursor(row.created_us, row.id)
+    return (
+        (query.room is None or row.room == query.room)
+        and (query.agent is None or row.agent == query.agent)
+        and (query.entity is None or row.entity == query.entity)
+        and (query.world is None or row.world == query.world)
+        and (query.before is None or place < query.before)
+        and (query.after is None or place > query.after)
+    )
+
+
+def is_older(copy: Versions, then: Versions | None, now: Versions, truth: Truth) -> bool:
+    """Whether a copy is older than what the store had then.
+
+    then, now  the store's answers to the same query: right after the invalidation, and after the copy was told
+    """
+    if copy in (then, now):
+        return False
+    if isinstance(copy, int) or isinstance(now, int) or isinstance(then, int):
+        return then == now  # else it may be the count of a moment between
+    had = {row.id: row.version for row in truth.rows}
+    if any(id in had and version < had[id] for id, version in copy):
+        return True
+    ids, left = {id for id, _ in copy}, {id for id, _ in now}
+    if then is not None and any(id in left and id not in ids for id, _ in then):
+        return True  # it lacks what was there then, and is there still
+    # It has what was gone by then.
+    return truth.whole and any(
+        id not in had and id not in left and version <= truth.at for id, version in copy
+    )
+
+
+class _Asked:
+    """A question that was put to agents, and what they have answered so far."""
+
+    def __init__(self, agents: Sequence[str]) -> None:
+        self.left = set(agents)
+        self.answers: dict[str, Holding] = {}
+        self.done = asyncio.Event()
+
+    def take(self, answer: Holding) -> None:
+        if answer.agent in self.left:
+            self.left.discard(answer.agent)
+            self.answers[answer.agent] = answer
+            if not self.left:
+                self.done.set()
+
+
+class Verifier:
+    """One run of ``mnemobus verify``."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        client: redis.asyncio.Redis,
+        reader: Reader,
+        marks: Sequence[float],
+        patience: float,
+    ) -> None:
+        self._settings = settings
+        self._client = client
+        self._reader = reader
+        self._patience = patience
+        self._keys = Keyspace(settings.redis_key_prefix, settings.log_partitions, settings.feed_partitions)
+        self._channel = self._keys.verify_channel(secrets.token_hex(8))
+        self._numbers = count(1)
+        self._open: dict[int, _Asked] = {}
+        self._hearing = asyncio.Event()
+        self._lost = 0
+        """Times that the connection for answers broke: what was asked before may have been answered in vain."""
+        self._sending = asyncio.Lock()
+        self._agents: tuple[float, list[str]] = (0.0, [])
+        self._purse = _BURST
+        self._filled = time.monotonic()
+        self._following: set[asyncio.Task[None]] = set()
+        self._began = time.monotonic()
+        self._watched: float | None = None
+        self.watching = asyncio.Event()
+        self.marks = [Mark(seconds) for seconds in sorted(marks)]
+        self.scopes = 0
+        self.followed = 0
+        self.unknown = 0
+        self.seen: set[str] = set()
+        self.silent: dict[str, int] = {}
+        self.older: list[dict[str, Any]] = []
+
+    async def run(self, seconds: float) -> None:
+        """Watch for so long, then see to the end what is followed."""
+        listening = asyncio.create_task(self._listen())
+        try:
+            tail = Tail(self._settings, events=False, invalidations=True)
+            try:
+                self._keys = await keyspace(self._client, self._settings)
+                await tail.begin(self._client, None)
+                agents = await self._live()
+                async with asyncio.timeout(self._settings.redis_timeout):
+                    await self._hearing.wait()
+            except AuthenticationError:
+                raise
+            except (*AWAY, RedisError) as error:
+                where = hide_password(self._settings.redis_url)
+                raise LogUnavailable(f"Redis at {where} can't be asked: {error}") from None
+            err().print(
+                f"watching the feed for {seconds:g} s; {_many(len(agents), 'agent')} there", style="dim"
+            )
+            self._began = time.monotonic()
+            self.watching.set()
+            watch = asyncio.create_task(self._watch(tail))
+            try:
+                await asyncio.wait([watch], timeout=seconds)
+                self._watched = time.monotonic() - self._began
+            finally:
+                await end([watch])
+            if not watch.cancelled():
+                watch.result()
+            if self._following:
+                err().print(f"seeing {_many(len(self._following), 'scope')} to the end", style="dim")
+                await asyncio.wait(self._following)
+        finally:
+            await end([listening, *self._following])
+
+    # Which scopes are followed
+
+    async def _watch(self, tail: Tail) -> None:
+        away = False
+        while True:
+            try:
+                items = await tail.next(self._client)
+                away = False
+            except (*AWAY, RedisError) as error:
+                if not away:
+                    away = True
+                    err().print(
+                        f"Redis does not answer ({error}); waiting for it", style="yellow", markup=False
+                    )
+                await asyncio.sleep(0.5)
+                continue
+            for _, item, _ in items:
+                if isinstance(item, Invalidation):
+                    for scope in random.sample(item.scopes, len(item.scopes)):
+                        self.scopes += 1
+                        if self._affords():
+                            self._follow(scope, item.id)
+
+    def _affords(self) -> bool:
+        now = time.monotonic()
+        questions = max(len(self._agents[1]), 1) * len(self.marks)
+        rate = min(_SCOPES_A_SECOND, _QUESTIONS_A_SECOND / questions)
+        self._purse = min(self._purse + (now - self._filled) * rate, _BURST)
+        self._filled = now
+        if self._purse < 1:
+            return False
+        self._purse -= 1
+        return True
+
+    def _follow(self, scope: str, at: Version) -> None:
+        self.followed += 1
+        task = asyncio.create_task(self._see(scope, at, time.monotonic()))
+        self._following.add(task)
+        task.add_done_callback(self._following.discard)
+
+    async def _see(self, scope: str, at: Version, since: float) -> None:
+        """Follow one scope from its invalidation to the last mark."""
+        left = len(self.marks)
+        try:
+            truth = await Truth.of(scope, at, self._reader)
+            for mark in self.marks:
+                await asyncio.sleep(max(since + mark.seconds - time.monotonic(), 0))
+                answers = await self._ask(scope)
+                for agent, answer in answers.items():
+                    await self._judge(mark, scope, truth, agent, answer)
+                left -= 1
+        except (*AWAY, RedisError, StoreUnavailable, ValueError):
+            self.unknown += left
+
+    # What agents answer
+
+    async def _live(self) -> list[str]:
+        """The ids of the agents that there are."""
+        asked, agents = self._agents
+        if time.monotonic() - asked > 0.2:
+            prefix = self._keys.agent_channel("")
+            channels = await self._client.execute_command("PUBSUB", "CHANNELS", prefix + "*")
+            agents = [text(channel).removeprefix(prefix) for channel in channels]
+            self._agents = (time.monotonic(), agents)
+            self.seen.update(agents)
+        return agents
+
+    async def _ask(self, scope: str) -> dict[str, Holding | None]:
+        """What each live agent holds under a scope; None for one that is silent. One of AWAY if that can't be told."""
+        async with asyncio.timeout(self._patience):
+            await self._hearing.wait()
+        lost = self._lost
+        number = next(self._numbers)
+        question = encode_inquiry(Inquiry(number, scope, self._channel))
+        try:
+            async with self._sending:
+                agents = await self._live()
+                asked = self._open[number] = _Asked(agents)
+                heard = await ask(
+                    self._client, [("PUBLISH", self._keys.agent_channel(id), question) for id in agents]
+                )
+            asked.left -= {id for id, n in zip(agents, heard, strict=True) if n == 0}  # it has just gone
+            if asked.left:
+                try:
+                    async with asyncio.timeout(self._patience):
+                        await asked.done.wait()
+                except TimeoutError:
+                    self._agents = (0.0, agents)
+                    async with self._sending:
+                        asked.left &= set(await self._live())  # one that is gone says nothing
+        finally:
+            self._open.pop(number, None)
+        if asked.left and lost != self._lost:
+            raise ConnectionError("answers may have been lost")
+        return {**asked.answers, **dict.fromkeys(asked.left)}
+
+    async def _listen(self) -> None:
+        """Hear answers, on a connection that is made anew when it breaks."""
+        while True:
+            pubsub = self._client.pubsub()
+            try:
+                await pubsub.subscribe(self._channel)
+                async for message in pubsub.listen():
+                    if message["type"] == "subscribe":
+                        self._hearing.set()
+                    elif message["type"] == "message":
+                        self._hear(message["data"])
+            except (*AWAY, RedisError):
+                pass
+            finally:
+                self._hearing.clear()
+                self._lost += 1
+                await pubsub.aclose()
+            await asyncio.sleep(0.2)
+
+    def _hear(self, data: bytes) -> None:
+        try:
+            answer = decode_holding(data)
+        except ValueError:
+            return
+        asked = self._open.get(answer.number)
+        if asked is not None:
+            asked.take(answer)
+
+    # What that means
+
+    async def _judge(self, mark: Mark, scope: str, truth: Truth, agent: str, answer: Holding | None) -> None:
+        if answer is None:
+            mark.asked += 1
+            mark.silent += 1
+            self.silent[agent] = self.silent.get(agent, 0) + 1
+            return
+        older: tuple[str, Versions, Versions] | None = None
+        for field, copy in answer.holds.items() if answer.fresh else ():
+            question = Question.shared(scope, field)
+            then = truth.answer(question)
+            if copy == then:
+                continue
+            now = versions_of(await question.ask(self._reader))
+            if is_older(copy, then, now, truth):
+                older = (field, copy, now)
+                break
+        mark.asked += 1
+        if older is None:
+            mark.consistent += 1
+            mark.held += answer.fresh and bool(answer.holds)
+            return
+        mark.older += 1
+        if len(self.older) < _SHOWN:
+            field, copy, now = older
+            self.older.append(
+                {
+                    "agent": agent,
+                    "scope": scope,
+                    "seconds": mark.seconds,
+                    "query": field,
+                    "position": None if answer.position is None else str(answer.position),
+                    "copy": _shown(copy),
+                    "store": _shown(now),
+                }
+            )
+
+    def report(self) -> dict[str, Any]:
+        """All of it, as it is printed with --json."""
+        last = self.marks[-1]
+        watched = time.monotonic() - self._began if self._watched is None else self._watched
+        return {
+            "ok": last.older == last.silent == 0,
+            "seconds": round(watched, 1),
+            "agents": len(self.seen),
+            "scopes": self.scopes,
+            "followed": self.followed,
+            "unknown": self.unknown,
+            "marks": [
+                {**asdict(mark), "share": mark.consistent / mark.asked if mark.asked else None}
+                for mark in self.marks
+            ],
+            "silent": self.silent,
+            "older": self.older,
+        }
+
+
+def _shown(answer: Versions) -> Any:
+    return answer if isinstance(answer, int) else {id: str(version) for id, version in answer[:_SHOWN]}
+
+
+def _tell(report: dict[str, Any], json: bool) -> bool:
+    """Print a report; whether all is well."""
+    if json:
+        emit(report)
+        return bool(report["ok"])
+
+    def say(line: str, style: str = "") -> None:
+        out().print(line, style=style, markup=False)
+
+    say(
+        f"watched {report['seconds']:g} s: {_many(report['scopes'], 'scope')} invalidated,"
+        f" {report['followed']:,} followed, {_many(report['agents'], 'agent')}"
+    )
+    if not report["agents"]:
+        say("no agent was there to be asked")
+    elif not report["scopes"]:
+        say("nothing was written meanwhile: nothing to verify")
+    else:
+        for mark in report["marks"]:
+            say(
+                f"{percent(mark['consistent'], mark['asked']):>9} consistent at {mark['seconds']:g} s"
+                f" ({mark['consistent']:,} of {mark['asked']:,} answers, {mark['held']:,} with a copy;"
+                f" {mark['older']:,} older, {mark['silent']:,} silent)",
+                "red" if mark["older"] or mark["silent"] else "",
+            )
+    for agent, times in report["silent"].items():
+        say(f"agent {agent} was silent {times:,} times: it is paused, busy or cut off", "red")
+    for one in report["older"]:
+        say(
+            f"agent {one['agent']} held an older {one['query']} of {one['scope']} at {one['seconds']:g} s:"
+            f" {one['copy']}; the store has {one['store']}",
+            "red",
+        )
+    if report["unknown"]:
+        say(f"{report['unknown']:,} times it could not be told: Redis or the store was away", "yellow")
+    return bool(report["ok"])
+
+
+def percent(part: int, whole: int) -> str:
+    """A share, rounded down: 100 % is all, and nothing less."""
+    if not whole:
+        return "-"
+    if part == whole:
+        return "100 %"
+    return f"{part * 100_000 // whole / 1000:.3f} %"
+
+
+def _many(number: int, what: str) -> str:
+    return f"{number:,} {what}" if number == 1 else f"{number:,} {what}s"

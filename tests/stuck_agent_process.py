@@ -1,0 +1,27 @@
+"""An agent as agent_process.py is one, but its cache is broken: it drops nothing, and serves what it has for ever."""
+
+from __future__ import annotations
+
+import asyncio
+
+import mnemobus.bus
+from agent_process import main
+from mnemobus.local import LocalCache
+
+
+class StuckCache(LocalCache):
+    @property
+    def fresh_until(self) -> float:  # type: ignore[override]
+        return float("inf")
+
+    @fresh_until.setter
+    def fresh_until(self, moment: float) -> None:
+        pass
+
+    def drop(self, scope: str) -> bool:
+        return False
+
+
+if __name__ == "__main__":
+    mnemobus.bus.LocalCache = StuckCache  # type: ignore[misc]
+    asyncio.run(main())
