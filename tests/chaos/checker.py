@@ -235,8 +235,8 @@ class _End:
         for event in self._happened.events:
             first = oldest.get(event.room)
             unknown = event.write is None or event.write.outcome != "acked"
-            if unknown and self._final.lost_log:
-                continue  # nobody noted what became of it
+            if event.doubled or (unknown and self._final.lost_log):
+                continue  # it should not be there; or nobody noted what became of it
             if not event.in_log and first is not None and first.version < event.version:
                 sentence = (
                     f"the log lacks version {event.text}, a {event.op} of {event.target}, and has older ones"

@@ -69,7 +69,8 @@ class Findings:
         key = (promise, same)
         self._times[key] += 1
         if key not in self._found:
-            self._found[key] = (promise, sentence, tuple(r for r in records if r is not None))
+            once = {id(record): record for record in records if record is not None}
+            self._found[key] = (promise, sentence, tuple(once.values()))
 
     def all(self) -> tuple[Violation, ...]:
         return tuple(Violation(*found, self._times[key]) for key, found in self._found.items())
@@ -85,6 +86,7 @@ class Event:
     in_log     whether the log has it in the end
     committed  when, at the latest, the store had it, and the record that shows that
     sure       whether the store must have it in the end
+    doubled    whether it should not be there at all, because its write has another version
     """
 
     version: int
@@ -100,6 +102,7 @@ class Event:
     in_log: bool = False
     committed: tuple[float, Record] | None = None
     sure: bool = True
+    doubled: bool = False
 
     @property
     def target(self) -> str:
@@ -315,8 +318,9 @@ class Happened:
         if not same:
             self.findings.add("history", target, f"nobody recorded that {what} was deleted", proof)
         elif not happened:
+            refused = [write for write in same if write.outcome == "refused"]
             self.findings.add(
-                "G7", target, f"a deletion of {what} that was refused happened", same[-1], proof
+                "G7", target, f"a deletion of {what} that was refused happened", *refused, proof
             )
         elif not any(map(self.may_be_lost, happened)):
             logged = [
@@ -343,35 +347,33 @@ class Happened:
     def _take_reads(self) -> None:
         known: set[tuple[str, str, str]] = set()
         for read in self.reads:
-            for id, version, value in read.seen:
-                triple = (id, version, value)
+            for memory, version, value in read.seen:
+                triple = (memory, version, value)
                 if triple not in known:
                     known.add(triple)
-                    self._met(id, version, value, read)
-                    self.seen.setdefault((id, number(version)), read)
-
-    def _met(self, id: str, version: str, value: str, proof: Record) -> Event:
-        """Somebody saw a memory at a version."""
-        write = self._by_value.get(value)
-        if write is None or write.id != id:
-            self._check_writer(write, id, value, proof)
-            table, room = self.home.get(id, ("", ""))
-            like = Write("", -math.inf, None, "put", table, room, id, value, "unknown")
-        else:
-            like = write
-        event = self._events.get((number(version), like.room))
-        if event is None or (event.id, event.value) != (id, value):
-            if write is like:
-                self._check_writer(write, id, value, proof)
-            event = self._add(version, like, write if write is like else None, proof, like.began)
-        if isinstance(proof, Read) and event.committed is None:
-            event.committed = (proof.ended, proof)
-        return event
+                    event = self._met(memory, version, value, read)
+                    if event is not None:
+                        self.seen.setdefault((memory, number(version)), read)
+                        event.committed = event.committed or (read.ended, read)
 
     def _take_store(self) -> None:
         for entry in self.final.store:
-            id, version, value, *_ = entry
-            self._met(id, version, value, self.end(store=[entry]))
+            memory, version, value, *_ = entry
+            self._met(memory, version, value, self.end(store=[entry]))
+
+    def _met(self, memory: str, version: str, value: str, proof: Record) -> Event | None:
+        """Somebody saw a memory at a version: its event, if it makes sense."""
+        write = self._by_value.get(value)
+        mine = write is not None and write.id == memory
+        room = write.room if write is not None and mine else self.home.get(memory, ("", ""))[1]
+        event = self._events.get((number(version), room))
+        if event is not None and (event.id, event.value) == (memory, value):
+            return event
+        self._check_writer(write, memory, value, proof)
+        if write is None or not mine:
+            return None
+        event = self._add(version, write, write, proof, write.began)
+        return event if event.value == value else None
 
     def _take_applied(self) -> None:
         for applied in self.applied:
@@ -435,6 +437,8 @@ class Happened:
                         f"{what} was written once, and has two versions: {first.text} and {second.text}"
                     )
                     self.findings.add("G1", ("twice", id(write)), sentence, write, first.proof, second.proof)
+                    for event in events[1:]:  # found once is enough: nothing else is to be judged by it
+                        event.doubled, event.sure = True, False
 
 
 def _like(entry: list[str]) -> Write:

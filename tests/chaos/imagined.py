@@ -26,7 +26,6 @@ class _Logged:
     room: str
     id: str
     value: str
-    fanned_out: bool = False
 
     @property
     def scopes(self) -> list[str]:
@@ -75,8 +74,12 @@ class Imagined:
         self._pending: list[_Logged] = []
         self._commits: list[tuple[float, list[_Logged]]] = []
         self._fan_outs: list[tuple[float, list[_Logged], list[str]]] = []
-        self._events: dict[str, list[_Logged]] = defaultdict(list)
-        """What is committed, by memory and by room."""
+        self._last: dict[tuple[str, str], _Logged] = {}
+        """What is committed: the last put, update and delete by memory, and delete_room by room."""
+        self._unsaid = 0
+        """Events that are not fanned out."""
+        self._said: dict[str, float] = {}
+        """Versions that are, and since when."""
         self._shared: dict[str, dict[str, Answer]] = defaultdict(dict)
         end = self.now + seconds
         workers_back = 0.0
@@ -125,6 +128,7 @@ class Imagined:
         )
         self._log.append(logged)
         self._pending.append(logged)
+        self._unsaid += 1
         return logged
 
     def _work(self) -> None:
@@ -142,7 +146,7 @@ class Imagined:
                 where = event.id or f"{event.table}:{event.room}"
                 if event.op == "delete_room":
                     cleared += [f"id:{id}" for id in self._members(event.scopes[0])]
-                self._events[where].append(event)
+                self._merge(where, event)
             late = self._rng.uniform(0.1, 3) if self._chance(0.03) else 0.0  # killed in between
             self._fan_outs.append((self.now + late, batch, cleared))
         said, self._fan_outs = self._due(self._fan_outs)
@@ -164,17 +168,24 @@ class Imagined:
                 delay = self._rng.uniform(0.1, 1.9) if lost else self._rng.uniform(0, 0.02)
                 agent.inbox.append((self.now + delay, scope, versions))
         for event in batch:
-            event.fanned_out = True
+            self._said[event.version] = self.now
+            self._unsaid -= 1
+
+    def _merge(self, where: str, event: _Logged) -> None:
+        last = self._last.get((where, event.op))
+        if last is None or event.order > last.order:
+            self._last[where, event.op] = event
 
     def _stored(self, id: str) -> list[str] | None:
         """What the store has of a memory: [id, version, value]."""
-        events = self._events[id]
-        table, room = self.home[id]
-        deletions = [e.order for e in (*events, *self._events[f"{table}:{room}"]) if "delete" in e.op]
-        put = max((e.order for e in events if e.op == "put"), default=-1)
-        if put <= max(deletions, default=-1):
+        room = ":".join(self.home[id])
+        ops = ("put", "update", "delete")
+        put, update, delete, emptied = (
+            self._last.get(k) for k in (*((id, op) for op in ops), (room, "delete_room"))
+        )
+        if put is None or any(d is not None and d.order > put.order for d in (delete, emptied)):
             return None
-        last = max((e for e in events if e.op != "delete"), key=lambda e: e.order)
+        last = put if update is None or put.order > update.order else update
         return [id, last.version, last.value]
 
     def _answer(self, scope: str) -> Answer:
@@ -193,9 +204,8 @@ class Imagined:
                     marks.pop(version, None)
                 self._record(Applied(agent.name, self.now, [scope], versions))
         if self._chance(0.05):  # a heartbeat asks the consumer group
-            done = {event.version for event in self._log if event.fanned_out}
             for marks in agent.marks.values():
-                for version in done & marks.keys():
+                for version in marks.keys() & self._said.keys():
                     del marks[version]
 
     def _play(self, agent: _Agent) -> None:
@@ -294,7 +304,7 @@ class Imagined:
 
     def _observe(self, agent: _Agent) -> None:
         other = self._rng.choice(self._agents)
-        done = all(event.fanned_out for event in self._log)
+        done = self._unsaid == 0
         if other is not agent and done and not other.outbox and self.now >= agent.back_at:
             self._hear(agent, everything=True)
             self._record(Observed(agent.name, self.now + 0.001, other.name, self.now))

@@ -251,6 +251,8 @@ class Reads:
         def learn(
             scopes: list[str], at: float, floor: str, agent: str, event: Event, *records: Record
         ) -> None:
+            if event.doubled:
+                return
             for scope in scopes:
                 if scope in steps:
                     steps[scope].append((at, _LEARN, (floor, agent, event, records)))
@@ -373,13 +375,11 @@ class Reads:
             version = number(text)
             put = possible.put_under(memory, version, read.ended)
             if floor.is_above(memory, version, put):
-                found = floor.deletion(memory, put)
-                if found is not None:
-                    yield memory, "deleted", found
-                    continue
-                found = floor.newer(memory, version)
-                if found is not None:
-                    yield memory, "older", found
+                deletion, newer = floor.deletion(memory, put), floor.newer(memory, version)
+                if deletion is not None and (newer is None or deletion[0] <= newer[0]):
+                    yield memory, "deleted", deletion
+                elif newer is not None:
+                    yield memory, "older", newer
         if (read.limit and len(read.seen) >= read.limit) or floor.there <= there:
             return
         for memory in floor.there - there:
@@ -439,8 +439,8 @@ class Reads:
             f"{read.agent} {_SAW[how].format(memory=memory, count=read.count, scope=scope)} the {event.op} of version"
             f" {event.text}, {known}"
         )
-        shows = _once([event.write or event.proof, *records, read])
-        self._findings.add(promise, (name, how, read.agent, scope, memory, event.version), sentence, *shows)
+        same = (name, how, read.agent, scope, memory, event.version)
+        self._findings.add(promise, same, sentence, event.write or event.proof, *records, read)
         return True
 
 
@@ -451,7 +451,3 @@ _SAW = {
     "counted": "counted {count} in {scope}, in spite of",
 }
 _IN_STORE = {"older": "G2", "deleted": "G3", "missing": "G1", "counted": "G1"}
-
-
-def _once(records: list[Record]) -> list[Record]:
-    return [record for n, record in enumerate(records) if all(record is not other for other in records[:n])]
