@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: help setup demo test check format clean
+.PHONY: help setup demo test chaos check format clean
 .DEFAULT_GOAL := help
 
 help: ## what there is to make
@@ -24,6 +24,9 @@ demo: $(READY) ## the whole system on this machine: writes, reads, kills a worke
 
 test: $(READY) ## the tests, against real servers; ARGS="-k feed" passes options to pytest
 	@$(BIN)/python -m pytest $(ARGS)
+
+chaos: $(READY) ## everything that can go wrong, for some minutes; ARGS="--seed 1 --minutes 10 --store postgres"
+	@PYTHONPATH=tests $(BIN)/python -m chaos.campaign $(ARGS)
 
 check: $(READY) ## lint, format, types
 	@$(BIN)/ruff check .

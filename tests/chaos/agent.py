@@ -51,6 +51,7 @@ class Plan:
 
     name    of this process: a restarted agent has another one
     pause   seconds between two operations of one player, on average
+    writes  how often it writes, compared with one that writes as often as it reads a list
     ahead   seconds by which its wall clock is ahead of everybody else's
     offset  seconds by which its CLOCK_MONOTONIC is, because it runs in a time namespace of its own
     """
@@ -62,27 +63,29 @@ class Plan:
     memories: int
     players: int
     pause: float
+    writes: float = 1.0
     ahead: float = 0.0
     offset: float = 0.0
 
 
-_OPERATIONS = {
-    "get": 34, "recent": 24, "count": 6, "hot": 4,
-    "put": 14, "update": 12, "delete": 5, "delete_room": 1,
-}  # fmt: skip
+_READS = {"get": 34, "recent": 24, "count": 6, "hot": 5}
+_WRITES = {"put": 14, "update": 12, "delete": 5, "delete_room": 1}
 
 _how: contextvars.ContextVar[tuple[str, bool]] = contextvars.ContextVar("how")
 """Source and staleness of the answer to the read that is under way; `count` and None can't tell."""
 
 
 class Agent:
-    def __init__(self, plan: Plan, bus: Bus, recorder: Recorder) -> None:
-        self.plan, self.bus = plan, bus
+    bus: Bus
+
+    def __init__(self, plan: Plan, recorder: Recorder) -> None:
+        self.plan = plan
         self._record = recorder.record
         self._rooms = rooms(plan.rooms, plan.memories)
         self._random = random.Random(f"{plan.seed}/{plan.name}")
         self._numbers = 0
         self._outboxed: dict[int, Receipt] = {}
+        self._appended: dict[tuple[int, Version], dict[str, str]] = {}
         self._quiet = asyncio.Event()
 
     def clock(self) -> float:
@@ -92,7 +95,7 @@ class Agent:
 
     def watch(self) -> None:
         """Wrap the feed, the outbox and the reads of this process."""
-        apply, read = Feed._apply, Bus._read
+        apply, read, learn = Feed._apply, Bus._read, Bus._published
         append = mnemobus.outbox.append
 
         def applied(feed: Feed, partition: Any, message: Invalidation) -> None:
@@ -109,25 +112,37 @@ class Agent:
 
         async def appended(link: Any, partition: int, producer: str, sequence: int, events: Any) -> Any:
             versions = await append(link, partition, producer, sequence, events)
-            at = self.clock()
             for version, fields in zip(versions, events, strict=True):
-                self._published(at, version, _named(fields))
+                self._appended[partition, version] = _named(fields)
             return versions
+
+        def published(bus: Bus, partition: int, write: Any, version: Version) -> None:
+            learn(bus, partition, write, version)
+            self._published(write, version, self._appended.pop((partition, version)))
 
         Feed._apply = applied  # type: ignore[method-assign]
         Bus._read = answered  # type: ignore[method-assign]
+        Bus._published = published  # type: ignore[method-assign]
         mnemobus.outbox.append = appended
 
-    def _published(self, at: float, version: Version, event: dict[str, str]) -> None:
-        id, value = event.get("id", ""), json.loads(event.get("content", "{}")).get("n", "")
-        number = 0
-        for candidate, receipt in self._outboxed.items():
-            if receipt.version is None and receipt.id == (id or event["room"]):
-                number = candidate
-                break
-        self._outboxed.pop(number, None)
-        op, table, room = event["op"], event["table"], event["room"]
-        self._record(Published(self.plan.name, at, id, value, str(version), op, table, room, number))
+    def _published(self, write: Any, version: Version, event: dict[str, str]) -> None:
+        """A write is out of the outbox; ``write`` is None if it is one of an earlier process."""
+        own = [number for number, receipt in self._outboxed.items() if write and receipt._write is write]
+        self._record(
+            Published(
+                self.plan.name,
+                self.clock(),
+                event.get("id", ""),
+                json.loads(event.get("content", "{}")).get("n", ""),
+                str(version),
+                event["op"],
+                event["table"],
+                event["room"],
+                own[0] if own else 0,
+            )
+        )
+        for number in own:
+            del self._outboxed[number]
 
     # What it does
 
@@ -138,7 +153,8 @@ class Agent:
         )
 
     async def _play(self, rng: random.Random) -> None:
-        names, weights = list(_OPERATIONS), list(_OPERATIONS.values())
+        names = [*_READS, *_WRITES]
+        weights = [*_READS.values(), *(weight * self.plan.writes for weight in _WRITES.values())]
         while not self._quiet.is_set():
             [name] = rng.choices(names, weights)
             await self._do(name, rng.choice(self._rooms), rng)
@@ -298,10 +314,9 @@ async def main(plan: Plan) -> None:
     loop = asyncio.get_running_loop()
     await loop.connect_read_pipe(lambda: asyncio.StreamReaderProtocol(lines), sys.stdin)
     with (Path(plan.folder) / f"{plan.name}.jsonl").open("w") as file:
-        bus = mnemobus.connect()
-        agent = Agent(plan, bus, Recorder(file))
+        agent = Agent(plan, Recorder(file))
         agent.watch()
-        async with bus:
+        async with mnemobus.connect() as agent.bus:
             say("ready")
             async with (
                 asyncio.TaskGroup() as group

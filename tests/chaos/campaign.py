@@ -59,12 +59,12 @@ QUIET_SECONDS = 60.0
 class Options:
     seed: int = 1
     minutes: float = 3.0
-    agents: int = 3
+    agents: int = 4
     workers: int = 2
     store: str = "sqlite"
     faults: list[str] = field(default_factory=faults.names)
     folder: Path | None = None
-    pause: float = 0.08
+    pause: float = 0.05
     protocol: int = 0
 
 
@@ -167,7 +167,14 @@ class Campaign:
         for number in range(options.agents):
             proxy = await self._proxy()
             plan = Plan(
-                "", str(self.history_folder), str(options.seed), ROOMS, MEMORIES, PLAYERS, options.pause
+                name="",
+                folder=str(self.history_folder),
+                seed=str(options.seed),
+                rooms=ROOMS,
+                memories=MEMORIES,
+                players=PLAYERS,
+                pause=options.pause,
+                writes=1.0 if number % 2 else 0.1,  # every other one mostly listens
             )
             self.agents.append(
                 AgentParty(f"a{number}", self.settings, proxy, self.folder, plan, self._pass_on)
@@ -227,19 +234,19 @@ class Campaign:
     async def _lane(self, kinds: list[faults.Inject], rng: random.Random, until: float) -> None:
         deck: list[faults.Inject] = []
         while True:
-            pause = rng.uniform(0.3, 2.0)
+            pause = rng.uniform(0.5, 3.0)
             if time.monotonic() + pause >= until:
                 await asyncio.sleep(max(0.0, until - time.monotonic()))
                 return
             await asyncio.sleep(pause)
             if not deck:  # each kind once, in any order, and again
                 deck = rng.sample(kinds, len(kinds))
-            own = random.Random(rng.random())
+            inject, own = deck.pop(), random.Random(rng.random())
             try:
                 async with asyncio.timeout(30):
-                    await deck.pop()(self, own)
+                    await inject(self, own)
             except TimeoutError:
-                self.problems.append("a fault could not be injected within 30 s: somebody was never ready")
+                self.problems.append(f"{inject.__name__} was not done within 30 s: somebody was never ready")
 
     async def _tell_progress(self, until: float) -> None:
         began = time.monotonic()

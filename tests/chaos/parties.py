@@ -138,8 +138,7 @@ class Party:
         await asyncio.gather(self._task, return_exceptions=True)
 
     def _ask_to_end(self) -> None:
-        if self._process is not None and self._process.returncode is None:
-            self._process.terminate()
+        raise NotImplementedError
 
 
 class AgentParty(Party):
@@ -265,11 +264,19 @@ class WorkerParty(Party):
     def _applying(self) -> list[int]:
         if self._process is None or not self.ready.is_set():
             return []
-        parents = [self._process.pid]
-        if self._in_future:
-            parents = children(self._process.pid)
-        found = [pid for parent in parents for pid in children(parent)]
+        found = [pid for master in self._masters() for pid in children(master)]
         return [pid for pid in found if b"resource_tracker" not in _command(pid)]
+
+    def _masters(self) -> list[int]:
+        """Dramatiq's master: in a time namespace it is the child of what made that, which heeds no SIGTERM."""
+        assert self._process is not None
+        return children(self._process.pid) if self._in_future else [self._process.pid]
+
+    def _ask_to_end(self) -> None:
+        if self._process is not None and self._process.returncode is None:
+            for pid in self._masters():
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGTERM)
 
     def die_at(self, point: str) -> Path:
         """Have the next process that comes by there kill itself; the file that is gone once it does."""
