@@ -14,6 +14,7 @@ CHAOS_AHEAD: seconds by which the wall clock of these processes is ahead.
 from __future__ import annotations
 
 import os
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from mnemobus.store import merge
 from mnemobus_workers import broker
 from mnemobus_workers.apply import Applier
 from mnemobus_workers.broker import StreamConsumer
-from worker_process import die, send_one_of_many, wrap
+from worker_process import wrap
 
 from .clocks import set_ahead
 
@@ -41,18 +42,20 @@ def due(point: str) -> bool:
 
 def die_at(point: str) -> None:
     if due(point):
-        die()
+        os.kill(os.getpid(), signal.SIGKILL)
 
 
-def in_fan_out(link: ThreadedLink, calls: list[Any]) -> None:
+def die_in_fan_out(link: ThreadedLink, calls: list[Any]) -> None:
     if due("fan-out"):
-        send_one_of_many(link, calls)
+        fanout, keys, arguments = calls[0]
+        link._pipeline([("EVAL", fanout.source, len(keys), *keys, *arguments)])
+        os.kill(os.getpid(), signal.SIGKILL)
 
 
 set_ahead(float(os.environ.get("CHAOS_AHEAD", "0")))
 wrap(merge, "apply", after=lambda *_: die_at("transaction"))
 wrap(Applier, "_commit", after=lambda *_: die_at("commit"))
-wrap(ThreadedLink, "pipeline", before=in_fan_out)
+wrap(ThreadedLink, "pipeline", before=die_in_fan_out)
 wrap(StreamConsumer, "ack", before=lambda *_: die_at("ack"))
 
 __all__ = ["POINTS", "broker"]
