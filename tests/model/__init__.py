@@ -1,0 +1,1 @@
+"""The protocol on a small world, explored exhaustively; see README.md."""

@@ -1,0 +1,12 @@
+"""All worlds, by name."""
+
+from __future__ import annotations
+
+from .caches import Caches
+from .join import Join
+from .kernel import World
+from .publish import Publish
+from .store import Store
+from .workers import Workers
+
+WORLDS: dict[str, type[World]] = {world.name: world for world in (Publish, Workers, Store, Caches, Join)}
