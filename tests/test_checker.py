@@ -1,27 +1,31 @@
 """The checker of chaos runs: it finds nothing in a correct run, and whatever is planted there, and nothing else.
 
-Planted faults go into imagined runs (chaos/imagined.py), of several seeds. Cases that are allowed, though they look like
-faults, are small histories by hand: `Told` writes them as one would tell them.
+Planted faults go into imagined runs (chaos/imagined.py), of several seeds. What is allowed, though it looks like a
+fault, is told by hand, in a few records each; most of these say, too, what would not be allowed.
 """
 
 from __future__ import annotations
 
+import json
 import pickle
 import random
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from chaos.checker import check
+from chaos.checker import Report, check, main
 from chaos.happened import number
-from chaos.history import Applied, Final, Observed, Published, Read, Record, Write
+from chaos.history import Applied, Bounds, Fault, Final, History, Observed, Published, Read, Record, Write
 from chaos.imagined import Imagined
 
 ROOM = ("messages", "r")
@@ -573,6 +577,9 @@ def test_it_finds_what_is_planted_and_nothing_else(plant: Callable[[Run], Plante
     assert planted, "no run has a place for this"
 
 
+# What is allowed. Times are seconds; by 50 everything has long been heard by everyone.
+
+
 def _write(
     agent: str,
     at: float,
@@ -584,3 +591,369 @@ def _write(
     id: str = "m",
 ) -> Write:
     return Write(agent, at, at + 0.002, op, *room, id, value, "acked", version)
+
+
+def put(agent: str, at: float, value: str, version: str | None, **more: Any) -> Write:
+    return replace(_write(agent, at, "put", value, version), **more)
+
+
+def update(agent: str, at: float, value: str, version: str | None, **more: Any) -> Write:
+    return replace(_write(agent, at, "update", value, version), **more)
+
+
+def delete(agent: str, at: float, version: str | None, **more: Any) -> Write:
+    return replace(_write(agent, at, "delete", "", version), **more)
+
+
+def delete_room(agent: str, at: float, version: str | None, **more: Any) -> Write:
+    return replace(_write(agent, at, "delete_room", "", version, id=""), **more)
+
+
+def get(
+    agent: str, at: float, version: str = "", value: str = "", *, source: str = "local", **more: Any
+) -> Read:
+    seen = [["m", version, value]] if version else []
+    return replace(Read(agent, at, at + 0.001, M, 0, seen, source), **more)
+
+
+def heard(agent: str, at: float, *versions: str, scope: str = M) -> Applied:
+    return Applied(agent, at, [scope], list(versions))
+
+
+def entries(*writes: Write) -> list[list[str]]:
+    return [[w.version or "?", w.op, w.table, w.room, w.id, w.value] for w in writes]
+
+
+def row(version: str, value: str, id: str = "m") -> list[str]:
+    return [id, version, value, *ROOM]
+
+
+def judged(*records: Record, store: list[list[str]] | None = None, **end: Any) -> Report:
+    """A run of these records. The log has all acknowledged writes in the order of their versions, if not told."""
+    writes = sorted(
+        (r for r in records if isinstance(r, Write) and r.version), key=lambda w: number(w.version or "")
+    )
+    end.setdefault("log", entries(*writes))
+    return check(History(Bounds(2.0, 1.0, 1.0), [*records, Final(100.0, store=store or [], **end)]))
+
+
+def promises(report: Report) -> list[str]:
+    return [violation.promise for violation in report.violations]
+
+
+def test_a_write_of_unknown_outcome_may_have_happened() -> None:
+    # Given an update whose answer never came
+    first = put("a", 1, "a/1", "1-0")
+    lost = update("b", 2, "b/1", None, outcome="unknown", ended=None)
+    seen = get("c", 3, "2-0", "b/1", source="store")
+    # If it is seen, and in the log and the store, then it happened
+    log = [*entries(first), *entries(replace(lost, version="2-0"))]
+    assert judged(first, lost, seen, log=log, store=[row("2-0", "b/1")]).violations == ()
+    # And from then on it is to be kept
+    assert promises(judged(first, lost, seen, log=log, store=[row("1-0", "a/1")])) == ["G2"]
+    # If it is nowhere, then it did not
+    assert judged(first, lost, get("c", 50, "1-0", "a/1"), store=[row("1-0", "a/1")]).violations == ()
+
+
+def test_a_delete_of_unknown_outcome_may_be_why_a_memory_is_not_there() -> None:
+    first = put("a", 1, "a/1", "1-0")
+    nothing = get("c", 50, source="store")
+    lost = delete("b", 2, None, outcome="unknown", ended=None)
+    log = [*entries(first), ["2-0", "delete", *ROOM, "m", ""]]
+    assert judged(first, heard("c", 2, "1-0"), lost, nothing, log=log).violations == ()
+    # But not of one that began after the read, or was refused
+    late = replace(lost, began=60)
+    assert promises(judged(first, heard("c", 2, "1-0"), late, nothing, log=log)) == ["G4"]
+    refused = replace(lost, outcome="refused", ended=3)
+    assert "G7" in promises(judged(first, heard("c", 2, "1-0"), refused, nothing, log=log))
+
+
+def test_of_several_deletes_without_a_version_any_may_be_the_one_in_the_log() -> None:
+    first = put("a", 1, "a/1", "1-0")
+    waiting = delete("b", 2, None, outboxed=True)
+    lost = delete("c", 3, None, outcome="unknown", ended=None)
+    one, other = ["2-0", "delete", *ROOM, "m", ""], ["3-0", "delete", *ROOM, "m", ""]
+    assert judged(first, waiting, lost, log=[*entries(first), one]).violations == ()
+    assert judged(first, waiting, lost, log=[*entries(first), one, other]).violations == ()
+    # But more than were made are too many, and fewer than were acknowledged are too few
+    third = ["4-0", "delete", *ROOM, "m", ""]
+    assert promises(judged(first, waiting, lost, log=[*entries(first), one, other, third])) == ["G1"]
+    second = delete("c", 3, None, outboxed=True)
+    assert promises(judged(first, waiting, second, log=[*entries(first), one])) == ["G1"]
+
+
+def test_g5_an_answer_that_is_marked_stale_may_be_as_old_as_it_likes() -> None:
+    first, second = put("a", 1, "a/1", "1-0"), update("a", 2, "a/2", "2-0")
+    known = heard("c", 3, "2-0")
+    old = get("c", 50, "1-0", "a/1", stale=True)
+    assert judged(first, second, known, old, store=[row("2-0", "a/2")]).violations == ()
+    assert promises(judged(first, second, known, replace(old, stale=False), store=[row("2-0", "a/2")])) == [
+        "G4"
+    ]
+
+
+def test_g5_what_others_read_may_be_old_within_the_bound() -> None:
+    first, second = put("a", 1, "a/1", "1-0"), update("a", 2, "a/2", "2-0")
+    known = heard("b", 10, "2-0")
+    store = [row("2-0", "a/2")]
+    report = judged(first, second, known, get("c", 10 + BOUND - 0.01, "1-0", "a/1"), store=store)
+    assert report.violations == ()
+    # And how old it was is told
+    assert report.longest_staleness == pytest.approx(BOUND - 0.01)
+    late = judged(first, second, known, get("c", 10 + BOUND + 0.01, "1-0", "a/1"), store=store)
+    assert (promises(late), late.beyond_bound) == (["G5"], 1)
+
+
+def test_g5_what_workers_have_not_committed_is_not_stale() -> None:
+    # Given that no worker was there for a minute
+    first, second = put("a", 1, "a/1", "1-0"), update("a", 2, "a/2", "2-0")
+    old = [get("c", at, "1-0", "a/1", source=source) for at, source in ((20, "store"), (60, "local"))]
+    known = heard("c", 61, "2-0")
+    store = [row("2-0", "a/2")]
+    # Then what others read is as old as the store
+    report = judged(first, second, *old, known, get("c", 61.1, "2-0", "a/2"), store=store)
+    assert (report.violations, report.longest_staleness) == ((), 0.0)
+    # But who wrote it is told that it is old
+    own = get("a", 30, "1-0", "a/1")
+    assert judged(first, second, known, replace(own, stale=True), store=store).violations == ()
+    assert promises(judged(first, second, known, own, store=store)) == ["G6"]
+
+
+def test_g5_what_was_seen_counts_as_heard_only_where_the_run_bounds_the_time_between() -> None:
+    # Given a worker that died after its commit: somebody has seen what nobody has heard of
+    first, second = put("a", 1, "a/1", "1-0"), update("a", 2, "a/2", "2-0")
+    seen, old = get("b", 3, "2-0", "a/2", source="store"), get("c", 20, "1-0", "a/1")
+    report = judged(first, second, seen, old, store=[row("2-0", "a/2")])
+    assert (report.violations, report.longest_staleness) == ((), 0.0)
+    assert report.longest_since_seen == pytest.approx(20 - 3.001)
+
+
+def test_g6_a_read_that_overlaps_the_write_may_miss_it() -> None:
+    first, second = put("a", 1, "a/1", "1-0"), update("a", 2, "a/2", "2-0", ended=2.5)
+    before = get("a", 2.4, "1-0", "a/1", ended=4.0)
+    assert judged(first, second, before, store=[row("2-0", "a/2")]).violations == ()
+    after = get("a", 2.51, "1-0", "a/1")
+    assert promises(judged(first, second, after, store=[row("2-0", "a/2")])) == ["G6"]
+
+
+def test_g6_a_token_hands_on_what_was_acknowledged_when_it_was_made() -> None:
+    first, second = put("a", 1, "a/1", "1-0"), update("a", 2, "a/2", "2-0")
+    old = get("b", 5, "1-0", "a/1")
+    store = [row("2-0", "a/2")]
+    assert judged(first, second, Observed("b", 4, "a", 1.5), old, store=store).violations == ()
+    assert promises(judged(first, second, Observed("b", 4, "a", 2.5), old, store=store)) == ["G6"]
+    assert judged(first, second, Observed("b", 6, "a", 2.5), old, store=store).violations == ()
+
+
+def test_g6_does_not_hold_for_what_redis_forgot() -> None:
+    # Given that Redis was emptied while an update was on its way, which a worker had already
+    first, second = put("a", 1, "a/1", "1-0"), update("a", 2, "a/2", "2-0")
+    emptied = Fault("emptied", "redis", 2.1, 2.2, loses_log=True)
+    old = get("a", 3, "1-0", "a/1", source="store")
+    store = [row("2-0", "a/2")]
+    assert judged(first, second, emptied, old, store=store, lost_log=True).violations == ()
+    # But for what was written, or read, on one side of it, it does
+    early = get("a", 2.05, "1-0", "a/1")
+    assert promises(judged(first, second, emptied, early, store=store, lost_log=True)) == ["G6"]
+    emptied = replace(emptied, began=1.5, ended=1.6)
+    assert promises(judged(first, second, emptied, old, store=store, lost_log=True)) == ["G6"]
+
+
+def test_g1_what_redis_lost_with_its_log_may_be_in_the_store_or_not() -> None:
+    first, second = put("a", 1, "a/1", "1-0"), update("a", 2, "a/2", "2-0")
+    for row_ in (row("1-0", "a/1"), row("2-0", "a/2")):
+        assert judged(first, second, store=[row_], log=entries(first), lost_log=True).violations == ()
+    assert judged(first, second, store=[], log=[], lost_log=True).lost_with_log == 2
+    # But not what somebody has seen
+    seen = get("b", 3, "2-0", "a/2", source="store")
+    assert promises(judged(first, second, seen, store=[row("1-0", "a/1")], log=[], lost_log=True)) == ["G1"]
+    # Nor what the log has, unless it is said to be lost
+    both = entries(first, second)
+    assert promises(judged(first, second, store=[row("1-0", "a/1")], log=both, lost_log=True)) == ["G2"]
+    lost = both[1:]
+    assert (
+        judged(first, second, store=[row("1-0", "a/1")], log=both, lost=lost, lost_log=True).violations == ()
+    )
+
+
+def test_g1_a_write_that_redis_forgot_before_it_answered_may_be_there_twice() -> None:
+    write = put("a", 1, "a/1", "5-0", ended=4.0)
+    emptied = Fault("emptied", "redis", 2, 3, loses_log=True)
+    seen = get("b", 1.5, "1-0", "a/1", source="store")
+    store = [row("5-0", "a/1")]
+    assert judged(write, emptied, seen, store=store, lost_log=True).violations == ()
+    assert promises(judged(write, seen, store=store)) == ["G1"]
+
+
+def test_g1_a_log_may_be_trimmed_but_only_from_its_beginning() -> None:
+    writes = [put("a", n, f"a/{n}", f"{n}-0", number=n) for n in (1, 2, 3)]
+    store = [row("3-0", "a/3")]
+    assert judged(*writes, log=entries(*writes[1:]), store=store).violations == ()
+    assert promises(judged(*writes, log=entries(writes[0], writes[2]), store=store)) == ["G1"]
+
+
+def test_g1_a_dead_letter_may_be_expected() -> None:
+    write = put("a", 1, "a/1", "1-0")
+    assert judged(write, dead=["1-0"], poison=["1-0"]).violations == ()
+    assert promises(judged(write, dead=["1-0"])) == ["G1"]
+    # And one of a write that nobody knows of is one, too
+    assert promises(judged(dead=["7-0"])) == ["G1"]
+
+
+def test_g2_an_update_below_a_later_put_leaves_no_trace() -> None:
+    first, late = put("a", 1, "a/1", "1-0"), update("b", 2, "b/1", "2-0")
+    whole = put("a", 2, "a/2", "3-0")
+    assert judged(first, late, whole, store=[row("3-0", "a/2")]).violations == ()
+    assert promises(judged(first, late, whole, store=[row("2-0", "b/1")])) == ["G2"]
+
+
+def test_g3_a_memory_may_be_put_back_but_not_updated_back() -> None:
+    first, gone = put("a", 1, "a/1", "1-0"), delete("a", 2, "2-0")
+    again, known = put("b", 3, "b/1", "3-0"), heard("c", 3, "2-0")
+    seen = get("c", 50, "3-0", "b/1", source="store")
+    assert judged(first, gone, again, known, seen, store=[row("3-0", "b/1")]).violations == ()
+    assert promises(judged(first, gone, again, known)) == ["G1"]
+    late = replace(again, op="update")
+    assert judged(first, gone, late, known).violations == ()
+    assert promises(judged(first, gone, late, known, seen)) == ["G4"]
+    assert promises(judged(first, gone, late, known, store=[row("3-0", "b/1")])) == ["G3"]
+
+
+def test_g3_the_deletion_of_a_room_ends_what_was_put_before_and_nothing_else() -> None:
+    inside, gone = put("a", 1, "a/1", "1-0"), delete_room("b", 2, "2-0")
+    after = put("a", 3, "a/2", "3-0", id="n")
+    table = put("a", 1, "a/3", "1-0", id="o", room="elsewhere")
+    store = [row("3-0", "a/2", "n"), ["o", "1-0", "a/3", "messages", "elsewhere"]]
+    assert judged(inside, gone, after, table, store=store).violations == ()
+    assert promises(judged(inside, gone, after, table, store=[*store, row("1-0", "a/1")])) == ["G3"]
+    # And who hears of it in the room is not to find any of it there
+    seen = [["m", "1-0", "a/1"], ["n", "3-0", "a/2"]]
+    read = Read("c", 4, 4.1, R, 20, seen, "shared")
+    report = judged(inside, gone, after, table, heard("c", 3.5, "2-0", scope=R), read, store=store)
+    assert promises(report) == ["G4"]
+
+
+def test_a_listing_that_is_full_may_leave_memories_out() -> None:
+    writes = [put("a", n, f"a/{n}", f"{n}-0", id=f"m{n}", number=n) for n in (1, 2, 3)]
+    known = heard("b", 4, "1-0", "2-0", "3-0", scope=R)
+    store = [row(f"{n}-0", f"a/{n}", f"m{n}") for n in (1, 2, 3)]
+    read = Read("b", 50, 50.1, R, 2, [e[:3] for e in store[1:]], "local")
+    assert judged(*writes, known, read, store=store).violations == ()
+    assert promises(judged(*writes, known, replace(read, limit=3), store=store)) == ["G4"]
+
+
+def test_g2_a_read_that_shares_a_load_is_as_old_as_the_load() -> None:
+    first, second = put("a", 1, "a/1", "1-0"), update("a", 2, "a/2", "2-0")
+    # Given a slow load that began before somebody saw the update
+    slow = get("c", 2.5, "1-0", "a/1", source="store", ended=4.0)
+    seen = get("b", 3, "2-0", "a/2", source="store")
+    # Then who joined it may get what it found
+    joined = get("c", 3.5, "1-0", "a/1", source="store", ended=4.0)
+    store = [row("2-0", "a/2")]
+    assert judged(first, second, slow, seen, joined, store=store).violations == ()
+    assert promises(judged(first, second, seen, joined, store=store)) == ["G2"]
+
+
+def test_a_failed_read_and_an_agent_of_which_nothing_is_left_prove_nothing() -> None:
+    first = put("a", 1, "a/1", "1-0")
+    failed = get("a", 50, error="StoreUnavailable: away")
+    report = judged(first, failed, store=[row("1-0", "a/1")])
+    assert (report.violations, report.failed_reads) == ((), 1)
+
+
+def test_two_partitions_may_give_the_same_version() -> None:
+    one = put("a", 1, "a/1", "1-0", number=1)
+    other = put("a", 2, "a/2", "1-0", id="n", room="elsewhere", number=2)
+    store = [row("1-0", "a/1"), ["n", "1-0", "a/2", "messages", "elsewhere"]]
+    # If an invalidation names one of them, then nobody is to have heard of the other
+    reads = [get("b", 5, "1-0", "a/1"), Read("b", 5, 5.1, "id:n", 0, [], "local")]
+    assert judged(one, other, heard("b", 3, "1-0"), *reads, store=store).violations == ()
+
+
+# What it tells
+
+
+def test_it_counts_what_there_was() -> None:
+    writes = [
+        put("a", 1, "a/1", "1-0", number=1),
+        put("a", 2, "a/2", None, number=2, outcome="refused"),
+        update("a", 3, "a/3", None, number=3, outcome="unknown", ended=None),
+        delete("a", 4, None, number=4, outcome="missing"),
+        update("a", 5, "a/4", None, number=5, outboxed=True),
+    ]
+    reads = [
+        get("b", 6),
+        get("b", 7, "1-0", "a/1", source="store"),
+        get("b", 8, stale=True),
+        get("b", 9, error="no"),
+    ]
+    faults = [Fault("cut", "a", 2, 3), Fault("cut", "b", 8, 10), Fault("killed", "w", 3)]
+    log = [*entries(writes[0]), ["2-0", "update", *ROOM, "m", "a/4"]]
+    last = get("b", 12, "1-0", "a/1")
+    now = get("b", 13, "2-0", "a/4")
+    report = judged(
+        *writes, *reads, *faults, last, now, heard("b", 5.5, "1-0"), log=log, store=[row("2-0", "a/4")]
+    )
+    assert report.violations == () or promises(report) == ["G4"]
+    assert (report.writes, report.acknowledged, report.unknown, report.refused, report.outboxed) == (
+        5,
+        2,
+        1,
+        2,
+        1,
+    )
+    assert (report.reads, report.stale_reads, report.failed_reads) == (6, 1, 1)
+    assert report.reads_by_source == {"local": 4, "store": 1}
+    assert report.faults == {"cut": 2, "killed": 1}
+    assert (report.invalidations, report.seconds) == (1, 99.0)
+    # From the end of the last fault until the last answer that was not as in the end
+    assert report.converged_after == pytest.approx(2.001)
+
+
+def test_a_violation_that_lasts_is_told_once() -> None:
+    first, second = put("a", 1, "a/1", "1-0"), update("a", 2, "a/2", "2-0")
+    old = [get("c", 50 + n, "1-0", "a/1") for n in range(30)]
+    report = judged(first, second, heard("c", 3, "2-0"), *old, store=[row("2-0", "a/2")])
+    [violation] = report.violations
+    assert (violation.times, violation.records[-1], report.beyond_bound) == (30, old[0], 30)
+    assert str(violation).splitlines()[0] == (
+        "G4: c saw m at an older version than the update of version 2-0, whose invalidation it had applied"
+        " (30 times; the first is shown)"
+    )
+
+
+def command(folder: Path) -> subprocess.CompletedProcess[str]:
+    script = Path(__file__).parent / "chaos" / "checker.py"
+    return subprocess.run([sys.executable, script, folder], capture_output=True, text=True, timeout=60)
+
+
+def test_the_command_prints_the_report_and_what_was_not_kept(tmp_path: Path) -> None:
+    # Given the records of a correct run, then it says so
+    run = Run(1)
+    run.history.save(tmp_path)
+    done = command(tmp_path)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "violations          0\n" in done.stdout
+    # If a write is lost, then it says which
+    assert lost_write(run) is not None
+    run.history.save(tmp_path)
+    done = command(tmp_path)
+    assert done.returncode == 1
+    assert "acknowledged lost   1\n" in done.stdout
+    assert "is not in the store, and nobody deleted it\n" in done.stdout
+
+
+def test_a_line_that_a_kill_cut_short_is_left_out_and_any_other_is_not(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    # Given an agent that was killed in the midst of a write, and of the line that says so
+    run = Run(1)
+    run.history.save(tmp_path)
+    meant = put("killed", 101, "killed/1", None, outcome="unknown", ended=None, number=1)
+    line = json.dumps({name: getattr(meant, name) for name in meant.__dataclass_fields__})
+    (tmp_path / "killed.jsonl").write_text(f"{line}\n{line[:-20]}")
+    assert main([str(tmp_path)]) == 0
+    # If a line is cut in the middle of the file, then the records are no good
+    (tmp_path / "killed.jsonl").write_text(f"{line[:-20]}\n{line}\n")
+    assert main([str(tmp_path)]) == 1
+    assert "can't be read: killed.jsonl, line 1: " in capsys.readouterr().out
