@@ -30,7 +30,7 @@ Connect = Callable[..., mnemobus.Bus]
 StartAgent = Callable[..., AgentProcess]
 StartCommand = Callable[..., Command]
 MARKS = (0.2, 0.4, 0.6)
-QUICK = ("--marks", ",".join(map(str, MARKS)), "--patience", "0.5")
+QUICK = ("--marks", ",".join(map(str, MARKS)), "--patience", "5")
 ROOM = room_scope("messages", "r1")
 
 
@@ -68,13 +68,18 @@ async def watching(command: StartCommand, settings: Settings, *options: str) -> 
 
 @asynccontextmanager
 async def verifying(
-    settings: Settings, seconds: float, *, to_the_end: bool = True
+    settings: Settings,
+    seconds: float,
+    *,
+    marks: tuple[float, ...] = MARKS,
+    patience: float = 5.0,
+    to_the_end: bool = True,
 ) -> AsyncIterator[Verifier]:
     """The same in this process; it is done, or cancelled, when the block is left."""
     reader = open_reader(settings)
     await reader.open()
     async with looking_at(settings) as client:
-        verifier = Verifier(settings, client, reader, MARKS, 0.5)
+        verifier = Verifier(settings, client, reader, marks, patience)
         task = asyncio.create_task(verifier.run(seconds))
         try:
             await eventually(lambda: verifier.watching.is_set() or task.done())
@@ -180,16 +185,13 @@ async def test_g5_older_is_also_what_lacks_a_new_memory_or_has_a_deleted_one(
 async def test_an_agent_that_is_paused_is_silent_and_not_consistent(
     settings: Settings, pool: Settings, agent: StartAgent, connect: Connect, command: StartCommand
 ) -> None:
-    # Given an agent that is paused, one that goes, and one that writes
+    # Given an agent that is paused, and one that writes
     paused = agent(settings)
-    gone = connect()
-    await gone.open()
     async with connect() as writer:
         paused.pause()
-        verify = await watching(command, settings, "--seconds", "0.3")
-        assert "3 agents there" in verify.err
+        verify = await watching(command, settings, "--seconds", "0.3", "--patience", "0.7")
+        assert "2 agents there" in verify.err
         await writer.write(said("x"), durability="committed")
-        await gone.close()
         status = await asyncio.to_thread(lambda: verify.status)
         paused.resume()
     # Then the paused one is silent at every mark, and that is not well
@@ -201,6 +203,45 @@ async def test_an_agent_that_is_paused_is_silent_and_not_consistent(
         assert "100 %" not in line
     assert " was silent 6 times: it is paused, busy or cut off" in lines[4]
     assert len(lines) == 5
+
+
+async def test_an_agent_that_goes_instead_of_answering_is_not_silent(
+    settings: Settings, pool: Settings, agent: StartAgent, connect: Connect
+) -> None:
+    # Given an agent that has been asked, and will not answer
+    gone = agent(settings)
+    gone.pause()
+    async with connect() as writer, verifying(settings, 0.1, patience=1) as verifier:
+        await writer.write(said("x"), durability="committed")
+        await eventually(lambda: verifier._open)
+        # When it is killed
+        gone.kill()
+    # Then nobody counts it, there or later
+    assert verifier.report()["ok"]
+    assert [(mark.asked, mark.silent) for mark in verifier.marks] == [(2, 0)] * 3
+
+
+async def test_who_could_not_hear_an_answer_does_not_call_an_agent_silent(
+    settings: Settings, pool: Settings, agent: StartAgent, connect: Connect, client: redis.asyncio.Redis
+) -> None:
+    async def listeners() -> set[str]:
+        return {one["id"] for one in await client.client_list("pubsub")}
+
+    # Given an agent that has been asked, and has not answered yet
+    paused = agent(settings)
+    async with connect() as writer:
+        before = await listeners()
+        async with verifying(settings, 0.1, marks=(0.2,), patience=1) as verifier:
+            [own] = await listeners() - before
+            paused.pause()
+            await writer.write(said("x"), durability="committed")
+            await eventually(lambda: len(verifier._open) == 2)
+            # When the connection breaks that the answers would come on
+            await client.client_kill_filter(_id=own)
+        paused.resume()
+    # Then it is not known what the agent holds, and not said either
+    assert verifier.unknown == 2
+    assert verifier.silent == {}
 
 
 async def test_without_agents_or_writes_it_says_so(
@@ -270,7 +311,7 @@ async def test_it_goes_on_when_redis_is_back(
     settings = settings.model_copy(update={"redis_url": server.url})
     async with connect(redis_url=server.url) as bus:
         with pool_of(settings):
-            async with verifying(settings, 600, to_the_end=False) as verifier:
+            async with verifying(settings, 600, patience=1, to_the_end=False) as verifier:
                 await bus.write(said("x"), durability="committed")
                 await eventually(lambda: verifier.followed == 2)
                 # When Redis is away while agents are to be asked
@@ -395,36 +436,33 @@ async def test_answers_are_told_whole_or_not_at_all(
         assert sorted(map(len, answer.holds.values())) == [10, MAX_TOLD // 2]
 
 
-@pytest.mark.parametrize(
-    "garbage",
-    [
-        b"garbage",
-        b"{}",
-        b"[]",
-        b'"x"',
-        b"\xff\x00",
-        b"",
-        b'{"ask": "1", "scope": "id:x", "reply": "R"}',
-        b'{"ask": 1, "scope": 5, "reply": "R"}',
-        b'{"ask": 1, "scope": "id:x"}',
-        b'{"ask": 1, "scope": "id:x", "reply": "{elsewhere}:f1:feed"}',
-        b'{"ask": 1, "scope": "' + b"x" * 5000 + b'", "reply": "R"}',
-    ],
-)
+GARBAGE = [
+    b"garbage",
+    b"{}",
+    b"[]",
+    b'"x"',
+    b"\xff\x00",
+    b"",
+    b'{"ask": "1", "scope": "id:x", "reply": "R"}',
+    b'{"ask": 1, "scope": 5, "reply": "R"}',
+    b'{"ask": 1, "scope": "id:x"}',
+    b'{"ask": 1, "scope": "id:x", "reply": "{elsewhere}:f1:feed"}',
+    b'{"ask": 1, "scope": "' + b"x" * 5000 + b'", "reply": "R"}',
+]
+
+
 async def test_garbage_on_an_agents_channel_is_counted_and_does_no_harm(
-    pool: Settings,
-    connect: Connect,
-    client: redis.asyncio.Redis,
-    caplog: pytest.LogCaptureFixture,
-    garbage: bytes,
+    pool: Settings, connect: Connect, client: redis.asyncio.Redis, caplog: pytest.LogCaptureFixture
 ) -> None:
     async with connect() as bus, Asker(client, bus) as asker:
-        await client.publish(asker.to, garbage.replace(b'"R"', json.dumps(asker.reply).encode()))
-        await eventually(lambda: bus.stats().bad_messages == 1)
-        assert "is not one of the feed" in caplog.text
-        # and it goes on
-        assert (await asker.ask("id:x")).holds == {}
-        assert bus.stats().bad_messages == 1
+        for number, garbage in enumerate(GARBAGE, 1):
+            caplog.clear()
+            await client.publish(asker.to, garbage.replace(b'"R"', json.dumps(asker.reply).encode()))
+            await eventually(lambda number=number: bus.stats().bad_messages == number)
+            assert "is not one of the feed" in caplog.text, garbage
+            # and it goes on
+            assert (await asker.ask("id:x")).holds == {}
+        assert bus.stats().bad_messages == len(GARBAGE)
         assert bus.stats().restarted_tasks == 0
         assert bus.stats().reconnects == 0
 
