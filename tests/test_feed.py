@@ -535,3 +535,30 @@ async def test_g5_a_feed_that_vanishes_before_its_replay_drops_the_partition(
         replayed = await eventually(lambda: [s for s in after if s.replays > before.replays])
         # Then everything is dropped before that heartbeat counts as good
         assert replayed[0].drops == before.drops + 1
+
+
+@pytest.mark.parametrize("loss", ["flush", "restart"])
+async def test_g1_a_write_that_redis_lost_is_not_reported_as_committed(
+    own_redis: Any, settings: Settings, pool_of: Any, loss: str
+) -> None:
+    server: RedisServer = own_redis()
+    settings = settings.model_copy(update={"redis_url": server.url})
+    async with mnemobus.connect(**settings.model_dump()) as bus:
+        # Given a write that no worker has seen yet
+        receipt = await bus.write(said("lost"))
+        # When Redis loses it
+        if loss == "flush":
+            async with redis.asyncio.Redis.from_url(server.url) as client:
+                await client.flushall()
+        else:
+            server.restart(empty=True)
+        await eventually(lambda: bus.stats().epochs == 1)
+        with pool_of(settings):
+            # and goes on with others, so that the log is applied far beyond its version
+            await bus.write(said("next"), durability="committed")
+            # Then its writer is not told that the store has it
+            with pytest.raises(
+                mnemobus.NotCommitted, match=r"no longer in the log: Redis was flushed, or restarted"
+            ):
+                await receipt.committed()
+            assert [m.content["text"] for m in await bus.recent("messages", room="r1")] == ["next"]

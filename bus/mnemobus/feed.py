@@ -146,8 +146,6 @@ class Feed:
         self._heard = clock()
         self._tasks: set[asyncio.Task[None]] = set()
         self._wake = asyncio.Event()
-        self._log_in_doubt = False
-        """Whether Redis may have lost writes of this bus since it was last asked."""
         self._answering = 0
         self._beats = 0
         self._beaten = asyncio.Condition()
@@ -464,13 +462,13 @@ class Feed:
                 elif before is not None and head < before:
                     self._reset(partition, head)
             await self._catch_up([(partition, head) for partition, _, head in heads])
-            if self._log_in_doubt:
+            if self._marks.in_doubt:
                 missing = await self._marks.forget_missing()
                 if missing:
                     logger.error(
                         "Redis was flushed or lost data: %d writes may be lost with its log", missing
                     )
-                self._log_in_doubt = epoch != self._link.epoch
+                self._marks.in_doubt = epoch != self._link.epoch
             await self._marks.beat()
             await self._look_after_link()
             if epoch == self._link.epoch:
@@ -550,7 +548,7 @@ class Feed:
     def _on_epoch(self, epoch: str) -> None:
         """Everything may have changed without a word."""
         self._local.clear()
-        self._log_in_doubt = True
+        self._marks.in_doubt = True
         for partition in self._partitions.values():
             partition.position = None
             partition.early.clear()

@@ -22,7 +22,7 @@ from contextlib import suppress
 from itertools import islice
 from typing import NamedTuple, TypeVar
 
-from .connection import AWAY, Call, Link, script
+from .connection import AWAY, Call, Command, Link, script
 from .errors import NotCommitted, WriteRejected
 from .keys import APPLY_GROUP, Version
 from .tasks import end
@@ -63,11 +63,12 @@ class Write:
     """One write of this bus that is in the log, or in the outbox on its way there.
 
     version  None while it is in the outbox
-    applied   whether its fate is known: the store has it, or it went to the dead letters
-    rejected  why it went there, or None
+    applied   whether its fate is known: the store has it, or it went to the dead letters, or Redis lost it
+    rejected  why it went to the dead letters, or None
+    lost      whether Redis lost it before it was known to be applied
     """
 
-    __slots__ = ("applied", "partition", "rejected", "scopes", "version", "waiters")
+    __slots__ = ("applied", "lost", "partition", "rejected", "scopes", "version", "waiters")
 
     def __init__(self, partition: int, version: Version | None, scopes: Iterable[str]) -> None:
         self.partition = partition
@@ -76,12 +77,13 @@ class Write:
         """Those that it still marks."""
         self.applied = False
         self.rejected: str | None = None
+        self.lost = False
         self.waiters: list[asyncio.Future[None]] = []
 
-    def settle(self, rejected: str | None) -> None:
+    def settle(self, rejected: str | None, *, lost: bool = False) -> None:
         if self.applied:
             return
-        self.applied, self.rejected = True, rejected
+        self.applied, self.rejected, self.lost = True, rejected, lost
         waiters, self.waiters = self.waiters, []
         for done in waiters:
             if not done.done():
@@ -118,6 +120,9 @@ class Marks:
         self._settling: Counter[str] = Counter()
         self._letters: dict[int, _Letters] = {}
         self._changed = asyncio.Event()
+        self.in_doubt = False
+        """Whether Redis may have lost writes of this bus. Until `forget_missing` has looked, it is not believed when it
+        says what is applied: what is not in the log any more looks as if it had been."""
         self._poller: asyncio.Task[None] | None = None
         self._pause = _POLL[0]
 
@@ -201,7 +206,8 @@ class Marks:
     async def wait(self, write: Write, timeout: float) -> None:
         """Return once the event is applied.
 
-        NotCommitted after ``timeout`` seconds; WriteRejected if a worker said that it went to the dead letters.
+        NotCommitted after ``timeout`` seconds, or if Redis lost it; WriteRejected if a worker said that it went to the
+        dead letters.
         """
         if not write.applied:
             done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
@@ -225,6 +231,11 @@ class Marks:
                 with suppress(ValueError):
                     write.waiters.remove(done)
                 _release(self._waiting, write)
+        if write.lost:
+            raise NotCommitted(
+                f"version {write.version} of log partition {write.partition} is no longer in the log: Redis was"
+                " flushed, or restarted without it. Unless a worker had it already, it will not get into the store"
+            )
         if write.rejected is not None:
             raise WriteRejected(
                 f"the write of version {write.version} could not be applied and is in the dead letters:"
@@ -297,8 +308,17 @@ class Marks:
     async def _learn(self, named: dict[int, list[Write]]) -> list[Applied]:
         """Ask about log partitions, and about these writes of theirs, and settle what the answer settles."""
         named = {partition: writes[:_ASKED] for partition, writes in named.items()}
-        calls = [self._question(partition, writes) for partition, writes in named.items()]
-        answers = await self._link.pipeline(calls, client=self._link.probe)
+        calls: list[Call | Command] = [
+            self._question(partition, writes) for partition, writes in named.items()
+        ]
+        epoch = self._link.epoch
+        *answers, current = await self._link.pipeline(
+            [*calls, ("HGET", self._link.keys.epoch, "epoch")], client=self._link.probe
+        )
+        if self.in_doubt or epoch != self._link.epoch or current != epoch.encode():
+            raise TimeoutError(
+                "Redis restarted or was flushed: what it says of earlier writes has to be checked first"
+            )
         states = []
         for (partition, asked), answer in zip(named.items(), answers, strict=True):
             if isinstance(answer, Exception):
@@ -351,6 +371,7 @@ class Marks:
                         raise entries
                     if not entries:
                         missing += 1
+                        write.settle(None, lost=True)
                         self._unmark(write, list(write.scopes))
         return missing
 
