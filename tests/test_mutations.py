@@ -140,7 +140,7 @@ MUTATIONS = [
     ),
     Mutation(
         "the own-write mark (G6)",
-        "bus/mnemobus/bus.py",
+        "bus/mnemobus/tiers.py",
         "        stale = plan.scope in self._marks and not await self._wait_for_own_writes(plan.scope)\n",
         "        stale = False\n",
         "test_bus.py::test_g6_a_bus_reads_its_own_writes_in_every_query",

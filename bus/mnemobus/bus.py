@@ -1,7 +1,7 @@
 """The public face: one `Bus` per process, opened by `connect`.
 
 A write goes to the log (log.py) and leaves marks on what it touches (marks.py). A read looks in this process
-(local.py), then in Redis (shared.py), then in the store (store/). The feed (feed.py) drops what went stale.
+(local.py), then goes on to Redis and the store (tiers.py). The feed (feed.py) drops what went stale.
 """
 
 from __future__ import annotations
@@ -75,9 +75,10 @@ from .query import (
 )
 from .settings import Settings
 from .shadow import Shadow
-from .shared import Lease, SharedCache
+from .shared import SharedCache
 from .stats import Health, Stats
 from .store import open_reader
+from .tiers import Tiers
 
 logger = logging.getLogger("mnemobus")
 
@@ -86,8 +87,6 @@ MAX_LIMIT = 10_000
 """Memories that one query returns at most."""
 _KNOWN_DIMENSIONS = 10_000
 """Memories whose dimensions a bus remembers."""
-_JOIN_PATIENCE = 0.05
-"""Seconds that a read waits for its feed partition; without it the read is not cached."""
 
 
 class _Keep:
@@ -160,6 +159,7 @@ class Bus:
         self._shared = SharedCache(self._link, settings.lease)
         self._marks = Marks(self._link)
         self._feed = Feed(self._link, self._local, self._marks, self.id)
+        self._tiers = Tiers(settings, self._link.keys, self._local, self._shared, self._feed, self._marks)
         self._shadow = Shadow(settings, self._ask, self._local, self._shared, self._marks)
         self._outbox = (
             None if settings.outbox == "off" else Outbox(self._link, self.id, self._kept, self._published)
@@ -174,11 +174,6 @@ class Bus:
         self._seen: dict[int, Version] = {}
         """The last version that this bus wrote or observed, by log partition: its token."""
         self._state = "new"
-        self._misses = 0
-        self._shared_loads = 0
-        self._stale_reads = 0
-        self._own_write_waits = 0
-        self._own_write_timeouts = 0
         self._epochs = 0
         self._link.on_epoch.append(self._count_epoch)
 
@@ -593,81 +588,10 @@ class Bus:
 
     async def _read(self, plan: Plan) -> Any:
         self._check_open()
-        stale = plan.scope in self._marks and not await self._wait_for_own_writes(plan.scope)
-        partition = self._link.keys.feed_partition(plan.scope)
-        joined = await self._feed.join(partition, _JOIN_PATIENCE)
-        if joined and not stale and plan.scope not in self._marks:
-            bucket = self._local.open(plan.scope, partition, self.settings.ttl(plan.table))
-        else:
-            bucket = self._local.orphan(plan.scope, partition)
-        load = bucket.loads.get(plan.key)
-        if load is None:
-            load = asyncio.create_task(self._load(plan, bucket))
-            bucket.loads[plan.key] = load
-            load.add_done_callback(lambda done: _forget_load(bucket, plan.key, done))
-        else:
-            self._shared_loads += 1
-        found, source, last_known = await asyncio.shield(load)
-        stale = stale or last_known
-        self._stale_reads += stale
-        return plan.show(found, source, stale)
-
-    async def _wait_for_own_writes(self, scope: str) -> bool:
-        """Whether the writes of this bus that touch a scope are in the store, after waiting for it."""
-        self._own_write_waits += 1
-        await self._feed.join(self._link.keys.feed_partition(scope), 0)
-        if await self._marks.settle(scope):
-            return True
-        self._own_write_timeouts += 1
-        return False
-
-    async def _load(self, plan: Plan, bucket: Any) -> tuple[Any, str, bool]:
-        """What is found for a query beyond L1: (found, source, whether it is only the last known copy)."""
-        lease: Lease | None = None
-        if self._feed.reachable:
-            try:
-                reply = await self._shared.lookup(plan.scope, plan.field, self.settings.ttl(plan.table))
-                if isinstance(reply, bytes):
-                    found = await self._unpack(plan, reply)
-                    if found is not MISS:
-                        self._cache(plan, bucket, found, len(reply))
-                        return found, "shared", False
-                else:
-                    lease = reply
-            except (*AWAY, SettingsError) as error:
-                self._feed.suspect(error)
-            except RedisError as error:
-                logger.warning("the shared cache can't be used: %s", error)
-        try:
-            found = await plan.find()
-        except StoreUnavailable:
-            last = self._local.last_known(plan.scope, plan.key)
-            if last is MISS:
-                raise
-            return last, "local", True
-        self._misses += 1
-        packed = plan.pack(found)
-        self._cache(plan, bucket, found, len(packed))
-        if lease is not None:
-            try:
-                await self._shared.fill(lease, packed)
-            except (*AWAY, SettingsError) as error:
-                self._feed.suspect(error)
-        return found, "store", False
-
-    async def _unpack(self, plan: Plan, packed: bytes) -> Any:
-        try:
-            return plan.unpack(packed)
-        except (ValueError, TypeError, KeyError) as error:
-            logger.error("a shared result for %s makes no sense (%s): dropping it", plan.scope, error)
-            await self._shared.discard(plan.scope)
-            return MISS
+        return await self._tiers.read(plan)
 
     async def _ask(self, question: Question) -> list[Row] | int:
         return await question.ask(self._reader)
-
-    def _cache(self, plan: Plan, bucket: Any, found: Any, size: int) -> None:
-        self._local.put(bucket, plan.key, plan.show(found, "local", False), size)
 
     # Across agents
 
@@ -736,15 +660,15 @@ class Bus:
 
     def stats(self) -> Stats:
         """Figures since the bus was opened."""
-        local, shared, feed = self._local, self._shared, self._feed
+        local, shared, feed, tiers = self._local, self._shared, self._feed, self._tiers
         return Stats(
             hits_local=local.hits,
             hits_shared=shared.hits,
-            misses=self._misses,
-            shared_loads=self._shared_loads,
-            stale_reads=self._stale_reads,
-            own_write_waits=self._own_write_waits,
-            own_write_timeouts=self._own_write_timeouts,
+            misses=tiers.misses,
+            shared_loads=tiers.shared_loads,
+            stale_reads=tiers.stale_reads,
+            own_write_waits=tiers.own_write_waits,
+            own_write_timeouts=tiers.own_write_timeouts,
             entries=local.entries,
             bytes=local.bytes,
             drops=local.drops,
@@ -821,13 +745,6 @@ class Bus:
         if dead:
             problems.append(f"{dead} dead letters: writes that no worker could apply")
         return str(self._link.server), max(backlog, 0), dead
-
-
-def _forget_load(bucket: Any, key: Any, load: asyncio.Task[Any]) -> None:
-    if bucket.loads.get(key) is load:
-        del bucket.loads[key]
-    if not load.cancelled():
-        load.exception()  # a load that nobody waits for any more must not complain of it
 
 
 __all__ = ["KEEP", "Bus", "Receipt", "connect"]

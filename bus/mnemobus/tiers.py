@@ -1,0 +1,141 @@
+"""The way of a query: this process (L1), Redis (L2), the store.
+
+What the order of the steps has to keep:
+
+- A query that a write of this bus touches waits for it first (G6).
+- The bucket is taken before anything is read, so that an invalidation which comes meanwhile takes the bucket out of
+  sight, and the fill with it (G4). It is a live one only if the bus listens to the scope's feed partition.
+- Redis is not asked while no heartbeat reaches it: its buckets may be of an epoch that is over.
+- Concurrent reads of one query share one load, unless an invalidation came between them: then the later one finds
+  another bucket, without a load.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from typing import Any
+
+from redis.exceptions import RedisError
+
+from .connection import AWAY
+from .errors import SettingsError, StoreUnavailable
+from .feed import Feed
+from .keys import Keyspace
+from .local import MISS, Bucket, LocalCache
+from .marks import Marks
+from .query import Plan
+from .settings import Settings
+from .shared import Lease, SharedCache
+
+logger = logging.getLogger("mnemobus.tiers")
+
+_JOIN_PATIENCE = 0.05
+"""Seconds that a read waits for its feed partition; without it the read is not cached."""
+
+
+class Tiers:
+    """The tiers of one bus, nearest first. What is in L1, `Bus` answers without coming here."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        keys: Keyspace,
+        local: LocalCache,
+        shared: SharedCache,
+        feed: Feed,
+        marks: Marks,
+    ) -> None:
+        self._settings = settings
+        self._keys = keys
+        self._local = local
+        self._shared = shared
+        self._feed = feed
+        self._marks = marks
+        self.misses = 0
+        self.shared_loads = 0
+        self.stale_reads = 0
+        self.own_write_waits = 0
+        self.own_write_timeouts = 0
+
+    async def read(self, plan: Plan) -> Any:
+        """The answer, shown as the caller of the query gets it. StoreUnavailable if no tier has it."""
+        stale = plan.scope in self._marks and not await self._wait_for_own_writes(plan.scope)
+        partition = self._keys.feed_partition(plan.scope)
+        joined = await self._feed.join(partition, _JOIN_PATIENCE)
+        if joined and not stale and plan.scope not in self._marks:
+            bucket = self._local.open(plan.scope, partition, self._settings.ttl(plan.table))
+        else:
+            bucket = self._local.orphan(plan.scope, partition)
+        load = bucket.loads.get(plan.key)
+        if load is None:
+            load = asyncio.create_task(self._load(plan, bucket))
+            bucket.loads[plan.key] = load
+            load.add_done_callback(lambda done: _forget_load(bucket, plan.key, done))
+        else:
+            self.shared_loads += 1
+        found, source, last_known = await asyncio.shield(load)
+        stale = stale or last_known
+        self.stale_reads += stale
+        return plan.show(found, source, stale)
+
+    async def _wait_for_own_writes(self, scope: str) -> bool:
+        """Whether the writes of this bus that touch a scope are in the store, after waiting for it."""
+        self.own_write_waits += 1
+        await self._feed.join(self._keys.feed_partition(scope), 0)
+        if await self._marks.settle(scope):
+            return True
+        self.own_write_timeouts += 1
+        return False
+
+    async def _load(self, plan: Plan, bucket: Bucket) -> tuple[Any, str, bool]:
+        """What is found for a query beyond L1: (found, source, whether it is only the last known copy)."""
+        lease: Lease | None = None
+        if self._feed.reachable:
+            try:
+                reply = await self._shared.lookup(plan.scope, plan.field, self._settings.ttl(plan.table))
+                if isinstance(reply, bytes):
+                    found = await self._unpack(plan, reply)
+                    if found is not MISS:
+                        self._cache(plan, bucket, found, len(reply))
+                        return found, "shared", False
+                else:
+                    lease = reply
+            except (*AWAY, SettingsError) as error:
+                self._feed.suspect(error)
+            except RedisError as error:
+                logger.warning("the shared cache can't be used: %s", error)
+        try:
+            found = await plan.find()
+        except StoreUnavailable:
+            last = self._local.last_known(plan.scope, plan.key)
+            if last is MISS:
+                raise
+            return last, "local", True
+        self.misses += 1
+        packed = plan.pack(found)
+        self._cache(plan, bucket, found, len(packed))
+        if lease is not None:
+            try:
+                await self._shared.fill(lease, packed)
+            except (*AWAY, SettingsError) as error:
+                self._feed.suspect(error)
+        return found, "store", False
+
+    async def _unpack(self, plan: Plan, packed: bytes) -> Any:
+        try:
+            return plan.unpack(packed)
+        except (ValueError, TypeError, KeyError) as error:
+            logger.error("a shared result for %s makes no sense (%s): dropping it", plan.scope, error)
+            await self._shared.discard(plan.scope)
+            return MISS
+
+    def _cache(self, plan: Plan, bucket: Bucket, found: Any, size: int) -> None:
+        self._local.put(bucket, plan.key, plan.show(found, "local", False), size)
+
+
+def _forget_load(bucket: Bucket, key: Any, load: asyncio.Task[Any]) -> None:
+    if bucket.loads.get(key) is load:
+        del bucket.loads[key]
+    if not load.cancelled():
+        load.exception()  # a load that nobody waits for any more must not complain of it
