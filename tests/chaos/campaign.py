@@ -54,6 +54,9 @@ FSYNC_SECONDS = 2.0
 QUIET_SECONDS = 60.0
 """How long it may take, once all faults are lifted, until nothing is under way."""
 
+EQUAL_SECONDS = 5.0
+"""And until all agents see the same: several times what the bounds of a run allow."""
+
 
 @dataclass
 class Options:
@@ -110,7 +113,10 @@ class Campaign:
             raise
         return self
 
-    async def __aexit__(self, *_: object) -> None:
+    async def __aexit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is not None:
+            for party in self.parties:
+                party.abandon()
         await self._stack.aclose()
 
     async def _start(self) -> None:
@@ -345,7 +351,7 @@ class Campaign:
         lifted = time.monotonic()
         await self._until_applied(lifted + QUIET_SECONDS)
         stored = await self._stored()
-        views = await self._until_equal(stored, time.monotonic() + 15.0, lifted)
+        views = await self._until_equal(stored, time.monotonic() + EQUAL_SECONDS, lifted)
         final = Final(time.monotonic(), self._before, stored, views)
         final.log = self._before + await self._log()
         final.dead = await self._dead()
@@ -411,7 +417,7 @@ class Campaign:
                 return views
             if time.monotonic() > deadline:
                 self.problems.append(
-                    f"{', '.join(different)} and the store still differ 15 s after the last commit"
+                    f"{', '.join(different)} and the store still differ {EQUAL_SECONDS:g} s after quiet"
                 )
                 return views
             await asyncio.sleep(0.02)
@@ -436,8 +442,8 @@ class Campaign:
     async def finish(self) -> History:
         """Come to rest, end everybody, and put the history together."""
         final = await self.settle()
-        for party in [*self.agents, *self.workers]:
-            await party.close()
+        await asyncio.gather(*(agent.close() for agent in self.agents))
+        await asyncio.gather(*(pool.close() for pool in self.workers))
         for party in self.parties:
             self.problems += party.crashes
         for agent in self.agents:

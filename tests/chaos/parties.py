@@ -72,7 +72,8 @@ class Party:
             self._killed = False
             command = self._command()
             environment = os.environ | self._environment | self._more_environment()
-            environment["PYTHONPATH"] = str(TESTS)
+            paths = [str(TESTS), os.environ.get("PYTHONPATH", "")]
+            environment["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
             before = in_the_future(AHEAD) if self.ahead else []
             self._in_future = bool(before)
             command = before + command
@@ -122,6 +123,11 @@ class Party:
 
     def resume(self) -> None:
         self.signal(signal.SIGCONT)
+
+    def abandon(self) -> None:
+        """SIGKILL, and no other process; `close` still has to be awaited."""
+        self._closing = self._killed = True
+        self.signal(signal.SIGKILL)
 
     async def close(self, patience: float = 10.0) -> None:
         """Ask it to end, see that it does, and don't start it again."""

@@ -63,7 +63,7 @@ def _figures(campaign: Campaign, history: History, report: Report) -> Table:
         "  acknowledged": report.acknowledged,
         "    by the outbox": report.outboxed,
         "  of unknown outcome": report.unknown,
-        "  refused": report.refused,
+        "  refused, or of no such memory": report.refused,
         "invalidations applied": report.invalidations,
         "tokens observed": len(history.of(Observed)),
         "acknowledged writes lost": report.acknowledged_lost,

@@ -1,0 +1,332 @@
+"""The campaign itself: its proxies do what they say, it finds what is broken, and it leaves nothing behind."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import redis.asyncio
+from hypothesis import given
+from hypothesis import strategies as st
+from redis.asyncio.retry import Retry
+from redis.backoff import NoBackoff
+
+from chaos import faults
+from chaos.proxy import DOWN, UP, Proxy, _Frames, feed_message, frame_end
+from servers import end, eventually, redis_binaries, spawn
+
+FEED, OTHER = "{chaos:f0}:feed", "{chaos}:agent:1"
+TESTS = Path(__file__).parent
+
+
+@pytest.fixture
+async def proxy(redis_url: str) -> AsyncIterator[Proxy]:
+    address = redis.asyncio.connection.parse_url(redis_url)
+    proxy = Proxy(address.get("host", "127.0.0.1"), address.get("port", 6379))
+    await proxy.start()
+    yield proxy
+    await proxy.close()
+
+
+def client_of(proxy: Proxy, protocol: int = 3, timeout: float = 5.0) -> redis.asyncio.Redis:
+    return redis.asyncio.Redis(
+        port=proxy.port, protocol=protocol, socket_timeout=timeout, retry=Retry(NoBackoff(), 0)
+    )
+
+
+# Frames
+
+_lines = st.binary(max_size=20).filter(lambda text: b"\r" not in text and b"\n" not in text)
+_flat = st.one_of(
+    st.builds(lambda kind, text: kind + text + b"\r\n", st.sampled_from([b"+", b"-", b",", b"("]), _lines),
+    st.builds(lambda n: b":%d\r\n" % n, st.integers()),
+    st.builds(
+        lambda kind, text: kind + b"%d\r\n%s\r\n" % (len(text), text),
+        st.sampled_from([b"$", b"!"]),
+        st.binary(),
+    ),
+    st.sampled_from([b"_\r\n", b"#t\r\n", b"$-1\r\n", b"*-1\r\n", b"*0\r\n"]),
+)
+_frames = st.recursive(
+    _flat,
+    lambda inner: st.one_of(
+        st.builds(
+            lambda kind, items: kind + b"%d\r\n" % len(items) + b"".join(items),
+            st.sampled_from([b"*", b"~", b">"]),
+            st.lists(inner, max_size=4),
+        ),
+        st.builds(
+            lambda pairs: b"%%%d\r\n" % len(pairs) + b"".join(k + v for k, v in pairs),
+            st.lists(st.tuples(inner, inner), max_size=3),
+        ),
+        st.builds(lambda key, value, what: b"|1\r\n" + key + value + what, inner, inner, inner),
+    ),
+    max_leaves=12,
+)
+
+
+@given(st.lists(_frames, min_size=1, max_size=5))
+def test_frames_end_where_they_end(frames: list[bytes]) -> None:
+    data, at = b"".join(frames), 0
+    for frame in frames:
+        assert frame_end(data, at) == at + len(frame)
+        assert all(frame_end(data[: at + cut], at) == -1 for cut in range(len(frame)))
+        at += len(frame)
+
+
+def test_what_is_no_frame_is_an_error() -> None:
+    with pytest.raises(ValueError, match="no frame of RESP begins with b'x'"):
+        frame_end(b"x\r\n")
+
+
+def message(channel: str, kind: bytes = b">") -> bytes:
+    name = channel.encode()
+    return kind + b"3\r\n$7\r\nmessage\r\n$%d\r\n%s\r\n$2\r\nhi\r\n" % (len(name), name)
+
+
+@pytest.mark.parametrize("kind", [b">", b"*"])
+def test_messages_of_the_feed_are_known(kind: bytes) -> None:
+    assert feed_message(message(FEED, kind))
+    assert not feed_message(message(OTHER, kind))
+    assert not feed_message(b"*3\r\n$7\r\nMESSAGE\r\n$1\r\nx\r\n$1\r\ny\r\n")
+
+
+@given(st.data())
+def test_what_passes_does_not_depend_on_how_it_comes(data: st.DataObject) -> None:
+    frames = data.draw(st.lists(st.sampled_from([message(FEED), message(OTHER), b"+OK\r\n"]), max_size=8))
+    drops = data.draw(st.integers(0, 3))
+    stream = b"".join(frames)
+    cuts = sorted(data.draw(st.lists(st.integers(0, len(stream)), max_size=10)))
+    proxy = Proxy("127.0.0.1", 0)
+    proxy.drop_pushes(drops)
+    passing, passed = _Frames(proxy), b""
+    for begin, finish in zip([0, *cuts], [*cuts, len(stream)], strict=True):
+        passed += passing.pass_on(stream[begin:finish])
+
+    left, expected = drops, []
+    for frame in frames:
+        if frame == message(FEED) and left:
+            left -= 1
+        else:
+            expected.append(frame)
+    assert passed == b"".join(expected)
+    assert (proxy.to_drop, proxy.dropped) == (left, drops - left)
+
+
+# The proxy
+
+
+async def test_what_is_said_goes_through(proxy: Proxy, prefix: str) -> None:
+    async with client_of(proxy) as client:
+        large = os.urandom(1 << 20)
+        await client.set(f"{{{prefix}}}:x", large)
+        assert await client.get(f"{{{prefix}}}:x") == large
+
+
+@pytest.mark.parametrize("protocol", [2, 3])
+async def test_exactly_one_message_of_the_feed_is_dropped(proxy: Proxy, protocol: int) -> None:
+    async with (
+        client_of(proxy, protocol) as client,
+        client.pubsub(ignore_subscribe_messages=True) as listener,
+    ):
+        await listener.subscribe(FEED, OTHER)
+        await listener.get_message(timeout=1)
+        await listener.get_message(timeout=1)
+
+        # If one message of the feed is to be dropped, with others around it
+        proxy.drop_pushes(1)
+        for channel, text in ((OTHER, "1"), (FEED, "2"), (OTHER, "3"), (FEED, "4")):
+            await client.publish(channel, text)
+
+        # Then it is the first of the feed, and only that one
+        heard: list[bytes] = []
+
+        async def hear() -> bool:
+            said = await listener.get_message(timeout=0.05)
+            if said is not None:
+                heard.append(said["data"])
+            return len(heard) == 3
+
+        await eventually(hear)
+        assert heard == [b"1", b"3", b"4"]
+        assert (proxy.to_drop, proxy.dropped) == (0, 1)
+
+
+async def test_a_cut_ends_connections_and_refuses_new_ones(proxy: Proxy) -> None:
+    async with client_of(proxy) as client:
+        assert await client.ping()
+        proxy.cut()
+        for _ in range(2):
+            with pytest.raises(redis.ConnectionError):
+                await client.ping()
+        proxy.lift()
+        assert await client.ping()
+
+
+async def test_a_reset_is_an_rst(proxy: Proxy) -> None:
+    reader, writer = await asyncio.open_connection("127.0.0.1", proxy.port)
+    writer.write(b"PING\r\n")
+    assert await reader.readline() == b"+PONG\r\n"
+    proxy.reset()
+    with pytest.raises(ConnectionResetError):
+        await reader.read()
+    writer.close()
+
+
+async def test_withheld_answers_are_of_requests_that_got_through(
+    proxy: Proxy, redis_url: str, prefix: str
+) -> None:
+    key = f"{{{prefix}}}:x"
+    async with client_of(proxy) as client, redis.asyncio.Redis.from_url(redis_url) as direct:
+        await client.ping()
+        proxy.withhold(DOWN)
+        answer = asyncio.create_task(client.set(key, "1"))
+        await eventually(lambda: direct.exists(key))
+        assert not answer.done()
+        proxy.lift()
+        assert await answer
+
+
+async def test_withheld_requests_come_late(proxy: Proxy, redis_url: str, prefix: str) -> None:
+    key = f"{{{prefix}}}:x"
+    async with client_of(proxy, timeout=0.1) as client, redis.asyncio.Redis.from_url(redis_url) as direct:
+        await client.ping()
+        proxy.withhold(UP)
+
+        # If the client gives up, and closes its connection
+        with pytest.raises(redis.TimeoutError):
+            await client.set(key, "1")
+        await client.aclose()
+        assert not await direct.exists(key)
+
+        # Then the request arrives all the same, as from a network that held it
+        proxy.lift()
+        await eventually(lambda: direct.exists(key))
+
+
+async def test_a_delay_is_felt_both_ways(proxy: Proxy) -> None:
+    async with client_of(proxy) as client:
+        await client.ping()
+        proxy.delay = 0.05
+        began = time.monotonic()
+        await client.ping()
+        assert time.monotonic() - began >= 0.1
+
+
+async def test_a_trap_withholds_one_answer(proxy: Proxy, redis_url: str, prefix: str) -> None:
+    key = f"{{{prefix}}}:trapped"
+    async with (
+        client_of(proxy) as one,
+        client_of(proxy) as other,
+        redis.asyncio.Redis.from_url(redis_url) as direct,
+    ):
+        await asyncio.gather(one.ping(), other.ping())
+        caught = proxy.trap(b":trapped\r\n")
+        answer = asyncio.create_task(one.incr(key))
+        await asyncio.wait_for(caught, 5)
+
+        # The request is carried out, and unanswered; other connections go on, with the same key, too
+        await eventually(lambda: direct.exists(key))
+        assert await other.incr(key) == 2
+        assert not answer.done()
+        proxy.lift()
+        assert await answer == 1
+
+
+# The campaign
+
+pytestmark_servers = pytest.mark.skipif(not redis_binaries(), reason="no redis-server on this machine")
+
+
+def campaign(folder: Path, *arguments: str, path: str = "") -> subprocess.Popen[Any]:
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, [str(TESTS), path]))}
+    command = [sys.executable, "-m", "chaos.campaign", "--folder", str(folder), *arguments]
+    return spawn(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment)
+
+
+def left_behind(folder: Path) -> list[str]:
+    """Command lines of processes that have to do with a folder."""
+    found = []
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            command = (process / "cmdline").read_bytes().replace(b"\0", b" ").decode()
+            inside = Path(os.readlink(process / "cwd")).is_relative_to(folder)
+        except OSError:
+            continue
+        if str(folder) in command or inside:
+            found.append(command)
+    return found
+
+
+@pytestmark_servers
+def test_a_small_campaign_with_all_faults_finds_nothing(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    run = campaign(folder, "--minutes", "0.3", "--seed", "7", "--agents", "3")
+    try:
+        told, _ = run.communicate(timeout=110)
+    finally:
+        end(run)
+    assert run.returncode == 0, told
+    assert "every promise that was watched was kept" in told
+    assert left_behind(folder) == []
+
+
+@pytestmark_servers
+def test_a_campaign_finds_what_is_broken_and_shows_it(tmp_path: Path) -> None:
+    # Given agents that heed no invalidation
+    (tmp_path / "sitecustomize.py").write_text(
+        "from mnemobus.local import LocalCache\nLocalCache.drop = lambda self, scope: False\n"
+    )
+    # If they play, even without any fault
+    folder = tmp_path / "run"
+    run = campaign(folder, "--minutes", "0.08", "--seed", "3", "--faults", "none", path=str(tmp_path))
+    try:
+        told, _ = run.communicate(timeout=110)
+    finally:
+        end(run)
+    # Then it is seen, with what shows it, and how to see more
+    assert run.returncode == 1, told
+    assert "G4: " in told or "G6: " in told
+    assert '"kind": "read"' in told
+    assert "seed 3; all of it: python tests/chaos/checker.py" in told
+    assert left_behind(folder) == []
+
+
+@pytestmark_servers
+def test_a_campaign_that_is_stopped_leaves_nothing_behind(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    run = campaign(folder, "--minutes", "5", "--agents", "2")
+    try:
+        deadline = time.monotonic() + 30
+        while len(list(folder.glob("history/a*.jsonl"))) < 2:
+            assert time.monotonic() < deadline and run.poll() is None
+            time.sleep(0.05)
+        assert left_behind(folder)
+        run.send_signal(signal.SIGINT)
+        told, _ = run.communicate(timeout=40)
+    finally:
+        end(run)
+    assert run.returncode == 130
+    assert "stopped; nothing is left running" in told
+    assert left_behind(folder) == []
+
+
+def test_a_fault_that_there_is_none_of_is_named(tmp_path: Path) -> None:
+    run = campaign(tmp_path, "--faults", "all,-worker-killed,rain")
+    told, _ = run.communicate(timeout=30)
+    assert run.returncode == 2
+    assert "there is no fault 'rain'; there are worker-killed, " in told
+
+
+def test_every_fault_is_described() -> None:
+    """A kind's name is its function's, and each lane has some."""
+    assert len(faults.names()) == len(set(faults.names())) >= 27
+    assert all(kinds for kinds in faults.LANES.values())
