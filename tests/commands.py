@@ -116,6 +116,11 @@ class Command:
         assert text in said, said
         return said
 
+    def type(self, text: str) -> None:
+        """Type something on its terminal."""
+        assert self._terminal is not None
+        os.write(self._terminal, text.encode())
+
     def signal(self, number: int) -> None:
         os.kill(self.pid, number)
 

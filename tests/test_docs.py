@@ -84,7 +84,10 @@ def test_a_command_that_is_shown_exists_with_its_options(page: str, command: str
         case ["mnemobus", name, *arguments]:
             commands = get_command(app).commands  # type: ignore[attr-defined]
             assert name in commands
-            known = {option for parameter in commands[name].params for option in parameter.opts}
+            found = commands[name]
+            if hasattr(found, "commands"):
+                found = found.commands[arguments[0]]
+            known = {option for parameter in found.params for option in parameter.opts}
             used = {word.partition("=")[0] for word in arguments if word.startswith("-") and word != "-"}
             assert used <= known | {"--help"}
         case ["dramatiq", module, *_]:

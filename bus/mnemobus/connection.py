@@ -33,7 +33,7 @@ import redis
 import redis.asyncio
 from redis.asyncio.connection import AbstractConnection, BlockingConnectionPool
 from redis.backoff import NoBackoff
-from redis.exceptions import AuthenticationError, NoScriptError, RedisError, ResponseError
+from redis.exceptions import AuthenticationError, NoScriptError, OutOfMemoryError, RedisError, ResponseError
 from redis.maint_notifications import MaintNotificationsConfig
 
 from .errors import SettingsError, UnsafeRedis
@@ -48,6 +48,11 @@ Command = tuple[Argument, ...]
 
 AWAY = (redis.exceptions.ConnectionError, redis.exceptions.TimeoutError, OSError, TimeoutError)
 """What a Redis that can't be reached looks like."""
+
+
+def is_full(error: ResponseError) -> bool:
+    """Whether Redis refuses for lack of memory; 6.2 says so of a script in other words."""
+    return isinstance(error, OutOfMemoryError) or "OOM command not allowed" in str(error)
 
 
 @dataclass(frozen=True, slots=True)

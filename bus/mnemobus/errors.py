@@ -23,6 +23,7 @@
      │   ├─ SchemaError          the database's schema does not fit this version
      │   └─ Rejected             the database refuses this data; the data's fault, not the database's
      ├─ BadEvent                 an entry of the log that can't be decoded
+     ├─ LogTrimmed               a replay asks for events that the log no longer has
      ├─ EmbeddedServerError      no server binary for the embedded Redis, or it did not start
      └─ BusClosed                the bus was used before it was opened or after it was closed
 """
@@ -128,6 +129,10 @@ class Rejected(StoreError):
 
 class BadEvent(MnemobusError, ValueError):
     """An entry of the log can't be decoded."""
+
+
+class LogTrimmed(MnemobusError):
+    """A replay asks for events that the log no longer has."""
 
 
 class EmbeddedServerError(MnemobusError):

@@ -9,6 +9,7 @@ An entry of the log is a flat list of named fields, readable with ``redis-cli XR
     at          put: created_at in microseconds since 1970
     content metadata     put, and update where they change: UTF-8 JSON objects
     embedding   put, and update where it changes: raw float32; empty to remove it
+    as          where a dead letter was requeued: the version that the event had, and keeps
 
 Bytes go straight through: what `write` encoded is what the database driver is given.
 """
@@ -79,15 +80,44 @@ class Event:
         return out
 
 
+Pairs = Sequence[bytes] | Mapping[bytes, bytes]
+"""An entry's field names and values: alternating, or as a mapping."""
+
 _KNOWN = frozenset(
-    ("op", "table", "room", "id", "agent", "entity", "world", "at", "content", "metadata", "embedding")
+    ("op", "table", "room", "id", "agent", "entity", "world", "at", "content", "metadata", "embedding", "as")
 )
 
 
-def decode(version: Version, pairs: Sequence[bytes] | Mapping[bytes, bytes]) -> Event:
-    """The event of a log entry; BadEvent, with a reason for people, for anything that is none."""
-    if not isinstance(pairs, Mapping):
-        pairs = dict(zip(pairs[::2], pairs[1::2], strict=True))
+def version_of(id: Version, pairs: Pairs) -> Version:
+    """The version of a log entry's event: the entry's ID, or, where a dead letter was requeued, the version that
+    the event had before. So it still loses against what was written since (G2). Also for what `decode` refuses."""
+    try:
+        return _version(id, _mapping(pairs).get(b"as"))
+    except BadEvent:
+        return id
+
+
+def _version(id: Version, had: bytes | None) -> Version:
+    if had is None:
+        return id
+    try:
+        version = Version.parse(had)
+    except ValueError as error:
+        raise BadEvent(f"as: {error}") from None
+    if version >= id:
+        raise BadEvent(f"as: {version} is not before {id}, the version of the entry that carries it")
+    return version
+
+
+def _mapping(pairs: Pairs) -> Mapping[bytes, bytes]:
+    return pairs if isinstance(pairs, Mapping) else dict(zip(pairs[::2], pairs[1::2], strict=True))
+
+
+def decode(version: Version, pairs: Pairs) -> Event:
+    """The event of a log entry, whose ID is ``version``; BadEvent, with a reason for people, for anything that is
+    none."""
+    pairs = _mapping(pairs)
+    version = _version(version, pairs.get(b"as"))
     try:
         names = {key.decode(): value for key, value in pairs.items()}
         if not names.keys() <= _KNOWN:

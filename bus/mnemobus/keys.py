@@ -37,6 +37,12 @@ class Version(NamedTuple):
             raise ValueError(f"{text!r} is out of range for a version")
         return version
 
+    def before(self) -> Version:
+        """The last version that is lower; there is none before 0-0."""
+        if self.seq:
+            return Version(self.ms, self.seq - 1)
+        return Version(self.ms - 1, _LIMIT - 1) if self.ms else self
+
     def pack(self) -> bytes:
         """16 bytes that sort, byte by byte, as versions do: what the stores keep and compare."""
         return _PAIR.pack(self.ms, self.seq)
@@ -158,3 +164,8 @@ class Keyspace:
 
 APPLY_GROUP = "apply"
 """The consumer group of the worker pool, on every log partition."""
+
+REPLAY_GROUP = "replay:"
+"""How the names of the groups begin with which `mnemobus replay` keeps the log from being trimmed under it."""
+COPY_GROUP = "replay-into:"
+"""The same, of a replay into another store."""

@@ -23,10 +23,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from redis.exceptions import OutOfMemoryError, ResponseError
+from redis.exceptions import ResponseError
 from tenacity import AsyncRetrying, RetryCallState, retry_if_exception_type, wait_random_exponential
 
-from .connection import AWAY, Link
+from .connection import AWAY, Link, is_full
 from .errors import (
     BacklogFull,
     DurabilityUnavailable,
@@ -73,8 +73,7 @@ async def append(
             "publish", [keys.log(partition), keys.producers(partition), keys.meter(partition)], arguments
         )
     except ResponseError as error:
-        # Redis 6.2 says of a script that it is out of memory in other words.
-        if isinstance(error, OutOfMemoryError) or "OOM command not allowed" in str(error):
+        if is_full(error):
             raise LogFull(
                 f"Redis at {link.address} is out of memory (maxmemory); nothing was written. Raise maxmemory,"
                 " or lower MNEMOBUS_RETENTION"

@@ -32,12 +32,12 @@ from tenacity.stop import stop_when_event_set
 
 from mnemobus.connection import AWAY, Call, Command, Script, ThreadedLink, script
 from mnemobus.errors import BadEvent, MnemobusError, Rejected
-from mnemobus.events import DELETE_ROOM, Event, decode
+from mnemobus.events import DELETE_ROOM, Event, decode, version_of
 from mnemobus.keys import Dimensions, Version
 from mnemobus.settings import Settings
 from mnemobus.store import Applied, Refused, Writer
 
-from .broker import Batch, Stopping
+from .broker import Batch, Entry, Stopping
 
 logger = logging.getLogger("mnemobus.apply")
 
@@ -51,6 +51,18 @@ T = TypeVar("T")
 def _passes(error: BaseException) -> bool:
     """Whether trying again can help: a server that is away, or is not fit for use until somebody sees to it."""
     return isinstance(error, (MnemobusError, RedisError, *AWAY)) and not isinstance(error, Rejected)
+
+
+def decode_all(entries: Sequence[Entry]) -> tuple[list[Event], list[tuple[Version, str]]]:
+    """The events of log entries; and the version of each entry that is none, with the reason."""
+    events, bad = [], []
+    for entry_id, fields in entries:
+        id = Version.parse(entry_id)
+        try:
+            events.append(decode(id, fields))
+        except BadEvent as error:
+            bad.append((version_of(id, fields), str(error)))
+    return events, bad
 
 
 class Applier:
@@ -74,7 +86,7 @@ class Applier:
         """Open the store, waiting for it if need be. Stopping if the worker shuts down meanwhile."""
         with self._opening:
             if not self._open:
-                self._insist("the store", self._writer.open)
+                self.insist("the store", self._writer.open)
                 self._open = True
 
     def close(self) -> None:
@@ -85,34 +97,35 @@ class Applier:
     def apply(self, batch: Batch) -> None:
         """Commit, fan out. What this raises leaves the batch pending."""
         self.open()
-        events, dead = self._decode(batch)
+        events, dead = decode_all(batch.entries)
         cleared: list[tuple[str, Dimensions]] = []
         if batch.hopeless is not None:
-            dead = [(Version.parse(batch.entries[0][0]), batch.hopeless)]
+            id, fields = batch.entries[0]
+            dead = [(version_of(Version.parse(id), fields), batch.hopeless)]
         elif events:
             applied = self._commit(events)
             dead += [(refused.event.version, refused.reason) for refused in applied.refused]
             cleared = applied.cleared
         if dead:
-            self._insist("the dead letters", lambda: self._bury(batch, dead))
-        self._insist("the fan-out", lambda: self._fan_out(batch.partition, events, cleared, dict(dead)))
+            self.insist("the dead letters", lambda: self._bury(batch, dead))
+        self.insist("the fan-out", lambda: self._fan_out(batch.partition, events, cleared, dict(dead)))
         self._report(len(batch.entries))
 
-    @staticmethod
-    def _decode(batch: Batch) -> tuple[list[Event], list[tuple[Version, str]]]:
-        events, dead = [], []
-        for id, fields in batch.entries:
-            version = Version.parse(id)
-            try:
-                events.append(decode(version, fields))
-            except BadEvent as error:
-                dead.append((version, str(error)))
-        return events, dead
+    def repeat(self, partition: int, events: Sequence[Event], *, fan_out: bool) -> Applied:
+        """Commit events that may have been applied before, and fan out those that are not refused. Nothing is
+        buried. Stopping if a server is away until we are to stop."""
+        applied = self._commit(events)
+        if fan_out:
+            # To name one that was refused would tell its writer that the store has it.
+            refused = {item.event.version for item in applied.refused}
+            kept = [event for event in events if event.version not in refused]
+            self.insist("the fan-out", lambda: self._fan_out(partition, kept, applied.cleared, {}))
+        return applied
 
     def _commit(self, events: Sequence[Event]) -> Applied:
         """Commit what can be committed; the rest is in ``refused``."""
         try:
-            return self._insist("the store", lambda: self._writer.apply(events))
+            return self.insist("the store", lambda: self._writer.apply(events))
         except Rejected as error:
             if len(events) == 1:
                 return Applied(refused=[Refused(events[0], str(error))])
@@ -122,7 +135,7 @@ class Applier:
                 first.won | second.won, first.refused + second.refused, first.cleared + second.cleared
             )
 
-    def _insist(self, what: str, work: Callable[[], T]) -> T:
+    def insist(self, what: str, work: Callable[[], T]) -> T:
         """Do something that a database or Redis may be in no state for, until it is done or we shut down."""
 
         def before_sleep(state: RetryCallState) -> None:
@@ -146,14 +159,22 @@ class Applier:
             raise Stopping(f"{what} was not to be had before the worker shut down: {error}") from error
 
     def _bury(self, batch: Batch, dead: Sequence[tuple[Version, str]]) -> None:
-        fields = dict(batch.entries)
+        entries = {version_of(Version.parse(id), fields): (id, fields) for id, fields in batch.entries}
         key = self._link.keys.dead(batch.partition)
         calls: list[Call] = []
         for version, reason in dead:
             logger.error(
                 "event %s of log partition %d can't be applied: %s", version, batch.partition, reason
             )
-            calls.append((script("dead"), [key], [str(version), reason, *fields[str(version).encode()]]))
+            id, fields = entries[version]
+            if id != str(version).encode():  # it was requeued: the letter says which version it has by itself
+                fields = [
+                    part
+                    for name in range(0, len(fields), 2)
+                    if fields[name] != b"as"
+                    for part in fields[name : name + 2]
+                ]
+            calls.append((script("dead"), [key], [str(version), reason, *fields]))
         for reply in self._link.pipeline(calls):
             if isinstance(reply, Exception):
                 raise reply

@@ -207,6 +207,23 @@ class Held:
             return self._lock.wait_for(lambda: len(self._batches[partition]) < HELD_BATCHES, timeout)
 
 
+class BatchSize:
+    """How many entries to ask for, so that a batch stays within its number of bytes: by the size of the last ones."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+        self._mean = float(_FIRST_GUESS)
+
+    @property
+    def count(self) -> int:
+        return max(1, min(self._settings.batch_size, int(self._settings.batch_bytes / self._mean)))
+
+    def saw(self, entries: Sequence[Entry]) -> None:
+        some = entries[:: max(1, len(entries) // 16)]
+        mean = sum(len(field) for _, fields in some for field in fields) / len(some)
+        self._mean = max(64.0, 0.5 * self._mean + 0.5 * mean, mean)
+
+
 class StreamConsumer(dramatiq.Consumer):
     """Batches of one log partition: new ones, and from time to time those of a worker that died."""
 
@@ -222,7 +239,7 @@ class StreamConsumer(dramatiq.Consumer):
         self._block = max(1, min(timeout, int(self._settings.redis_timeout * 500)))
         self._claim_every = self._settings.claim_idle / 10
         self._claim_next = 0.0
-        self._mean_size = float(_FIRST_GUESS)
+        self._size = BatchSize(broker.settings)
         self._away = 0
 
     def __next__(self) -> BatchProxy | None:
@@ -273,13 +290,10 @@ class StreamConsumer(dramatiq.Consumer):
             self._claim_next = now + self._claim_every
         return self._read()
 
-    def _count(self) -> int:
-        return max(1, min(self._settings.batch_size, int(self._settings.batch_bytes / self._mean_size)))
-
     def _read(self) -> Batch | None:
         block = max(1, min(self._block, int(1000 * (self._claim_next - time.monotonic()))))
         reply = self._link.client.execute_command(
-            "XREADGROUP", "GROUP", APPLY_GROUP, self._broker.consumer_name, "COUNT", self._count(),
+            "XREADGROUP", "GROUP", APPLY_GROUP, self._broker.consumer_name, "COUNT", self._size.count,
             "BLOCK", block, "STREAMS", self._key, ">",
         )  # fmt: skip
         if not reply:
@@ -291,16 +305,14 @@ class StreamConsumer(dramatiq.Consumer):
     def _batch(self, entries: list[Entry]) -> Batch | None:
         if not entries:
             return None
-        some = entries[:: max(1, len(entries) // 16)]
-        mean = sum(len(field) for _, fields in some for field in fields) / len(some)
-        self._mean_size = max(64.0, 0.5 * self._mean_size + 0.5 * mean, mean)
+        self._size.saw(entries)
         return Batch(self._partition, entries)
 
     def _claim(self) -> Batch | None:
         """A batch of what nobody has renewed for too long; None if there is nothing of that kind."""
         idle = int(self._settings.claim_idle * 1000)
         pending = self._link.client.execute_command(
-            "XPENDING", self._key, APPLY_GROUP, "IDLE", idle, "-", "+", self._count()
+            "XPENDING", self._key, APPLY_GROUP, "IDLE", idle, "-", "+", self._size.count
         )
         mine = self._broker.held.ids(self._partition)
         stale = [(id, deliveries) for id, _, _, deliveries in pending if id not in mine]

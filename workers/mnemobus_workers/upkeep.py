@@ -18,7 +18,7 @@ from redis.exceptions import RedisError
 
 from mnemobus.connection import AWAY
 from mnemobus.errors import MnemobusError
-from mnemobus.keys import APPLY_GROUP
+from mnemobus.keys import APPLY_GROUP, COPY_GROUP, REPLAY_GROUP
 
 from .apply import Applier
 from .broker import Stopping, StreamBroker
@@ -29,6 +29,8 @@ TIDY_EVERY = 10.0
 """Seconds, about, between two looks at what can be removed."""
 CONSUMER_IDLE = 3600.0
 """Seconds without a sign of life after which a consumer that holds nothing is forgotten."""
+REPLAY_IDLE = 3600.0
+"""Seconds without a sign of life after which a replay is taken for killed, and no longer holds back trimming."""
 PRODUCER_IDLE = 86_400.0
 """Seconds after which a producer's last call is forgotten: far longer than any call is repeated."""
 _TRIM_ROUNDS = 20
@@ -86,12 +88,14 @@ class Upkeep:
             logger.exception("%s failed, trying again later", what)
 
     def tidy(self) -> None:
-        """Trim the log, forget consumers and producers that are long gone, and set meters right."""
+        """Trim the log, forget replays, consumers and producers that are long gone, and set meters right."""
         keys, link = self._link.keys, self._link
         for partition in range(self._settings.log_partitions):
             log = keys.log(partition)
+            self._forget_replays(partition)
             for _ in range(_TRIM_ROUNDS):
-                if not link.run("trim", [log], [int(self._settings.retention * 1000)]):
+                kept = int(self._settings.retention * 1000)
+                if not link.run("trim", [log, keys.meter(partition)], [kept, APPLY_GROUP]):
                     break
             link.run("reap", [log], [APPLY_GROUP, int(CONSUMER_IDLE * 1000)])
             self._forget_producers(keys.producers(partition))
@@ -102,6 +106,15 @@ class Upkeep:
                     partition,
                     off,
                 )
+
+    def _forget_replays(self, partition: int) -> None:
+        log = self._link.keys.log(partition)
+        gone = self._link.run("abandoned", [log], [int(REPLAY_IDLE * 1000), REPLAY_GROUP, COPY_GROUP])
+        for name in gone:
+            logger.warning("forgot %s of log partition %d: it was killed", name.decode(), partition)
+        if any(name.startswith(REPLAY_GROUP.encode()) for name in gone):
+            # Its last batch may have changed rows without anybody hearing of it: a new epoch drops every copy.
+            self._link.client.delete(self._link.keys.epoch)
 
     def _forget_producers(self, key: str) -> None:
         seconds, micros = self._link.client.time()

@@ -340,6 +340,95 @@ def _replay(
     )
 
 
+_dead = typer.Typer(
+    no_args_is_help=True,
+    help="The writes that no worker could apply: list, show, requeue or drop them.",
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+app.add_typer(_dead, name="dead")
+
+Partition = Annotated[
+    int | None,
+    typer.Option(min=0, help="Only this log partition: two may have the same version.", metavar="N"),
+]
+Versions = Annotated[
+    list[str] | None, typer.Argument(help="As `mnemobus dead list` shows them.", metavar="VERSION...")
+]
+All = Annotated[bool, typer.Option("--all", help="All that there are.")]
+
+
+@_dead.command("list")
+def _dead_list(partition: Partition = None, json: Json = False) -> None:
+    """List the dead letters: version, date, operation, table, room, id and reason.
+
+    \b
+    Examples:
+      mnemobus dead list
+      mnemobus dead list --json | jq .reason
+    """
+    from .dead import list_all
+
+    raise typer.Exit(list_all(partition=partition, json=json))
+
+
+@_dead.command("show")
+def _dead_show(
+    version: Annotated[str, typer.Argument(help="As `mnemobus dead list` shows it.")],
+    partition: Partition = None,
+    json: Json = False,
+) -> None:
+    """Show all of a dead letter; of an embedding, how many floats it has.
+
+    \b
+    Examples:
+      mnemobus dead show 1795474760976-0
+    """
+    from .dead import show
+
+    raise typer.Exit(show(version=version, partition=partition, json=json))
+
+
+@_dead.command("requeue")
+def _dead_requeue(
+    versions: Versions = None, everything: All = False, partition: Partition = None, json: Json = False
+) -> None:
+    """Put writes back into the log, for workers to try again, once what was in their way is gone.
+
+    Each keeps the version that it had, so it can't undo what was written since.
+    One that fails again is a dead letter again.
+
+    \b
+    Examples:
+      mnemobus dead requeue 1795474760976-0 1795474760976-1
+      mnemobus dead requeue --all
+    """
+    from .dead import requeue
+
+    raise typer.Exit(requeue(versions=versions or [], everything=everything, partition=partition, json=json))
+
+
+@_dead.command("drop")
+def _dead_drop(
+    versions: Versions = None,
+    everything: All = False,
+    partition: Partition = None,
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Don't ask.")] = False,
+    json: Json = False,
+) -> None:
+    """Give writes up: their dead letters are removed. Asks first.
+
+    \b
+    Examples:
+      mnemobus dead drop 1795474760976-0
+      mnemobus dead drop --all --yes
+    """
+    from .dead import drop
+
+    raise typer.Exit(
+        drop(versions=versions or [], everything=everything, partition=partition, yes=yes, json=json)
+    )
+
+
 @app.command("doctor")
 def _doctor(json: Json = False) -> None:
     """Check Redis, the store and the workers, and say what to do about what is wrong.

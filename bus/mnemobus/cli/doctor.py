@@ -28,6 +28,8 @@ OK, WARN, FAIL = "ok", "warn", "fail"
 FLOOR = (6, 2)
 FULL = 0.9
 """Share of maxmemory above which a warning is due."""
+SILENT = 60.0
+"""Seconds without a sign of life after which a replay is asked about."""
 LATE = 30.0
 """Seconds after which an event that is not applied is overdue."""
 
@@ -190,16 +192,33 @@ def _workers(settings: Settings, figures: dict[str, Any]) -> Iterator[Finding]:
     yield _lag(settings, log)
     dead = sum(p["dead_letters"] for p in log)
     if dead:
-        keys = Keyspace(settings.redis_key_prefix, settings.log_partitions, settings.feed_partitions)
-        first = next(p["partition"] for p in log if p["dead_letters"])
         yield Finding(
             "dead letters",
             WARN,
             f"{dead:,} writes that no worker could apply",
-            f"see why:  redis-cli XRANGE '{keys.dead(first)}' - + COUNT 10",
+            "see why: mnemobus dead list; then requeue or drop them",
         )
     else:
         yield Finding("dead letters", OK, "none")
+    yield from _replays(settings, log)
+
+
+def _replays(settings: Settings, log: list[dict[str, Any]]) -> Iterator[Finding]:
+    """Replays that were killed, it seems: nothing is trimmed that they have not read."""
+    keys = Keyspace(settings.redis_key_prefix, settings.log_partitions, settings.feed_partitions)
+    for partition in log:
+        for replay in partition["replays"]:
+            idle, name = replay["idle_ms"], replay["group"]
+            if idle is None or idle > 1000 * SILENT:
+                silent = "" if idle is None else f" for {idle / 1000:.0f} s"
+                yield Finding(
+                    "replay",
+                    WARN,
+                    f"{name} on log partition {partition['partition']} has been silent{silent}, and keeps the log"
+                    " from being trimmed",
+                    "if it was killed, run it again. Workers forget it after an hour; or"
+                    f"  redis-cli XGROUP DESTROY '{keys.log(partition['partition'])}' {name}",
+                )
 
 
 def _readers(settings: Settings, reading: int | None, log: list[dict[str, Any]]) -> Finding:

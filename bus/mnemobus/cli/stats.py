@@ -7,12 +7,13 @@ import time
 from contextlib import nullcontext
 from typing import Any
 
+import redis.asyncio
 from redis.exceptions import RedisError
 
 from ..connection import AWAY
 from ..embedded import reading_clients
 from ..errors import MnemobusError, SettingsError
-from ..keys import APPLY_GROUP, Version
+from ..keys import APPLY_GROUP, COPY_GROUP, REPLAY_GROUP, Version
 from ..settings import Settings, hide_password
 from ..store import open_reader
 from .console import emit, out, run_until_signal, size
@@ -91,6 +92,7 @@ async def redis_figures(settings: Settings) -> dict[str, Any]:
             next_up = await ask(
                 client, [("XRANGE", keys.log(p), f"({given[p]}", "+", "COUNT", 1) for p in partitions]
             )
+            replays = [await _replays(client, keys.log(p), replies[7 * p + 2]) for p in partitions]
             feeds = [keys.feed(f) for f in range(keys.feed_partitions)]
             listeners, epoch, clients, *lengths = await ask(
                 client,
@@ -115,7 +117,9 @@ async def redis_figures(settings: Settings) -> dict[str, Any]:
         "policy": server.get("maxmemory_policy"),
         "clients": int(server.get("connected_clients", 0)),
         "reading": None if isinstance(clients, Exception) else reading_clients(clients),
-        "log": [_partition(p, [*replies[7 * p : 7 * p + 7], next_up[p]], clock) for p in partitions],
+        "log": [
+            _partition(p, [*replies[7 * p : 7 * p + 7], next_up[p]], replays[p], clock) for p in partitions
+        ],
         "feed": {
             "partitions": keys.feed_partitions,
             "messages": sum(n for n in lengths if isinstance(n, int)),
@@ -131,7 +135,24 @@ def _last_delivered(groups: Any) -> str:
     return "0-0"
 
 
-def _partition(number: int, replies: list[Any], clock: float) -> dict[str, Any]:
+def _names(groups: Any) -> list[str]:
+    return (
+        [] if isinstance(groups, Exception) else [text(group["name"]) for group in map(table, groups or ())]
+    )
+
+
+async def _replays(client: redis.asyncio.Redis, log: str, groups: Any) -> list[dict[str, Any]]:
+    """The replays that read a log partition, and for how long they have been silent."""
+    names = [name for name in _names(groups) if name.startswith((REPLAY_GROUP, COPY_GROUP))]
+    replies = await ask(client, [("XINFO", "CONSUMERS", log, name) for name in names])
+    return [
+        {"group": name, "idle_ms": min((int(table(c)["idle"]) for c in consumers), default=None)}
+        for name, consumers in zip(names, replies, strict=True)
+        if not isinstance(consumers, Exception)
+    ]
+
+
+def _partition(number: int, replies: list[Any], replays: list[Any], clock: float) -> dict[str, Any]:
     length, meter, groups, consumers, dead, first, pending, next_up = (
         None if isinstance(reply, Exception) else reply for reply in replies
     )
@@ -147,7 +168,8 @@ def _partition(number: int, replies: list[Any], clock: float) -> dict[str, Any]:
         "waiting_seconds": _age(waiting[0], clock) if waiting else None,
         "oldest_seconds": _age(first[0][0], clock) if first else None,
         "dead_letters": dead or 0,
-        "group": bool(groups),
+        "group": APPLY_GROUP in _names(groups),
+        "replays": replays,
         "consumers": [
             {"name": text(c["name"]), "pending": int(c["pending"]), "idle_ms": int(c["idle"])}
             for c in map(table, consumers or ())

@@ -7,7 +7,6 @@ A Redis that goes away is waited for; its streams are read on from where they we
 from __future__ import annotations
 
 import asyncio
-import re
 from datetime import UTC, datetime
 from typing import Any
 
@@ -17,43 +16,22 @@ from redis.exceptions import AuthenticationError, RedisError
 from rich.text import Text
 
 from ..connection import AWAY
-from ..errors import BadEvent, SettingsError
+from ..errors import BadEvent
 from ..events import DELETE_ROOM, Event, decode
 from ..feed import Invalidation, decode_entry
 from ..keys import Version
 from ..settings import Settings, hide_password
 from .console import emit, err, out, run_until_signal
 from .inspection import ask, keyspace, looking_at, now, text
+from .moments import parse_moment
 
-_AGO = re.compile(r"(\d+(?:\.\d+)?)\s*(s|m|h|d)\Z")
-_SECONDS = {"s": 1, "m": 60, "h": 3_600, "d": 86_400}
 _READ = 500
 
 
 def run(*, events: bool, invalidations: bool, since: str | None, count: int | None, json: bool) -> int:
     settings = Settings.load()
-    begin = None if since is None else parse_since(since)
+    begin = None if since is None else parse_moment(since, "--since")
     return run_until_signal(_main(settings, events, invalidations, begin, count, json))
-
-
-def parse_since(when: str) -> float | Version:
-    """Seconds ago, or a version; SettingsError if it is neither."""
-    match = _AGO.match(when.strip())
-    if match:
-        return float(match[1]) * _SECONDS[match[2]]
-    try:
-        return Version.parse(when.strip())
-    except ValueError:
-        pass
-    try:
-        moment = datetime.fromisoformat(when.strip())
-    except ValueError:
-        raise SettingsError(
-            f"--since {when!r} is none of 90s, 15m, 2h, 1d, a date with a zone, a stream ID"
-        ) from None
-    if moment.utcoffset() is None:
-        raise SettingsError(f"--since {when!r}: the date needs a zone, as in 2025-06-01T12:00:00Z")
-    return Version(max(int(moment.timestamp() * 1000), 0), 0)
 
 
 Item = Event | Invalidation | str
@@ -87,7 +65,7 @@ class Tail:
             return
         if isinstance(since, float):
             since = Version(max(int((await now(client) - since) * 1000), 0), 0)
-        self._last = dict.fromkeys(streams, str(_before(since)))
+        self._last = dict.fromkeys(streams, str(since.before()))
 
     async def next(self, client: redis.asyncio.Redis) -> list[tuple[Version, Item, int]]:
         """What came since the last call, in order, with its partition; after a moment, nothing."""
@@ -110,13 +88,6 @@ class Tail:
             return decode(Version.parse(id), fields) if stream in self._log else decode_entry(id, fields)
         except (BadEvent, ValueError, TypeError) as error:
             return f"can't be decoded: {error}"
-
-
-def _before(version: Version) -> Version:
-    """The last ID that is lower: XREAD answers what comes after an ID."""
-    if version.seq:
-        return Version(version.ms, version.seq - 1)
-    return Version(version.ms - 1, (1 << 64) - 1) if version.ms else version
 
 
 async def _main(

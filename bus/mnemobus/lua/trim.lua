@@ -1,11 +1,13 @@
 -- Remove from the log what every consumer group has applied and retention no longer asks for.
 --
 -- KEYS[1]  log: the stream of events
+-- KEYS[2]  meter: a hash; trimmed counts what was removed here, and all of that was before trimmed_to
 -- ARGV[1]  ms that events are kept at least
+-- ARGV[2]  the consumer group that applies events
 -- Returns  how many entries were removed; at most some thousands at a time
 --
 -- Nothing is removed at or above a group's low-water mark: the lowest pending ID, or the last delivered where
--- nothing pends. A log without groups is not trimmed.
+-- nothing pends. A log without the group that applies events is not trimmed.
 
 -- IDs are two unsigned 64-bit numbers; a Lua number would lose digits of them.
 local function smaller(a, b)
@@ -25,9 +27,10 @@ local function before(a, b)
 end
 
 local groups = redis.pcall('XINFO', 'GROUPS', KEYS[1])
-if groups.err or #groups == 0 then
+if groups.err then
   return 0
 end
+local applying = false
 local time = redis.call('TIME')
 local oldest = tonumber(time[1]) * 1000 + math.floor(tonumber(time[2]) / 1000) - tonumber(ARGV[1])
 local mark = string.format('%d-0', math.max(oldest, 0))
@@ -36,6 +39,7 @@ for _, group in ipairs(groups) do
   for i = 1, #group, 2 do
     fields[group[i]] = group[i + 1]
   end
+  applying = applying or fields['name'] == ARGV[2]
   local low = fields['last-delivered-id']
   local pending = redis.call('XPENDING', KEYS[1], fields['name'])
   if pending[1] > 0 then
@@ -45,4 +49,12 @@ for _, group in ipairs(groups) do
     mark = low
   end
 end
-return redis.call('XTRIM', KEYS[1], 'MINID', '~', mark)
+if not applying then
+  return 0
+end
+local removed = redis.call('XTRIM', KEYS[1], 'MINID', '~', mark)
+if removed > 0 then
+  redis.call('HINCRBY', KEYS[2], 'trimmed', removed)
+  redis.call('HSET', KEYS[2], 'trimmed_to', mark)
+end
+return removed

@@ -1,0 +1,281 @@
+"""``mnemobus dead``: the writes that no worker could apply, to look at, to try again, to give up.
+
+To requeue one is to put its event back at the end of the log, under the version that it had: whatever was written
+after it stays the last word (G2). The letter goes in the same step, so it is in the log or among the letters, once.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import orjson
+import typer
+from redis.exceptions import RedisError, ResponseError
+
+from ..connection import AWAY, Link, is_full
+from ..errors import LogFull, LogUnavailable, MnemobusError, SettingsError
+from ..keys import ZERO, Version
+from ..settings import Settings
+from .console import emit, err, out, run_until_signal
+from .moments import moment_of
+
+_READ = 50
+"""Letters that are read at a time: each may hold a megabyte."""
+
+
+@dataclass(frozen=True, slots=True)
+class Letter:
+    """A dead letter. ``fields`` are those of the event, as the log had them."""
+
+    partition: int
+    id: str
+    version: str
+    reason: str
+    fields: dict[str, bytes]
+
+    @classmethod
+    def read(cls, partition: int, id: bytes, pairs: Sequence[bytes]) -> Letter:
+        # The first two are the letter's own; an event that nobody could read may have any others.
+        _, version, _, reason, *event = pairs
+        fields = {_text(name): value for name, value in zip(event[::2], event[1::2], strict=True)}
+        return cls(partition, id.decode(), _text(version), _text(reason), fields)
+
+    def field(self, name: str) -> str | None:
+        return _text(self.fields[name]) if name in self.fields else None
+
+    @property
+    def written(self) -> str:
+        """When."""
+        try:
+            return moment_of(Version.parse(self.version))
+        except ValueError:
+            return "?"
+
+    def heading(self) -> dict[str, Any]:
+        """What `list` shows."""
+        return {
+            "partition": self.partition,
+            "version": self.version,
+            "at": self.written,
+            **{name: self.field(name) for name in ("op", "table", "room", "id")},
+            "reason": self.reason,
+        }
+
+    def body(self) -> dict[str, Any]:
+        """All of it, readable: JSON as what it says, an embedding as its length."""
+        shown: dict[str, Any] = {}
+        for name, value in self.fields.items():
+            shown[name] = _text(value)
+            if name in ("content", "metadata"):
+                try:
+                    shown[name] = orjson.loads(value)
+                except ValueError:
+                    shown[name] = _text(value)
+            if name == "embedding":
+                del shown[name]
+                shown["embedding_floats"] = len(value) // 4
+        return {**self.heading(), "letter": self.id, "fields": shown}
+
+
+def _text(value: bytes) -> str:
+    return value.decode("utf-8", "backslashreplace")
+
+
+class Letters:
+    """The dead letters of all log partitions, or of one."""
+
+    def __init__(self, link: Link, partition: int | None) -> None:
+        self._link = link
+        partitions = link.settings.log_partitions
+        if partition is not None and partition >= partitions:
+            raise SettingsError(f"--partition {partition}: there are log partitions 0 to {partitions - 1}")
+        self._partitions = range(partitions) if partition is None else [partition]
+
+    async def all(self) -> AsyncIterator[Letter]:
+        """Those that there are now, partition by partition, oldest first."""
+        for partition in self._partitions:
+            key = self._link.keys.dead(partition)
+            newest = await self._ask("XREVRANGE", key, "+", "-", "COUNT", 1)
+            last = str(ZERO)
+            while newest and (
+                found := await self._ask("XRANGE", key, f"({last}", newest[0][0], "COUNT", _READ)
+            ):
+                for id, pairs in found:
+                    last = id.decode()
+                    if len(pairs) >= 4:
+                        yield Letter.read(partition, id, pairs)
+
+    async def _ask(self, *command: str | bytes | int) -> Any:
+        return await self._link.client.execute_command(*command)
+
+    async def of(self, versions: Sequence[str], *, everywhere: bool) -> list[Letter]:
+        """The letters of these versions.
+
+        MnemobusError if there is none of one; SettingsError, unless ``everywhere``, if one is in more than one
+        log partition: each counts on its own.
+        """
+        wanted = [str(_version(version)) for version in versions]
+        found = [letter async for letter in self.all() if letter.version in set(wanted)]
+        missing = [version for version in wanted if not any(letter.version == version for letter in found)]
+        if missing:
+            raise MnemobusError(f"there is no dead letter of version {', '.join(missing)}")
+        for version in wanted:
+            places = sorted({letter.partition for letter in found if letter.version == version})
+            if len(places) > 1 and not everywhere:
+                listed = " and ".join(map(str, places))
+                raise SettingsError(
+                    f"version {version} is in log partitions {listed}: say which, with --partition"
+                )
+        return found
+
+    async def requeue(self, letter: Letter) -> str | None:
+        """Put the event back into the log; the ID of its entry, or None if somebody else has removed the letter."""
+        keys = self._link.keys
+        places = [keys.log(letter.partition), keys.dead(letter.partition), keys.meter(letter.partition)]
+        try:
+            id = await self._link.run("requeue", places, [letter.id])
+        except ResponseError as error:
+            if is_full(error):
+                raise LogFull(
+                    f"Redis at {self._link.address} is out of memory (maxmemory); {letter.version} stays a dead"
+                    " letter. Raise maxmemory, or lower MNEMOBUS_RETENTION"
+                ) from None
+            raise
+        return id.decode() if id else None
+
+    async def drop(self, letter: Letter) -> bool:
+        """Remove a letter; whether it was there."""
+        return bool(await self._ask("XDEL", self._link.keys.dead(letter.partition), letter.id))
+
+
+def _version(text: str) -> Version:
+    try:
+        return Version.parse(text)
+    except ValueError as error:
+        raise SettingsError(str(error)) from None
+
+
+@asynccontextmanager
+async def _letters(settings: Settings, partition: int | None) -> AsyncIterator[Letters]:
+    link = Link(settings)
+    for command in ("XRANGE", "XREVRANGE"):
+        link.client.response_callbacks.pop(command, None)
+    try:
+        yield Letters(link, partition)
+    except AWAY as error:
+        raise LogUnavailable(f"Redis at {link.address} can't be reached: {error}") from error
+    except RedisError as error:
+        raise LogUnavailable(f"Redis at {link.address} refuses: {error}") from error
+    finally:
+        await link.close()
+
+
+def _run(partition: int | None, work: Callable[[Letters], Coroutine[Any, Any, int]]) -> int:
+    settings = Settings.load()
+
+    async def main() -> int:
+        async with _letters(settings, partition) as letters:
+            return await work(letters)
+
+    return run_until_signal(main())
+
+
+def list_all(*, partition: int | None, json: bool) -> int:
+    async def work(letters: Letters) -> int:
+        count = 0
+        async for letter in letters.all():
+            count += 1
+            if json:
+                emit(letter.heading())
+                continue
+            what = " ".join(filter(None, [letter.field("op"), letter.field("table"), letter.field("room")]))
+            line = f"{letter.version}  {letter.written}  {what}  {letter.field('id') or '-'}  {letter.reason}"
+            out().print(_one_line(line), markup=False, soft_wrap=True)
+        if not json:
+            err().print(f"{count:,} dead letters" if count else "no dead letters")
+        return 0
+
+    return _run(partition, work)
+
+
+def _one_line(text: str) -> str:
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+
+
+def show(*, version: str, partition: int | None, json: bool) -> int:
+    async def work(letters: Letters) -> int:
+        for letter in await letters.of([version], everywhere=True):
+            if json:
+                emit(letter.body())
+            else:
+                text = orjson.dumps(letter.body(), option=orjson.OPT_INDENT_2).decode()
+                out().print(text, markup=False, soft_wrap=True)
+        return 0
+
+    return _run(partition, work)
+
+
+def requeue(*, versions: Sequence[str], everything: bool, partition: int | None, json: bool) -> int:
+    async def work(letters: Letters) -> int:
+        chosen = await _chosen(letters, versions, everything)
+        done: list[dict[str, Any]] = []
+        try:
+            for letter in chosen:
+                entry = await letters.requeue(letter)
+                if entry is None:
+                    continue
+                done.append({"partition": letter.partition, "version": letter.version, "entry": entry})
+                if not json:
+                    out().print(f"{letter.version} is in log partition {letter.partition} again, as {entry}")
+        finally:
+            if json:
+                emit({"requeued": done})
+        if not json:
+            out().print(f"{len(done):,} requeued; what fails again comes back (mnemobus dead list)")
+        return 0
+
+    return _run(partition, work)
+
+
+def drop(*, versions: Sequence[str], everything: bool, partition: int | None, yes: bool, json: bool) -> int:
+    chosen: list[Letter] = []
+    done: list[Letter] = []
+
+    async def choose(letters: Letters) -> int:
+        chosen.extend(await _chosen(letters, versions, everything))
+        return 0
+
+    async def remove(letters: Letters) -> int:
+        done.extend([letter for letter in chosen if await letters.drop(letter)])
+        return 0
+
+    status = _run(partition, choose)
+    if status == 0 and chosen:
+        # Asked between the two, where Ctrl-C ends it as it ends any question.
+        if not yes and not _agreed(len(chosen)):
+            err().print("nothing was dropped")
+            return 1
+        status = _run(partition, remove)
+    if json:
+        emit({"dropped": [{"partition": each.partition, "version": each.version} for each in done]})
+    else:
+        out().print(f"{len(done):,} dropped")
+    return status
+
+
+def _agreed(count: int) -> bool:
+    if not sys.stdin.isatty():
+        raise SettingsError("dead drop asks first, and nobody is there to answer: give --yes")
+    return typer.confirm(f"Drop {count:,} dead letters? What they would have written is lost", err=True)
+
+
+async def _chosen(letters: Letters, versions: Sequence[str], everything: bool) -> list[Letter]:
+    if everything == bool(versions):
+        raise SettingsError("name versions (mnemobus dead list), or give --all; one of the two")
+    if everything:
+        return [letter async for letter in letters.all()]
+    return await letters.of(versions, everywhere=False)

@@ -1,0 +1,350 @@
+"""A stretch of the log, applied once more: into the store that has it already, or into another.
+
+That it may be done at all is the store's doing (store/merge.py): what was applied changes nothing, what was not is
+merged as if it came late. So a replay needs no order with the workers, which go on meanwhile, and one that was killed
+is simply run again. What is left to see to:
+
+- *Nothing may be trimmed before it is read.* On each partition the replay has a consumer group of its own, which is
+  moved on to what is done; trimming stops below every group (lua/trim.lua). Entries are read by their IDs, not through
+  the group: a read whose answer was lost is repeated, and nothing pends. The groups go when the replay ends, however it
+  ends; those of one that was killed are removed by upkeep.
+- *What the log no longer has is said*, not passed over: LogTrimmed, unless the caller takes what there is.
+- *Copies go stale if rows change.* Into the bus's own store, each batch is fanned out as the workers do it. A replay
+  that is killed between commit and fan-out and not run again is why upkeep begins a new epoch after it.
+- *Dead letters are left out.* They are not in the store, so they are no part of the result. What else can't be applied
+  is named, and buried nowhere: whether the log's workers can apply it is for them to find out.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import secrets
+import socket
+import threading
+from collections import Counter
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from redis.exceptions import RedisError, ResponseError
+
+from mnemobus.connection import AWAY, ThreadedLink
+from mnemobus.errors import LogTrimmed, MnemobusError, SettingsError
+from mnemobus.keys import COPY_GROUP, REPLAY_GROUP, ZERO, Version
+from mnemobus.settings import Settings
+from mnemobus.store import open_writer
+
+from .apply import Applier, decode_all
+from .broker import BatchSize, Entry
+
+logger = logging.getLogger("mnemobus.replay")
+
+NAMED = 1_000
+"""Events that can't be applied, of which the version and the reason are kept."""
+_LETTERS = 50
+
+Moment = float | Version
+"""Seconds ago, by the clock of Redis, or a version."""
+
+
+class Unfit(NamedTuple):
+    """An event that can't be applied, and is no dead letter."""
+
+    partition: int
+    version: Version
+    reason: str
+
+
+@dataclass(slots=True)
+class Outcome:
+    """What a replay has read and done so far.
+
+    events        entries read
+    applied       events that the store has now; with a dry run, those that it would be given
+    changed       memories that were changed by that, counted once a batch
+    dead_letters  events left out, as they are dead letters
+    unfit         how many others can't be applied; ``named`` has the first of them
+    ops           applied events by op; ``partitions``, by log partition
+    first, last   versions of the first and the last entry read
+    missing       how many events, at most, were asked for and are no longer in the log
+    share         how much of all is done, from 0 to 1
+    """
+
+    events: int = 0
+    applied: int = 0
+    changed: int = 0
+    dead_letters: int = 0
+    unfit: int = 0
+    named: list[Unfit] = field(default_factory=list)
+    ops: Counter[str] = field(default_factory=Counter)
+    partitions: Counter[int] = field(default_factory=Counter)
+    first: Version | None = None
+    last: Version | None = None
+    missing: int = 0
+    share: float = 0.0
+
+
+class _Stretch(NamedTuple):
+    """What is to be read of a log partition: entries after ``start``, up to and including ``end``."""
+
+    partition: int
+    start: Version
+    first: Version
+    end: Version
+
+
+class Replay:
+    """One replay. `run` blocks; `stop` and ``outcome`` are for other threads.
+
+    since, until  the first and the last version, or seconds ago; None for all that the log has
+    partitions    None for all
+    into          URL of another store than the bus's
+    partial       to go on where the log no longer reaches back to ``since``
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        *,
+        since: Moment | None = None,
+        until: Moment | None = None,
+        partitions: Sequence[int] | None = None,
+        into: str | None = None,
+        partial: bool = False,
+        dry_run: bool = False,
+    ) -> None:
+        for partition in partitions or ():
+            if not 0 <= partition < settings.log_partitions:
+                raise SettingsError(
+                    f"--partition {partition}: there are log partitions 0 to {settings.log_partitions - 1}"
+                )
+        self.outcome = Outcome()
+        self._since, self._until = since, until
+        self._partitions = sorted(set(partitions or range(settings.log_partitions)))
+        self._fan_out = into is None
+        self._partial, self._dry_run = partial, dry_run
+        self._stopping = threading.Event()
+        self._link = ThreadedLink(settings, connections=4)
+        self._link.client.set_response_callback("XRANGE", lambda reply, **_: reply)
+        kind = REPLAY_GROUP if into is None else COPY_GROUP
+        self.group = f"{kind}{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(4)}"
+        self._held: list[int] = []
+        self._writer = open_writer(
+            settings if into is None else settings.model_copy(update={"database_url": into})
+        )
+        self._applier = Applier(settings, self._link, self._writer, self._stopping)
+        self._size = BatchSize(settings)
+
+    def stop(self) -> None:
+        """Have `run` return after the batch that it is at."""
+        self._stopping.set()
+
+    def run(self) -> bool:
+        """Apply the stretch; whether it was done to the end.
+
+        LogTrimmed, before anything was applied, if the log no longer has all of it, or if it went away meanwhile;
+        StoreUnavailable, SchemaError or one of AWAY if a server is not to be had at the beginning. Later on it is
+        waited for. Stopping if `stop` was called while one is.
+        """
+        try:
+            stretches = self._begin()
+            if not self._dry_run:
+                self._writer.open()
+            for done, stretch in enumerate(stretches):
+                self._replay(stretch, done, len(stretches))
+            self.outcome.share = 1.0
+            return not self._stopping.is_set()
+        finally:
+            self._release()
+            self._writer.close()
+            self._link.close()
+
+    # What is to be read
+
+    def _begin(self) -> list[_Stretch]:
+        since, until = self._version(self._since), self._version(self._until)
+        if since is not None and until is not None and until < since:
+            raise SettingsError("--until is before --since")
+        start = since.before() if since is not None else ZERO
+        for partition in self._partitions if not self._dry_run else ():
+            if self._link.run("hold", [self._link.keys.log(partition)], [self.group, str(start)]):
+                self._held.append(partition)
+        found = []
+        gaps = []
+        for partition in self._partitions:
+            first, last = self._ends(partition)
+            lost = self._lost(partition, since or ZERO, first)
+            if lost:
+                gaps.append((partition, first))
+                self.outcome.missing += lost
+            if first is not None and last is not None:
+                end = last if until is None else min(until, last)
+                if end > start:
+                    found.append(_Stretch(partition, start, max(first, start), end))
+        if gaps and since is not None and not self._partial:
+            where = ", ".join(
+                f"at {first or 'nothing: it is empty'} in log partition {p}" for p, first in gaps
+            )
+            raise LogTrimmed(
+                f"the log no longer reaches back to {since}: it begins {where}. Up to {self.outcome.missing:,} events"
+                " before that were trimmed (MNEMOBUS_RETENTION). --partial applies what is there"
+            )
+        return found
+
+    def _version(self, moment: Moment | None) -> Version | None:
+        if moment is None or isinstance(moment, Version):
+            return moment
+        seconds, micros = self._link.client.time()
+        return Version(max(int((seconds + micros / 1e6 - moment) * 1000), 0), 0)
+
+    def _ends(self, partition: int) -> tuple[Version | None, Version | None]:
+        """The first and the last entry that the log has."""
+        log = self._link.keys.log(partition)
+        first, last = (
+            self._link.client.execute_command(command, log, *span, "COUNT", 1)
+            for command, span in (("XRANGE", "-+"), ("XREVRANGE", "+-"))
+        )
+        return (Version.parse(first[0][0]), Version.parse(last[0][0])) if first and last else (None, None)
+
+    def _lost(self, partition: int, since: Version, first: Version | None) -> int:
+        """How many of the events from ``since`` on, at most, are no longer in the log."""
+        if first is not None and first <= since:
+            return 0
+        log, meter = self._link.keys.log(partition), self._link.keys.meter(partition)
+        added, trimmed, trimmed_to = self._link.client.hmget(meter, "added", "trimmed", "trimmed_to")
+        removed = int(added or 0) - self._link.client.xlen(log)
+        if removed <= 0:
+            return 0
+        # All that was trimmed was before `trimmed_to`; what somebody removed by hand may have been anywhere.
+        by_hand = max(removed - int(trimmed or 0), 0)
+        return removed if trimmed_to is None or since < Version.parse(trimmed_to) else by_hand
+
+    # Reading and applying
+
+    def _replay(self, stretch: _Stretch, done: int, of: int) -> None:
+        partition, position = stretch.partition, stretch.start
+        letters = _Letters(self._link, partition)
+        letters.read()
+        named = len(self.outcome.named)
+        while position < stretch.end and not self._stopping.is_set():
+            entries = self._read(partition, position, stretch.end)
+            if entries:
+                self._take(partition, entries, letters)
+                position = Version.parse(entries[-1][0])
+                self._note(stretch, entries, position, done, of)
+            self._move(partition, position)
+            if not entries:
+                break
+        # What the workers have come to bury meanwhile is a dead letter like the others.
+        if len(self.outcome.named) > named:
+            letters.read()
+            ours = self.outcome.named[named:]
+            self.outcome.named[named:] = [each for each in ours if each.version not in letters]
+            found = len(ours) - len(self.outcome.named[named:])
+            self.outcome.unfit -= found
+            self.outcome.dead_letters += found
+        for _, version, reason in self.outcome.named[named:]:
+            logger.error("event %s of log partition %d can't be applied: %s", version, partition, reason)
+
+    def _read(self, partition: int, position: Version, end: Version) -> list[Entry]:
+        command = (
+            "XRANGE",
+            self._link.keys.log(partition),
+            f"({position}",
+            str(end),
+            "COUNT",
+            self._size.count,
+        )
+        entries: list[Entry] = self._applier.insist(
+            "the log", lambda: self._link.client.execute_command(*command)
+        )
+        if entries:
+            self._size.saw(entries)
+        return entries
+
+    def _take(self, partition: int, entries: list[Entry], letters: _Letters) -> None:
+        events, bad = decode_all(entries)
+        unfit = [(version, reason) for version, reason in bad if version not in letters]
+        fit = [event for event in events if event.version not in letters]
+        self.outcome.dead_letters += len(entries) - len(fit) - len(unfit)
+        if fit and not self._dry_run:
+            applied = self._applier.repeat(partition, fit, fan_out=self._fan_out)
+            self.outcome.changed += len(applied.won | {id for id, _ in applied.cleared})
+            refused = {item.event.version: item.reason for item in applied.refused}
+            unfit += refused.items()
+            fit = [event for event in fit if event.version not in refused]
+        self.outcome.unfit += len(unfit)
+        room = NAMED - len(self.outcome.named)
+        self.outcome.named += [Unfit(partition, version, reason) for version, reason in unfit[:room]]
+        self.outcome.applied += len(fit)
+        self.outcome.partitions[partition] += len(fit)
+        self.outcome.ops.update(event.op for event in fit)
+
+    def _note(self, stretch: _Stretch, entries: list[Entry], position: Version, done: int, of: int) -> None:
+        outcome = self.outcome
+        outcome.events += len(entries)
+        first = Version.parse(entries[0][0])
+        outcome.first = first if outcome.first is None else min(outcome.first, first)
+        outcome.last = position if outcome.last is None else max(outcome.last, position)
+        span = stretch.end.ms - stretch.first.ms
+        outcome.share = (done + ((position.ms - stretch.first.ms) / span if span else 1.0)) / of
+
+    # The group
+
+    def _move(self, partition: int, position: Version) -> None:
+        """Let the log be trimmed up to here, and show that we are alive. LogTrimmed if the group is gone."""
+        if partition not in self._held:
+            return
+        log = self._link.keys.log(partition)
+        alive = ("XREADGROUP", "GROUP", self.group, self.group, "COUNT", 1, "STREAMS", log, "0")
+        moved = ("XGROUP", "SETID", log, self.group, str(position))
+
+        def move() -> Exception | None:
+            for reply in self._link.pipeline([alive, moved]):
+                if isinstance(reply, ResponseError) and (
+                    "NOGROUP" in str(reply) or "key to exist" in str(reply)
+                ):
+                    return reply
+                if isinstance(reply, Exception):
+                    raise reply
+            return None
+
+        if self._applier.insist("the log", move) is not None:
+            self._held.remove(partition)
+            raise LogTrimmed(
+                f"the group {self.group!r} of log partition {partition} is gone: Redis was flushed or has restarted"
+                " without it, or this process was paused for long. Run the same command again"
+            )
+
+    def _release(self) -> None:
+        keys = self._link.keys
+        try:
+            # Where the log itself is gone, so is the group.
+            self._link.pipeline([("XGROUP", "DESTROY", keys.log(p), self.group) for p in self._held])
+        except (MnemobusError, RedisError, *AWAY) as error:
+            logger.warning("the group %r could not be removed; workers will do that: %s", self.group, error)
+
+
+class _Letters:
+    """The versions of a log partition's dead letters."""
+
+    def __init__(self, link: ThreadedLink, partition: int) -> None:
+        self._link = link
+        self._key = link.keys.dead(partition)
+        self._last = "0-0"
+        self._versions: set[Version] = set()
+
+    def __contains__(self, version: Version) -> bool:
+        return version in self._versions
+
+    def read(self) -> None:
+        """Read those that are new."""
+        while found := self._link.client.execute_command(
+            "XRANGE", self._key, f"({self._last}", "+", "COUNT", _LETTERS
+        ):
+            self._last = found[-1][0].decode()
+            for _, fields in found:
+                with suppress(ValueError):
+                    self._versions.add(Version.parse(fields[1]))
