@@ -562,3 +562,59 @@ async def test_g1_a_write_that_redis_lost_is_not_reported_as_committed(
             ):
                 await receipt.committed()
             assert [m.content["text"] for m in await bus.recent("messages", room="r1")] == ["next"]
+
+
+async def test_g6_what_was_dropped_in_another_epoch_lifts_no_mark(
+    settings: Settings, connect: Connect, client: redis.asyncio.Redis
+) -> None:
+    keys = keys_of(settings)
+    feed = keys.feed(keys.feed_partition(ROOM))
+    async with connect(own_write_timeout=0.01) as bus:
+        await eventually(lambda: local_twice(bus))
+        receipt = await bus.write(said("mine"))
+
+        async def named(epoch: bytes) -> None:
+            heard = bus.stats().invalidations
+            partition = keys.log_partition("r1")
+            payload = {"p": partition, "e": epoch.decode(), "v": [str(receipt.version)], "s": [ROOM]}
+            last = (await client.xrevrange(feed, count=1) or [(b"0-0", None)])[0][0]
+            id = await client.xadd(feed, {"prev": last, "m": orjson.dumps(payload)})
+            await client.publish(feed, id + b" " + last + b" " + orjson.dumps(payload))
+            await eventually(lambda: bus.stats().invalidations > heard)
+
+        # When a worker names the write, but has not met the epoch yet: it dropped buckets that nobody uses any more
+        await named(b"before")
+        # Then the writer knows that it is committed, and does not yet trust what it is given
+        await receipt.committed(timeout=0.1)
+        assert (await bus.recent("messages", room="r1")).stale
+        # And when it has done the same in this epoch, it does
+        epoch = await client.hget(keys.epoch, "epoch")
+        assert epoch is not None
+        await named(epoch)
+        assert not (await bus.recent("messages", room="r1")).stale
+
+
+async def test_g6_a_fan_out_says_in_which_epoch_it_dropped_buckets(
+    own_redis: Any, settings: Settings, pool_of: Any
+) -> None:
+    server: RedisServer = own_redis()
+    settings = settings.model_copy(update={"redis_url": server.url})
+    keys = keys_of(settings)
+    async with mnemobus.connect(**settings.model_dump()) as bus:
+        with pool_of(settings):
+            await bus.write(said("1"), durability="committed")
+            # When Redis restarts, and a worker that knows only the epoch before fans something out
+            server.restart()
+            await eventually(lambda: bus.stats().epochs == 1)
+            await bus.write(said("2"), durability="committed")
+
+            # Then the last message of the room's partition is one of the new epoch
+            async with redis.asyncio.Redis.from_url(server.url) as client:
+                epoch = await client.hget(keys.epoch, "epoch")
+                assert epoch is not None
+
+                async def last() -> bool:
+                    [(_, fields)] = await client.xrevrange(keys.feed(keys.feed_partition(ROOM)), count=1)
+                    return bool(orjson.loads(fields[b"m"])["e"] == epoch.decode())
+
+                await eventually(last)

@@ -67,6 +67,7 @@ class Invalidation:
     versions  the events that it answers for, of one log partition
     scopes    what they touched, in the feed partition that the message went through
     dead      those of the events that could not be applied, with the reason
+    epoch     the one whose shared buckets were dropped
     """
 
     id: Version
@@ -75,12 +76,14 @@ class Invalidation:
     versions: tuple[Version, ...]
     scopes: tuple[str, ...]
     dead: dict[Version, str]
+    epoch: str
 
 
 def decode(id: bytes | str, previous: bytes | str, payload: bytes) -> Invalidation:
     """The message of an ID, its predecessor's ID and a JSON payload; ValueError if it is none.
 
-    Payload: {"p": log partition, "v": [versions], "s": [scopes], "d": {version: reason}}, "d" only where needed.
+    Payload: {"p": log partition, "e": epoch, "v": [versions], "s": [scopes], "d": {version: reason}}, "d" only where
+    needed.
     """
     body = orjson.loads(payload)
     if not isinstance(body, dict):
@@ -90,6 +93,9 @@ def decode(id: bytes | str, previous: bytes | str, payload: bytes) -> Invalidati
         raise ValueError("p, v or d is missing or of another type")
     if not isinstance(scopes, list) or not all(isinstance(scope, str) for scope in scopes):
         raise ValueError("s is no list of scopes")
+    epoch = body.get("e", "")
+    if not isinstance(epoch, str):
+        raise ValueError("e is no epoch")
     return Invalidation(
         Version.parse(id),
         Version.parse(previous),
@@ -97,6 +103,7 @@ def decode(id: bytes | str, previous: bytes | str, payload: bytes) -> Invalidati
         tuple(Version.parse(str(v)) for v in versions),
         tuple(scopes),
         {Version.parse(str(v)): str(reason) for v, reason in dead.items()},
+        epoch,
     )
 
 
@@ -372,7 +379,11 @@ class Feed:
         drop = self._local.drop
         for scope in message.scopes:
             drop(scope)
-        self._marks.named(partition.number, message.log_partition, message.versions, message.dead)
+        # A worker that has not met the epoch yet drops buckets of the one before, says so, and does it again at once.
+        dropped = message.epoch == self._link.epoch
+        self._marks.named(
+            partition.number, message.log_partition, message.versions, message.dead, dropped=dropped
+        )
 
     # The heartbeat
 

@@ -167,9 +167,18 @@ class Marks:
         return marks
 
     def named(
-        self, feed_partition: int, log_partition: int, versions: Iterable[Version], dead: dict[Version, str]
+        self,
+        feed_partition: int,
+        log_partition: int,
+        versions: Iterable[Version],
+        dead: dict[Version, str],
+        *,
+        dropped: bool = True,
     ) -> None:
-        """The feed has named these events in this feed partition."""
+        """The feed has named these events in this feed partition.
+
+        dropped: whether what L2 had before is gone, too; if not, they are committed, but their marks stay
+        """
         writes = self._writes.get(log_partition)
         if not writes:
             return
@@ -178,6 +187,8 @@ class Marks:
             write = writes.get(version)
             if write is not None:
                 write.settle(dead.get(version))
+                if not dropped:
+                    continue
                 self._unmark(
                     write, [s for s in write.scopes if s != _EVERYWHERE and feed_of(s) == feed_partition]
                 )

@@ -186,12 +186,11 @@ class Applier:
         cleared: Sequence[tuple[str, Dimensions]],
         dead: dict[Version, str],
     ) -> None:
-        messages = list(self._messages(log_partition, events, cleared, dead))
         fanout = self._script()
         while True:
             epoch = self._link.epoch
             calls: list[Call | Command] = []
-            for feed_partition, scopes, payload in messages:
+            for feed_partition, scopes, payload in self._messages(log_partition, epoch, events, cleared, dead):
                 keys = [self._link.keys.feed(feed_partition)]
                 keys += [self._link.keys.bucket(epoch, scope) for scope in scopes]
                 calls.append((fanout, keys, (payload, self._settings.feed_length)))
@@ -220,6 +219,7 @@ class Applier:
     def _messages(
         self,
         log_partition: int,
+        epoch: str,
         events: Sequence[Event],
         cleared: Sequence[tuple[str, Dimensions]],
         dead: dict[Version, str],
@@ -247,6 +247,7 @@ class Applier:
                     # A version is named with the last of its scopes: who waits for it may then read all of them.
                     body: dict[str, object] = {
                         "p": log_partition,
+                        "e": epoch,
                         "v": list(versions) if last else [],
                         "s": part,
                     }
