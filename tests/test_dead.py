@@ -251,6 +251,9 @@ async def test_g2_what_is_requeued_is_applied_and_undoes_nothing_that_was_writte
     assert [entries[item["entry"]][b"as"].decode() for item in requeued] == dead
     assert log.letters() == []
     assert log.backlog() == 0
+    tail = command("tail", "--events", "--json", "--since", dead[1], "-n", "4", settings=settings)
+    assert await asyncio.to_thread(lambda: tail.status) == 0
+    assert [event.get("as") for event in tail.lines] == [None, None, *dead]
     # And agents were told under the version that the write had
     feed = [entry for f in range(4) for entry in log.client.xrange(log.keys.feed(f))]
     named = [

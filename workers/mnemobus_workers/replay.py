@@ -63,7 +63,7 @@ class Outcome:
 
     events        entries read
     applied       events that the store has now; with a dry run, those that it would be given
-    changed       memories that were changed by that, counted once a batch
+    changed       memories that were changed by that, counted once a batch; not those that only a room's deletion ended
     dead_letters  events left out, as they are dead letters
     unfit         how many others can't be applied; ``named`` has the first of them
     ops           applied events by op; ``partitions``, by log partition
@@ -213,8 +213,13 @@ class Replay:
         if first is not None and first <= since:
             return 0
         log, meter = self._link.keys.log(partition), self._link.keys.meter(partition)
-        added, trimmed, trimmed_to = self._link.client.hmget(meter, "added", "trimmed", "trimmed_to")
-        removed = int(added or 0) - self._link.client.xlen(log)
+        with self._link.client.pipeline(
+            transaction=True
+        ) as pipe:  # or what is written in between would be counted
+            pipe.hmget(meter, "added", "trimmed", "trimmed_to")
+            pipe.xlen(log)
+            (added, trimmed, trimmed_to), length = pipe.execute()
+        removed: int = int(added or 0) - length
         if removed <= 0:
             return 0
         # All that was trimmed was before `trimmed_to`; what somebody removed by hand may have been anywhere.
@@ -271,7 +276,7 @@ class Replay:
         self.outcome.dead_letters += len(entries) - len(fit) - len(unfit)
         if fit and not self._dry_run:
             applied = self._applier.repeat(partition, fit, fan_out=self._fan_out)
-            self.outcome.changed += len(applied.won | {id for id, _ in applied.cleared})
+            self.outcome.changed += len(applied.won)
             refused = {item.event.version: item.reason for item in applied.refused}
             unfit += refused.items()
             fit = [event for event in fit if event.version not in refused]

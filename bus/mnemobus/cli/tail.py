@@ -155,6 +155,8 @@ def _record(version: Version, item: Item, partition: int) -> dict[str, Any]:
         "op": item.op,
         **item.dimensions._asdict(),
     }
+    if item.version != version:  # a dead letter that was requeued
+        record["as"] = str(item.version)
     if item.op != DELETE_ROOM:
         record["id"] = item.id
     for name in ("content", "metadata"):
