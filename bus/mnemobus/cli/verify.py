@@ -213,6 +213,7 @@ class Verifier:
         self._following: set[asyncio.Task[None]] = set()
         self._began = time.monotonic()
         self._watched: float | None = None
+        self._stop = asyncio.Event()
         self.watching = asyncio.Event()
         self.marks = [Mark(seconds) for seconds in sorted(marks)]
         self.scopes = 0
@@ -223,7 +224,7 @@ class Verifier:
         self.older: list[dict[str, Any]] = []
 
     async def run(self, seconds: float) -> None:
-        """Watch for so long, then see to the end what is followed."""
+        """Watch for so long, or until `stop`, then see to the end what is followed."""
         listening = asyncio.create_task(self._listen())
         try:
             tail = Tail(self._settings, events=False, invalidations=True)
@@ -244,11 +245,12 @@ class Verifier:
             self._began = time.monotonic()
             self.watching.set()
             watch = asyncio.create_task(self._watch(tail))
+            stop = asyncio.create_task(self._stop.wait())
             try:
-                await asyncio.wait([watch], timeout=seconds)
+                await asyncio.wait([watch, stop], timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
                 self._watched = time.monotonic() - self._began
             finally:
-                await end([watch])
+                await end([watch, stop])
             if not watch.cancelled():
                 watch.result()
             if self._following:
@@ -256,6 +258,10 @@ class Verifier:
                 await asyncio.wait(self._following)
         finally:
             await end([listening, *self._following])
+
+    def stop(self) -> None:
+        """Watch no longer."""
+        self._stop.set()
 
     # Which scopes are followed
 
