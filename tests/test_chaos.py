@@ -20,6 +20,8 @@ from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 
 from chaos import faults
+from chaos.checker import check
+from chaos.history import Bounds, Fault, Final, History, Write
 from chaos.proxy import DOWN, UP, Proxy, _Frames, feed_message, frame_end
 from servers import end, eventually, redis_binaries, spawn
 
@@ -239,6 +241,27 @@ async def test_a_trap_withholds_one_answer(proxy: Proxy, redis_url: str, prefix:
         assert not answer.done()
         proxy.lift()
         assert await answer == 1
+
+
+# What is judged
+
+
+def test_an_emptied_redis_may_lose_what_was_noted_and_nothing_else() -> None:
+    """Where all that was ever in the log is known, an acknowledged write that is not there is lost for certain."""
+    write = Write("a", 1, 2, "put", "messages", "r", "m", "a/1", "acked", "1-0")
+    entry = ["1-0", "put", "messages", "r", "m", "a/1"]
+    emptied = Fault("redis-flushed", "redis", 3, 3.1, loses_log=True)
+
+    def promises(**end: Any) -> list[str]:
+        final = Final(100, lost_log=True, whole=True, **end)
+        return [v.promise for v in check(History(Bounds(1, 0.2, 1), [write, emptied, final])).violations]
+
+    # It was in the log when that went, and not applied: announced
+    assert promises(log=[entry], lost=[entry]) == []
+    # It was in the log and applied
+    assert promises(log=[entry]) == ["G1"]
+    # It never was in the log
+    assert promises() == ["G1"]
 
 
 # The campaign

@@ -68,7 +68,7 @@ class Options:
     faults: list[str] = field(default_factory=faults.names)
     folder: Path | None = None
     pause: float = 0.05
-    protocol: int = 0
+    protocol: int = 3
 
 
 class Campaign:
@@ -79,9 +79,11 @@ class Campaign:
         self.folder = folder
         self.history_folder = folder / "history"
         self.history_folder.mkdir(parents=True)
-        self._recorder = Recorder((self.history_folder / "faults.jsonl").open("w"))
-        self._rng = random.Random(options.seed)
         self._stack = contextlib.AsyncExitStack()
+        file = self._stack.enter_context((self.history_folder / "faults.jsonl").open("w"))
+        self._recorder = Recorder(file)
+        self._chance = random.Random()
+        """For what the machine decides anyhow."""
         self._everysec_kills: list[float] = []
         self._before: list[list[str]] = []
         """Events that were in the log when Redis was emptied."""
@@ -149,7 +151,7 @@ class Campaign:
             redis_key_prefix="chaos",
             redis_timeout=0.6,
             redis_create_timeout=600,
-            redis_protocol=options.protocol or 2 + self._rng.randrange(2),
+            redis_protocol=options.protocol,
             database_url=database,
             database_timeout=2.0,
             data_dir=self.folder / "data",
@@ -202,10 +204,7 @@ class Campaign:
         """A token goes to another agent, as it would with a message between the two."""
         others = [other for other in self.agents if other is not agent]
         if others:
-            self._rng_tokens().choice(others).tell("observe", token=token, of=agent.current, of_at=at)
-
-    def _rng_tokens(self) -> random.Random:
-        return random.Random(time.monotonic_ns())  # not the seed's: how many come is up to the machine
+            self._chance.choice(others).tell("observe", token=token, of=agent.current, of_at=at)
 
     # Faults
 
@@ -343,6 +342,9 @@ class Campaign:
 
     async def settle(self) -> Final:
         """Lift all faults, wait until nothing is under way, and look at everything."""
+        self.redis.resume()
+        await self._client.execute_command("CLIENT", "UNPAUSE")
+        await self._client.config_set("maxmemory", "0")
         for party in self.parties:
             party.ahead = False
             party.resume()
@@ -506,6 +508,9 @@ def _text(value: Any) -> str:
 
 async def run(options: Options, folder: Path) -> tuple[Campaign, History]:
     """A whole run, to its history."""
+    task = asyncio.current_task()
+    assert task is not None
+    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
     async with Campaign(options, folder) as campaign:
         await campaign.disturb(options.minutes * 60)
         print("  all faults are lifted; waiting for quiet", flush=True)
@@ -517,13 +522,13 @@ def main() -> int:
     folder = options.folder or Path(tempfile.mkdtemp(prefix="mnemobus-chaos-"))
     print(
         f"chaos: seed {options.seed}, {options.minutes:g} min, {options.agents} agents, {options.workers} pools of"
-        f" workers, {options.store}, {len(options.faults)} kinds of faults; all of it goes to {folder}",
+        f" workers, {options.store}, RESP{options.protocol}, {len(options.faults)} kinds of faults; all of it goes to"
+        f" {folder}",
         flush=True,
     )
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         campaign, history = asyncio.run(run(options, folder))
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, asyncio.CancelledError):
         print("stopped; nothing is left running", file=sys.stderr)
         return 130
     except NoServer as error:
@@ -551,7 +556,7 @@ def parse(arguments: list[str]) -> Options:
         help=f"all, none, or some of: {', '.join(faults.names())}; -NAME leaves one out",
     )
     parser.add_argument(
-        "--protocol", type=int, choices=(2, 3), default=0, help="RESP version; else the seed's"
+        "--protocol", type=int, choices=(2, 3), help="of RESP; else 3 for odd seeds, 2 for even"
     )
     parser.add_argument(
         "--pause", type=float, default=defaults.pause, help="seconds between an agent's operations"
@@ -560,9 +565,16 @@ def parse(arguments: list[str]) -> Options:
     given = parser.parse_args(arguments)
     kinds = _kinds(given.faults, parser)
     return Options(
-        given.seed, given.minutes, given.agents, given.workers, given.store, kinds, given.folder, given.pause,
-        given.protocol,
-    )  # fmt: skip
+        seed=given.seed,
+        minutes=given.minutes,
+        agents=given.agents,
+        workers=given.workers,
+        store=given.store,
+        faults=kinds,
+        folder=given.folder,
+        pause=given.pause,
+        protocol=given.protocol or 2 + given.seed % 2,
+    )
 
 
 def _kinds(text: str, parser: argparse.ArgumentParser) -> list[str]:
