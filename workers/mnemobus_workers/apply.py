@@ -190,7 +190,9 @@ class Applier:
         while True:
             epoch = self._link.epoch
             calls: list[Call | Command] = []
-            for feed_partition, scopes, payload in self._messages(log_partition, epoch, events, cleared, dead):
+            for feed_partition, scopes, payload in self._messages(
+                log_partition, epoch, events, cleared, dead
+            ):
                 keys = [self._link.keys.feed(feed_partition)]
                 keys += [self._link.keys.bucket(epoch, scope) for scope in scopes]
                 calls.append((fanout, keys, (payload, self._settings.feed_length)))
