@@ -618,3 +618,27 @@ async def test_g6_a_fan_out_says_in_which_epoch_it_dropped_buckets(
                     return bool(orjson.loads(fields[b"m"])["e"] == epoch.decode())
 
                 await eventually(last)
+
+
+async def test_g5_a_late_answer_to_a_heartbeat_leads_back_to_no_epoch(
+    settings: Settings, connect: Connect, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with connect() as bus:
+        await eventually(lambda: local_twice(bus))
+        link = bus._link
+        pipeline, before = link.pipeline, link.epoch
+        asked: list[str] = []
+
+        async def overtaken(commands: Any, client: Any = None) -> Any:
+            replies = await pipeline(commands, client=client)
+            if commands[0][0] == "HGET":
+                asked.append(link.epoch)
+                if len(asked) == 1:
+                    link.enter("met-by-another-connection")
+            return replies
+
+        # When another connection meets a new epoch while the answer to a heartbeat, of before, is on its way
+        monkeypatch.setattr(link, "pipeline", overtaken)
+        await eventually(lambda: len(asked) >= 2)
+        # Then the heartbeat does not go back there, but asks again
+        assert asked[:2] == [before, "met-by-another-connection"]

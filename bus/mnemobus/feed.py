@@ -458,11 +458,15 @@ class Feed:
             for reply in replies:
                 if isinstance(reply, Exception):
                     raise reply
+            if (
+                epoch != self._link.epoch
+            ):  # another connection was faster: this answer may be of before, begin again
+                continue
             if replies[0] is None:
                 await self._link.renew_epoch()
-            elif replies[0].decode() != self._link.epoch:
+            elif replies[0].decode() != epoch:
                 self._link.enter(replies[0].decode())
-            if epoch != self._link.epoch:  # at first, or because Redis lost what it knew: begin again
+            if epoch != self._link.epoch:  # Redis lost what it knew: begin again
                 continue
             heads = [
                 (p, before, Version.parse(head)) for (p, before), head in zip(known, replies[2:], strict=True)

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from .caches import Caches
+from .epochs import Epochs
 from .join import Join
 from .kernel import World
+from .own import Own
 from .publish import Publish
 from .store import Store
 from .workers import Workers
 
-WORLDS: dict[str, type[World]] = {world.name: world for world in (Publish, Workers, Store, Caches, Join)}
+WORLDS: dict[str, type[World]] = {
+    world.name: world for world in (Publish, Workers, Store, Caches, Join, Epochs, Own)
+}
