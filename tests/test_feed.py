@@ -277,6 +277,18 @@ async def test_g5_a_flush_begins_a_new_epoch(own_redis: Any, settings: Settings)
         await eventually(lambda: local_twice(bus))
 
 
+async def test_g7_a_read_survives_that_the_feeds_connection_closes_under_it(settings: Settings) -> None:
+    async with mnemobus.connect(**settings.model_dump()) as bus:
+        for room in range(4):
+            connection = await eventually(lambda: bus._feed._connection)
+            # If the connection is closed just while a read begins to listen to another partition
+            read = bus.recent("messages", room=f"r{room}")
+            answer, _ = await asyncio.gather(read, connection.disconnect(nowait=True))
+            # Then the read is answered all the same
+            assert list(answer) == []
+        await eventually(lambda: local_twice(bus))
+
+
 async def test_g6_a_write_between_a_flush_and_its_discovery_is_waited_for(
     own_redis: Any, settings: Settings, caplog: pytest.LogCaptureFixture
 ) -> None:
