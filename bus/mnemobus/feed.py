@@ -236,8 +236,8 @@ class Feed:
         """Send on the listening connection, if there is one; a new one subscribes to all on its own."""
         connection = self._connection
         if connection is not None:
-            # The reader of this connection sees the same, and replaces it. Between finding it open and writing, redis-py
-            # gives way: closed meanwhile, it has nothing to write to (AttributeError).
+            # The reader of this connection sees the same, and replaces it. redis-py gives way between finding it open
+            # and writing: closed meanwhile, it has nothing to write to (AttributeError).
             with suppress(*AWAY, RedisError, AttributeError):
                 await connection.send_command(*command, check_health=False)
 
