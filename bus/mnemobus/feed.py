@@ -460,9 +460,8 @@ class Feed:
             for reply in replies:
                 if isinstance(reply, Exception):
                     raise reply
-            if (
-                epoch != self._link.epoch
-            ):  # another connection was faster: this answer may be of before, begin again
+            # Another connection may have been faster, and this answer may be of before: then begin again.
+            if epoch != self._link.epoch:
                 continue
             if replies[0] is None:
                 await self._link.renew_epoch()
