@@ -17,6 +17,7 @@ import redis
 
 from commands import Command
 from mnemobus import LogTrimmed, Settings, connect
+from mnemobus.cli.moments import parse_moment
 from mnemobus.connection import ThreadedLink
 from mnemobus.errors import SettingsError
 from mnemobus.events import DELETE, DELETE_ROOM, PUT, UPDATE, Event
@@ -587,21 +588,30 @@ def test_since_until_partition_and_dry_run(settings: Settings, log: Log, command
         for room in (rooms[0], rooms[2]):
             log.write(put(room, str(minute)), ms=base + 60_000 * minute)
 
-    def counted(*arguments: str) -> tuple[int, dict[str, int]]:
-        done = command("replay", "--dry-run", "--json", *arguments, settings=settings)
-        assert done.status == 0, done.err
-        return done.json["applied"], done.json["partitions"]
+    def counted(
+        since: str | None = None, until: str | None = None, **options: Any
+    ) -> tuple[int, dict[int, int]]:
+        moments = {
+            name: parse_moment(when, name) for name, when in (("since", since), ("until", until)) if when
+        }
+        outcome = replay(settings, dry_run=True, **moments, **options).outcome
+        return outcome.applied, dict(outcome.partitions)
 
     def at(minute: int) -> str:
         return str(Version(base + 60_000 * minute, 0))
 
     everything = command("replay", "--dry-run", settings=settings)
-    assert counted() == (20, {"0": 10, "1": 10})
-    assert counted("--partition", "1") == (10, {"1": 10})
+    span = ("--since", at(2), "--until", at(4), "--partition", "1")
+    some = command("replay", "--dry-run", "--json", *span, settings=settings)
+    assert counted() == (20, {0: 10, 1: 10})
+    assert counted(partitions=[1]) == (10, {1: 10})
     # Both ends are inclusive
-    assert counted("--since", at(2), "--until", at(4)) == (6, {"0": 3, "1": 3})
-    assert counted("--since", "10m") == (0, {})
-    assert counted("--since", "2h", "--until", "59m") == (4, {"0": 2, "1": 2})
+    assert counted(since=at(2), until=at(4)) == (6, {0: 3, 1: 3})
+    assert counted(since="10m") == (0, {})
+    assert counted(since="2h", until="59m") == (4, {0: 2, 1: 2})
+    assert some.status == everything.status == 0
+    assert (some.json["applied"], some.json["partitions"], some.json["ops"]) == (3, {"1": 3}, {"put": 3})
+    assert some.json["first"]["version"] == at(2) and some.json["last"]["version"] == at(4)
     assert everything.out.startswith("20 events would be applied to sqlite:///")
     assert ": put 20\nfrom log partition 0 10, log partition 1 10\nwritten from " in everything.out
     assert f"({base}-0)" in everything.out and f"({at(9)})" in everything.out

@@ -95,6 +95,25 @@ class _Stretch(NamedTuple):
     end: Version
 
 
+class _Reach(NamedTuple):
+    """What a log partition has: see lua/reach.lua."""
+
+    first: Version | None
+    last: Version | None
+    trimmed_to: Version | None
+    removed: int
+    trimmed: int
+
+    def lost(self, since: Version) -> int:
+        """How many of the events from ``since`` on, at most, are no longer there."""
+        if self.first is not None and self.first <= since:
+            return 0
+        if self.trimmed_to is not None and since >= self.trimmed_to:
+            # What was trimmed was before that; what somebody deleted by hand may have been anywhere.
+            return max(self.removed - self.trimmed, 0)
+        return self.removed
+
+
 class Replay:
     """One replay. `run` blocks; `stop` and ``outcome`` are for other threads.
 
@@ -174,15 +193,15 @@ class Replay:
         found = []
         gaps = []
         for partition in self._partitions:
-            first, last = self._ends(partition)
-            lost = self._lost(partition, since or ZERO, first)
+            reach = self._reach(partition)
+            lost = reach.lost(since or ZERO)
             if lost:
-                gaps.append((partition, first))
+                gaps.append((partition, reach.first))
                 self.outcome.missing += lost
-            if first is not None and last is not None:
-                end = last if until is None else min(until, last)
+            if reach.first is not None and reach.last is not None:
+                end = reach.last if until is None else min(until, reach.last)
                 if end > start:
-                    found.append(_Stretch(partition, start, max(first, start), end))
+                    found.append(_Stretch(partition, start, max(reach.first, start), end))
         if gaps and since is not None and not self._partial:
             where = ", ".join(
                 f"at {first or 'nothing: it is empty'} in log partition {p}" for p, first in gaps
@@ -199,32 +218,13 @@ class Replay:
         seconds, micros = self._link.client.time()
         return Version(max(int((seconds + micros / 1e6 - moment) * 1000), 0), 0)
 
-    def _ends(self, partition: int) -> tuple[Version | None, Version | None]:
-        """The first and the last entry that the log has."""
-        log = self._link.keys.log(partition)
-        first, last = (
-            self._link.client.execute_command(command, log, *span, "COUNT", 1)
-            for command, span in (("XRANGE", "-+"), ("XREVRANGE", "+-"))
+    def _reach(self, partition: int) -> _Reach:
+        keys = self._link.keys
+        first, last, removed, trimmed, to = self._link.run(
+            "reach", [keys.log(partition), keys.meter(partition)], []
         )
-        return (Version.parse(first[0][0]), Version.parse(last[0][0])) if first and last else (None, None)
-
-    def _lost(self, partition: int, since: Version, first: Version | None) -> int:
-        """How many of the events from ``since`` on, at most, are no longer in the log."""
-        if first is not None and first <= since:
-            return 0
-        log, meter = self._link.keys.log(partition), self._link.keys.meter(partition)
-        with self._link.client.pipeline(
-            transaction=True
-        ) as pipe:  # or what is written in between would be counted
-            pipe.hmget(meter, "added", "trimmed", "trimmed_to")
-            pipe.xlen(log)
-            (added, trimmed, trimmed_to), length = pipe.execute()
-        removed: int = int(added or 0) - length
-        if removed <= 0:
-            return 0
-        # All that was trimmed was before `trimmed_to`; what somebody removed by hand may have been anywhere.
-        by_hand = max(removed - int(trimmed or 0), 0)
-        return removed if trimmed_to is None or since < Version.parse(trimmed_to) else by_hand
+        first, last, to = (Version.parse(id) if id else None for id in (first, last, to))
+        return _Reach(first, last, to, removed, trimmed)
 
     # Reading and applying
 
