@@ -110,13 +110,14 @@ class Join(World):
     }  # fmt: skip
     small = (
         {"oddities": 1},
-        {"joins": 0, "losses": 1, "deletions": 1, "cuts": 1},
+        {"joins": 0, "losses": 1, "deletions": 1},
         {"joins": 0, "others": 1, "losses": 1, "trims": 1},
         {"joins": 2},
+        {"joins": 0, "cuts": 1},
     )
     larger = (
-        {"others": 1, "losses": 1, "oddities": 1, "cuts": 1},
-        {"others": 1, "joins": 2, "reads": 2, "losses": 1, "trims": 1, "deletions": 1},
+        {"losses": 1, "cuts": 1},
+        {"others": 1, "losses": 1, "trims": 1, "deletions": 1},
         {"writes": 2, "others": 1, "joins": 2, "reads": 2, "losses": 1, "oddities": 1, "cuts": 1, "trims": 1},
     )
     rules = (

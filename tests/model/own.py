@@ -93,7 +93,7 @@ class Own(World):
         {"fills": 1, "crashes": 1},
         {"others": 1, "workers": 2},
         {"others": 1, "flushes": 1},
-        {"others": 1, "restarts": 1, "forgetful": 1},
+        {"others": 1, "restarts": 1, "forgetful": 1, "reads": 0},
         {"fills": 1, "restarts": 1},
     )
     larger = (
