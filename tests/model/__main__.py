@@ -34,7 +34,7 @@ def main() -> int:
         action="append",
         default=[],
         metavar="RULE",
-        help="switch a rule off, and see what happens",
+        help="switch a rule off, and see what happens (at the size and for the promise where it does)",
     )
     parser.add_argument("--promise", metavar="G", help="look at this promise only, such as G5")
     parser.add_argument("--limit", type=int, metavar="STATES", help="stop after so many")
@@ -47,13 +47,19 @@ def main() -> int:
         parser.error(f"the world {kind.name} has sizes 0 to {len(kind.larger)}")
     try:
         given = {name: int(n) for name, _, n in (item.partition("=") for item in arguments.set)}
-        all_sizes = (
-            [given] if given else kind.small if not arguments.size else [kind.larger[arguments.size - 1]]
-        )
-        worlds = [kind(arguments.without, **sizes) for sizes in all_sizes]
+        promise, sizes = arguments.promise, list(kind.small)
+        rules = [rule for rule in (*kind.rules, *kind.limits) if rule.name in arguments.without]
+        if given:
+            sizes = [given]
+        elif arguments.size:
+            sizes = [kind.larger[arguments.size - 1]]
+        elif rules:
+            sizes = [kind.small[rules[0].at]]
+            promise = promise or rules[0].breaks
+        worlds = [kind(arguments.without, **each) for each in sizes]
     except ValueError as error:
         parser.error(str(error))
-    return max([run(world, arguments.promise, arguments.limit) for world in worlds])
+    return max([run(world, promise, arguments.limit) for world in worlds])
 
 
 def run(world: World, promise: str | None, limit: int | None) -> int:
