@@ -890,6 +890,22 @@ def test_a_failed_read_and_an_agent_of_which_nothing_is_left_prove_nothing() -> 
     assert (report.violations, report.failed_reads) == ((), 1)
 
 
+def test_g4_what_is_applied_at_the_very_moment_when_a_read_begins_may_come_after_it() -> None:
+    first, second = put("a", 1, "a/1", "1-0"), update("a", 2, "a/2", "2-0")
+    old = get("c", 3, "1-0", "a/1")
+    store = [row("2-0", "a/2")]
+    assert judged(first, second, heard("c", 3, "2-0"), old, store=store).violations == ()
+    assert promises(judged(first, second, heard("c", 2.999, "2-0"), old, store=store)) == ["G4"]
+
+
+def test_a_write_of_which_no_record_is_left_is_missed() -> None:
+    writes = [put("a", n, f"a/{n}", f"{n}-0", number=n) for n in (1, 2, 4)]
+    report = judged(*writes, store=[row("4-0", "a/4")])
+    assert [str(violation) for violation in report.violations] == [
+        "history: the records of a's writes [3] are missing"
+    ]
+
+
 def test_two_partitions_may_give_the_same_version() -> None:
     one = put("a", 1, "a/1", "1-0", number=1)
     other = put("a", 2, "a/2", "1-0", id="n", room="elsewhere", number=2)

@@ -72,9 +72,9 @@ class Floor:
     __slots__ = ("_deleted", "_puts", "_room", "_values", "there")
 
     def __init__(self) -> None:
-        self._values: dict[str, Steps] = {}
-        self._puts: dict[str, Steps] = {}
-        self._deleted: dict[str, Steps] = {}
+        self._values: dict[str, Steps] = defaultdict(Steps)
+        self._puts: dict[str, Steps] = defaultdict(Steps)
+        self._deleted: dict[str, Steps] = defaultdict(Steps)
         self._room = Steps()
         self.there: set[str] = set()
         """Memories that are put and not deleted, as far as is known."""
@@ -86,11 +86,11 @@ class Floor:
             self.there = {id for id in self.there if self._puts[id].top > version}
             return
         if event.op == "delete":
-            self._deleted.setdefault(id, Steps()).rise(version, at, event, records)
+            self._deleted[id].rise(version, at, event, records)
         else:
-            self._values.setdefault(id, Steps()).rise(version, at, event, records)
+            self._values[id].rise(version, at, event, records)
             if event.op == "put":
-                self._puts.setdefault(id, Steps()).rise(version, at, event, records)
+                self._puts[id].rise(version, at, event, records)
         put = self._puts.get(id)
         if put is not None and put.top > max(self._deleted.get(id, _NOTHING).top, self._room.top):
             self.there.add(id)
@@ -308,8 +308,12 @@ class Reads:
                     continue
                 now[agent] = until
                 last = bisect_right(ended.get(agent, []), until)
+                newest: dict[tuple[str, str, str, str], tuple[Event, Write]] = {}
                 for _, event, write in own[agent][told[observed.agent, agent] : last]:
-                    out.append((observed.at, observed.agent, event, (write, observed)))
+                    key = (event.op, event.table, event.room, event.id)
+                    if key not in newest or newest[key][0].version < event.version:
+                        newest[key] = (event, write)
+                out += [(observed.at, observed.agent, e, (w, observed)) for e, w in newest.values()]
                 told[observed.agent, agent] = max(last, told[observed.agent, agent])
             known[observed.agent].append((observed.at, now))
         return out
