@@ -712,3 +712,31 @@ async def test_mnemobus_feed_length_is_about_how_many_messages_the_feed_keeps(
     # Redis removes a hundred at most at a time
     assert 5 <= kept[0] <= 105
     assert kept[1] == 120
+
+
+async def test_g6_a_deleted_room_waits_for_what_was_deleted_in_it_before(
+    settings: Settings, doomed: Doomed, pool_of: PoolOf
+) -> None:
+    async with opened(settings, own_write_timeout=0.3) as mine, opened(settings) as other:
+        # Given a memory that is shared, and that another agent deletes
+        with pool_of(settings):
+            [receipt] = await write(mine, "x")
+            await receipt.committed()
+            await eventually(lambda: not mine.stats().marks)
+            assert await mine.get(receipt.id) is not None
+        await other.delete(receipt.id)
+
+        # If the worker dies once that is committed, before it is fanned out
+        assert doomed(settings, "commit").wait(20) == -signal.SIGKILL
+
+        # And I delete the room, and that is committed by another worker, which finds nothing left in it
+        with pool_of(settings.model_copy(update={"claim_idle": 60.0})):
+            await (await mine.delete_room("messages", room="r1")).committed()
+            # Then I don't take for the present what is shared still
+            memory = await mine.get(receipt.id)
+            assert memory is None or memory.stale
+
+        # Until the first deletion is claimed and fanned out
+        with pool_of(settings):
+            await eventually(lambda: not mine.stats().marks)
+            assert await mine.get(receipt.id) is None

@@ -8,8 +8,9 @@ The second sign answers for what was fanned out before the bus listened there. I
 waits, and with each heartbeat for marks that nobody asks about. One question answers for all that lies below the
 low-water mark, so to wait for ten thousand receipts one after the other costs a few questions, not as many.
 
-`delete_room` touches scopes that its writer can't name: it marks every other scope too, and only the second sign
-lifts that mark, since the fan-out to all of them is complete only then.
+`delete_room` touches scopes that its writer can't name: it marks every other scope too. That mark is lifted only once
+the low-water mark has passed it: the memories in the room that an earlier write had already deleted are that write's
+to fan out, and its worker may have died before it did.
 """
 
 from __future__ import annotations
@@ -193,10 +194,10 @@ class Marks:
                     write, [s for s in write.scopes if s != _EVERYWHERE and feed_of(s) == feed_partition]
                 )
 
-    def _applied(self, write: Write, rejected: str | None) -> None:
-        """The consumer group has applied this event, everywhere."""
+    def _applied(self, write: Write, rejected: str | None, *, passed: bool) -> None:
+        """The consumer group has applied this event; ``passed``: and everything before it."""
         write.settle(rejected)
-        self._unmark(write, list(write.scopes))
+        self._unmark(write, [scope for scope in write.scopes if passed or scope != _EVERYWHERE])
 
     def _unmark(self, write: Write, scopes: Iterable[str]) -> None:
         for scope in scopes:
@@ -352,7 +353,8 @@ class Marks:
                     continue
                 applied.append((version_asked, write))
             for version, write in applied:
-                self._applied(write, self._letters[partition].reasons.get(version))
+                reason = self._letters[partition].reasons.get(version)
+                self._applied(write, reason, passed=state.passed(version))
         return states
 
     def _question(self, partition: int, writes: Sequence[Write]) -> Call:
