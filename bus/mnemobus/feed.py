@@ -153,6 +153,8 @@ class Feed:
         self._heard = clock()
         self._tasks: set[asyncio.Task[None]] = set()
         self._wake = asyncio.Event()
+        self._epoch_doubts = 0
+        """Messages of another epoch than ours since the last good heartbeat began."""
         self._answering = 0
         self._beats = 0
         self._beaten = asyncio.Condition()
@@ -381,8 +383,13 @@ class Feed:
         drop = self._local.drop
         for scope in message.scopes:
             drop(scope)
-        # A worker that has not met the epoch yet drops buckets of the one before, says so, and does it again at once.
+        # Worker and agent may not have met the same epoch yet. A worker that is behind drops buckets of the one before,
+        # says so, and does it again at once. Where this agent is behind, nobody drops the buckets that it knows of: it
+        # asks no more for them until a heartbeat has told it better.
         dropped = message.epoch == self._link.epoch
+        if message.epoch and not dropped:
+            self._epoch_doubts += 1
+            self._wake.set()
         self._marks.named(
             partition.number, message.log_partition, message.versions, message.dead, dropped=dropped
         )
@@ -404,6 +411,7 @@ class Feed:
 
     async def _beat_once(self) -> None:
         started = clock()
+        doubts = self._epoch_doubts
         try:
             async with asyncio.timeout(self._settings.redis_timeout):
                 await self._verify()
@@ -417,6 +425,7 @@ class Feed:
             if not self.up and self.trouble:
                 logger.info("Redis at %s is back", self._link.address)
             self.up, self.trouble = True, ""
+            self._epoch_doubts -= doubts  # those that came meanwhile are left to the next one
             self.last_good = started
             self._local.fresh_until = started + self._settings.max_staleness
         self._beats += 1
@@ -573,8 +582,9 @@ class Feed:
 
     @property
     def reachable(self) -> bool:
-        """Whether to ask Redis at all: a heartbeat that is overdue means that a call would hang, too."""
-        return self.up and clock() < self._local.fresh_until
+        """Whether to ask Redis at all: a heartbeat that is overdue means that a call would hang, too; and one that is
+        yet to tell the epoch, that the answer may be of another."""
+        return self.up and not self._epoch_doubts and clock() < self._local.fresh_until
 
     @property
     def listening(self) -> int:
