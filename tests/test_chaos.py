@@ -290,7 +290,9 @@ def left_behind(folder: Path) -> list[str]:
 
 
 @pytestmark_servers
-@pytest.mark.skipif("TEST_CHAOS" not in os.environ, reason="looks for what is not known yet: set TEST_CHAOS=1")
+@pytest.mark.skipif(
+    "TEST_CHAOS" not in os.environ, reason="looks for what is not known yet: set TEST_CHAOS=1"
+)
 def test_a_small_campaign_with_all_faults_finds_nothing(tmp_path: Path) -> None:
     folder = tmp_path / "run"
     run = campaign(folder, "--minutes", "0.3", "--seed", "7", "--agents", "3")
