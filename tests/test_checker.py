@@ -38,7 +38,7 @@ BOUND = 3.0
 
 
 @given(seed=st.integers(0, 1 << 32))
-@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=6, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 def test_it_finds_nothing_in_a_correct_run(seed: int) -> None:
     report = check(Imagined(seed, seconds=10).history)
     assert report.violations == ()
@@ -62,13 +62,13 @@ def test_it_finds_nothing_in_a_correct_run_with_more_of_everything() -> None:
 
 
 def test_the_time_that_it_takes_grows_with_the_records_and_no_faster() -> None:
-    # Given a long run: ten minutes come to fifty times as much, and are to be judged in a minute
-    history = Imagined(1, agents=8, rooms=4, memories=6, seconds=20, busy=0.9).history
-    assert len(history.records) > 10_000
-    # Then it takes about a second, or some on a busy machine; comparing each with each would take a minute
+    # Given a long run: ten minutes come to a hundred times as much, and are to be judged in a minute
+    history = Imagined(1, agents=8, rooms=4, memories=6, seconds=10, busy=0.9).history
+    assert len(history.records) > 5_000
+    # Then it takes half a second, or some more on a busy machine; comparing each with each would take far longer
     began = time.process_time()
     check(history)
-    assert time.process_time() - began < 6
+    assert time.process_time() - began < 4
 
 
 # Planted faults. Each takes a correct run and a random generator, and says what is to be found: the promise, and the
@@ -95,6 +95,9 @@ class Run:
         items = list(items)
         return self.rng.choice(items) if items else None
 
+    def shuffled(self, items: list[Any]) -> list[Any]:
+        return self.rng.sample(items, len(items))
+
     def add(self, *records: Record) -> None:
         self.history.records += records
 
@@ -114,15 +117,9 @@ class Run:
             e for e in self.final.log if e[4] == memory or (e[1] == "delete_room" and tuple(e[2:4]) in rooms)
         ]
 
-    def shown(self) -> dict[str, list[list[list[str]]]]:
-        """All places in the agents' views that have a memory, by memory."""
-        found: dict[str, list[list[list[str]]]] = {}
-        for views in self.final.views.values():
-            for scope, view in views.items():
-                memory = scope.removeprefix("id:")
-                for each in {entry[0] for entry in view} | ({memory} if scope.startswith("id:") else set()):
-                    found.setdefault(each, []).append(view)
-        return found
+    def after(self, entry: list[str]) -> list[list[str]]:
+        """The log's entries about a memory that come after it was as this: [id, version, value]."""
+        return [event for event in self.events(entry[0]) if number(event[0]) > number(entry[1])]
 
     def store(self, memory: str, entry: list[str] | None) -> None:
         """Have the store, and all views, hold this of a memory: [id, version, value]."""
@@ -180,7 +177,7 @@ class Run:
 
 @cache
 def _correct(seed: int) -> bytes:
-    return pickle.dumps(Imagined(seed, seconds=12).history)
+    return pickle.dumps(Imagined(seed, seconds=9).history)
 
 
 def lost_write(run: Run) -> Planted:
@@ -202,11 +199,12 @@ def lost_write_and_its_entry_in_the_log(run: Run) -> Planted:
 
 
 def lost_write_that_was_overwritten(run: Run) -> Planted:
-    found = run.some((b, e) for b, e in run.overwritten() if b[1] in run.by_version)
-    if found is None:
-        return None
-    run.final.log[:] = [e for e in run.final.log if e[0] != found[0][1]]
-    return "G1", [run.by_version[found[0][1]]]
+    for before, event in run.shuffled(run.overwritten()):
+        older = [e for e in run.final.log if e[3] == event[3] and number(e[0]) < number(before[1])]
+        if older and before[1] in run.by_version:  # else it looks as if the log had been trimmed
+            run.final.log[:] = [e for e in run.final.log if e[0] != before[1]]
+            return "G1", [run.by_version[before[1]]]
+    return None
 
 
 def lost_in_the_outbox(run: Run) -> Planted:
@@ -264,7 +262,11 @@ def doubled_delete(run: Run) -> Planted:
 
 
 def value_under_another_version(run: Run) -> Planted:
+    if not run.stored:
+        return None
     entry = run.some(e for e in run.stored.values() if e[1] in run.by_version)
+    if entry is None:
+        return None
     read = run.read_of(entry[0], "b", run.final.at - 2, [entry[0], entry[1] + "00", entry[2]])
     run.read_of(entry[0], "c", run.final.at - 1, entry[:3], "store")
     return "G1", [run.by_version[entry[1]], read]
@@ -304,25 +306,25 @@ def resurrected_member_of_a_room(run: Run) -> Planted:
 
 
 def read_of_what_was_deleted(run: Run) -> Planted:
-    found = run.some(run.deleted())
-    heard = found and run.heard(f"id:{found[0][0]}", found[1][0])
-    if not heard:
-        return None
-    read = run.read_of(found[0][0], "b", heard.at + BOUND + 0.01, found[0], "shared")
-    return "G3", [run.by_version[found[1][0]], heard, read]
+    for before, event in run.shuffled(run.deleted()):
+        heard = run.heard(f"id:{before[0]}", event[0])
+        if heard is not None and run.after(before) == [event]:
+            read = run.read_of(before[0], "b", heard.at + BOUND + 0.01, before, "shared")
+            return "G3", [run.by_version[event[0]], heard, read]
+    return None
 
 
 def read_of_a_member_of_a_deleted_room(run: Run) -> Planted:
-    found = run.some(run.deleted("delete_room"))
-    heard = found and run.heard(f"room:{':'.join(found[1][2:4])}", found[1][0])
-    if not heard:
-        return None
-    read = run.read_of(found[0][0], "b", heard.at + BOUND + 0.01, found[0])
-    return "G3", [run.by_version[found[1][0]], heard, read]
+    for before, event in run.shuffled(run.deleted("delete_room")):
+        heard = run.heard(f"room:{event[2]}:{event[3]}", event[0])
+        if heard is not None and run.after(before) == [event]:
+            read = run.read_of(before[0], "b", heard.at + BOUND + 0.01, before)
+            return "G3", [run.by_version[event[0]], heard, read]
+    return None
 
 
 def read_older_than_an_applied_invalidation(run: Run) -> Planted:
-    for before, event in run.rng.sample(run.overwritten(), len(run.overwritten())):
+    for before, event in run.shuffled(run.overwritten()):
         heard = run.heard(f"id:{event[4]}", event[0])
         if heard is not None:
             # Who has heard of it reads what there was, right after; and has written nothing itself
@@ -333,9 +335,9 @@ def read_older_than_an_applied_invalidation(run: Run) -> Planted:
 
 
 def read_beyond_the_bound(run: Run) -> Planted:
-    for before, event in run.rng.sample(run.overwritten(), len(run.overwritten())):
+    for before, event in run.shuffled(run.overwritten()):
         heard = run.heard(f"id:{event[4]}", event[0])
-        if heard is not None and first_seen(run, event) is not None:
+        if heard is not None and run.after(before) == [event]:
             read = run.read_of(event[4], "b", heard.at + BOUND + 0.01, before)
             return "G5", [run.by_version[event[0]], heard, read]
     return None
@@ -355,6 +357,8 @@ def read_beyond_the_bound_of_what_was_only_seen(run: Run) -> Planted:
 
 
 def memory_missing_in_an_answer(run: Run) -> Planted:
+    if not run.stored:
+        return None
     memory = run.some(run.stored)
     event = next(e for e in run.final.log if e[0] == run.stored[memory][1])
     table, room = run.stored[memory][3:]
@@ -367,6 +371,8 @@ def memory_missing_in_an_answer(run: Run) -> Planted:
 
 
 def count_too_low(run: Run) -> Planted:
+    if not run.stored:
+        return None
     table, room = run.some(run.stored.values())[3:]
     there = sum(e[3:] == [table, room] for e in run.stored.values())
     read = Read("b", run.final.at - 1, run.final.at - 0.9, f"room:{table}:{room}", 0, source="local")
@@ -387,12 +393,21 @@ def count_too_high(run: Run) -> Planted:
     return "G5", [read]
 
 
+def overwritten_and_seen_before(run: Run) -> tuple[list[str], Write] | None:
+    """What there was, known to all, and what it was overwritten with."""
+    for before, event in run.shuffled(run.overwritten()):
+        write = run.by_version[event[0]]
+        if any(before in read.seen and read.ended < write.began for read in run.history.of(Read)):
+            return before, write
+    return None
+
+
 def own_write_not_seen(run: Run) -> Planted:
-    found = run.some(run.overwritten())
+    found = overwritten_and_seen_before(run)
     if found is None:
         return None
-    write = run.by_version[found[1][0]]
-    return "G6", [write, run.read_of(write.id, write.agent, write.ended + 0.0005, found[0])]
+    before, write = found
+    return "G6", [write, run.read_of(write.id, write.agent, write.ended + 0.0005, before)]
 
 
 def own_deletion_not_seen(run: Run) -> Planted:
@@ -404,15 +419,15 @@ def own_deletion_not_seen(run: Run) -> Planted:
 
 
 def observed_write_not_seen(run: Run) -> Planted:
-    found = run.some(run.overwritten())
+    found = overwritten_and_seen_before(run)
     if found is None:
         return None
-    write = run.by_version[found[1][0]]
+    before, write = found
     # If b observes the writer, and c observes b
     first = Observed("b", write.ended + 0.002, write.agent, write.ended + 0.001)
     second = Observed("c", write.ended + 0.004, "b", write.ended + 0.003)
     run.add(first, second)
-    return "G6", [write, second, run.read_of(write.id, "c", write.ended + 0.005, found[0])]
+    return "G6", [write, second, run.read_of(write.id, "c", write.ended + 0.005, before)]
 
 
 def first_seen(run: Run, event: list[str]) -> Read | None:
@@ -423,7 +438,7 @@ def first_seen(run: Run, event: list[str]) -> Read | None:
 
 
 def store_going_back(run: Run) -> Planted:
-    for before, event in run.rng.sample(run.overwritten(), len(run.overwritten())):
+    for before, event in run.shuffled(run.overwritten()):
         seen = first_seen(run, event)
         if seen is not None:
             return "G2", [run.read_of(event[4], "b", seen.ended + 0.001, before, "store")]
@@ -431,10 +446,15 @@ def store_going_back(run: Run) -> Planted:
 
 
 def store_losing_what_it_had(run: Run) -> Planted:
-    for _, event in run.rng.sample(run.overwritten(), len(run.overwritten())):
-        seen = first_seen(run, event)
-        if seen is not None:
-            return "G1", [run.read_of(event[4], "b", seen.ended + 0.001, None, "store")]
+    found = []
+    for memory in sorted({w.id for w in run.writes if w.id}):
+        states = run.states(memory)
+        found += [after for (_, before), (_, after) in pairwise(states) if after and not before]
+    for memory, version, _ in run.shuffled(found):
+        event = next(e for e in run.final.log if e[0] == version)
+        seen, heard = first_seen(run, event), run.heard(f"id:{memory}", version)
+        if seen is not None and (heard is None or seen.ended < heard.at + BOUND - 0.01):
+            return "G1", [run.read_of(memory, "b", seen.ended + 0.001, None, "store")]
     return None
 
 
@@ -447,6 +467,8 @@ def agent_that_disagrees(run: Run) -> Planted:
 
 
 def agent_that_lacks_a_memory(run: Run) -> Planted:
+    if not run.stored:
+        return None
     table, room = run.some(run.stored.values())[3:]
     run.final.views["a1"][f"room:{table}:{room}"].pop()
     return "G5", []
@@ -479,6 +501,8 @@ def missing_record(run: Run) -> Planted:
 
 
 def made_up_value(run: Run) -> Planted:
+    if not run.stored:
+        return None
     memory = run.some(run.stored)
     read = run.read_of(memory, "b", run.final.at - 1, [memory, f"{10**6}-0", "nobody/1"])
     return "history", [read]
@@ -503,17 +527,13 @@ def refused_write_that_happened(run: Run) -> Planted:
 
 
 def refused_delete_that_happened(run: Run) -> Planted:
-    found = run.some(run.deleted())
-    if found is None:
-        return None
-    write = run.by_version[found[1][0]]
-    same = [
-        w for w in run.writes if w.op == "delete" and w.id == write.id and w.outcome in ("acked", "unknown")
-    ]
-    if len(same) > 1:
-        return None
-    write.outcome, write.version = "refused", None
-    return "G7", [write]
+    made = ("acked", "unknown")
+    for _, event in run.shuffled(run.deleted()):
+        write = run.by_version[event[0]]
+        if [w for w in run.writes if (w.op, w.id) == ("delete", write.id) and w.outcome in made] == [write]:
+            write.outcome, write.version = "refused", None
+            return "G7", [write]
+    return None
 
 
 def log_in_another_order(run: Run) -> Planted:
@@ -913,6 +933,17 @@ def test_two_partitions_may_give_the_same_version() -> None:
     # If an invalidation names one of them, then nobody is to have heard of the other
     reads = [get("b", 5, "1-0", "a/1"), Read("b", 5, 5.1, "id:n", 0, [], "local")]
     assert judged(one, other, heard("b", 3, "1-0"), *reads, store=store).violations == ()
+    # Nor where it names a scope that may have either
+    scope = "entity:messages:e"
+    seen = Read("c", 4, 4.1, scope, 20, [row("1-0", "a/1"), ["n", "1-0", "a/2"]], "store")
+    reads = [Read("b", 5, 5.1, scope, 20, [row("1-0", "a/1")[:3]], "local")]
+    seen.seen[0] = seen.seen[0][:3]
+    assert judged(one, other, heard("b", 3, "1-0", scope=scope), seen, *reads, store=store).violations == ()
+    other = replace(other, version="2-0")
+    store[1][1] = seen.seen[1][1] = "2-0"
+    assert promises(judged(one, other, heard("b", 3, "2-0", scope=scope), seen, *reads, store=store)) == [
+        "G4"
+    ]
 
 
 # What it tells
@@ -980,12 +1011,16 @@ def test_the_command_prints_the_report_and_what_was_not_kept(tmp_path: Path) -> 
     assert (done.returncode, done.stderr) == (0, "")
     assert "violations          0\n" in done.stdout
     # If a write is lost, then it says which
-    assert lost_write(run) is not None
+    planted = lost_write_and_its_entry_in_the_log(run)
+    assert planted is not None
+    [lost] = planted[1]
     run.history.save(tmp_path)
     done = command(tmp_path)
     assert done.returncode == 1
+    assert "violations          1\n" in done.stdout
     assert "acknowledged lost   1\n" in done.stdout
-    assert "is not in the store, and nobody deleted it\n" in done.stdout
+    assert "\nG1: " in done.stdout
+    assert f'"value": "{lost.value}"' in done.stdout
 
 
 def test_a_line_that_a_kill_cut_short_is_left_out_and_any_other_is_not(

@@ -247,7 +247,7 @@ class _End:
         """Who writes after another was acknowledged is after it in the log."""
         rooms: dict[str, list[Event]] = defaultdict(list)
         for event in self._happened.events:
-            if event.write is not None:
+            if event.write is not None and not event.doubled:
                 rooms[event.room].append(event)
         for events in rooms.values():
             logged = [event for event in events if event.write and not event.write.outboxed]
@@ -274,7 +274,7 @@ class _End:
                 if last is None or acked[index][1].version > last.version:
                     last = acked[index][1]
                 index += 1
-            if last is not None and event.version < last.version and last.write is not event.write:
+            if last is not None and event.version < last.version:
                 sentence = (
                     f"version {event.text} was written after version {last.text} had been acknowledged, and is before"
                     " it in the log"
