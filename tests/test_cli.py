@@ -116,7 +116,7 @@ async def test_stats_are_those_of_log_workers_feed_and_store(
         assert all(p["waiting_seconds"] is None and p["pending"] == 0 and p["group"] for p in got["log"])
         assert got["feed"]["messages"] >= 12 and got["feed"]["subscriptions"] >= 1
         assert (
-            got["redis"]["reading"] >= 4 and got["redis"]["policy"] == "noeviction" and got["redis"]["epoch"]
+            got["redis"]["reading"] >= 1 and got["redis"]["policy"] == "noeviction" and got["redis"]["epoch"]
         )
         assert got["store"] == {
             "url": pool.database_url,
