@@ -832,6 +832,9 @@ def test_g1_a_log_may_be_trimmed_but_only_from_its_beginning() -> None:
     store = [row("3-0", "a/3")]
     assert judged(*writes, log=entries(*writes[1:]), store=store).violations == ()
     assert promises(judged(*writes, log=entries(writes[0], writes[2]), store=store)) == ["G1"]
+    # What neither the log nor the store has is lost once
+    lost = judged(*writes, log=entries(*writes[:2]), store=[row("2-0", "a/2")])
+    assert (promises(lost), lost.acknowledged_lost) == (["G1"], 1)
 
 
 def test_g1_a_dead_letter_may_be_expected() -> None:
