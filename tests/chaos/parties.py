@@ -233,12 +233,17 @@ class WorkerParty(Party):
 
     def _command(self) -> list[str]:
         return [
-            sys.executable, "-m", "dramatiq", "chaos.dying_workers",
+            # The second module is for when Dramatiq's master is killed and can't end its processes.
+            sys.executable, "-m", "dramatiq", "chaos.dying_workers", "mnemobus.embedded.tethered",
             "--processes", str(self._processes), "--threads", str(self._threads),
         ]  # fmt: skip
 
     def _more_environment(self) -> dict[str, str]:
-        return {"CHAOS_DEATHS": str(self.deaths), "CHAOS_AHEAD": str(AHEAD if self.ahead else 0)}
+        return {
+            "CHAOS_DEATHS": str(self.deaths),
+            "CHAOS_AHEAD": str(AHEAD if self.ahead else 0),
+            "MNEMOBUS_WORKER_PID_FILE": str(self.folder / f"{self.name}.pid"),
+        }
 
     async def _attend(self, process: asyncio.subprocess.Process) -> None:
         begins = self.log.stat().st_size
