@@ -23,7 +23,7 @@ demo: $(READY) ## the whole system on this machine: writes, reads, kills a worke
 	@$(BIN)/mnemobus demo $(ARGS)
 
 test: $(READY) ## the tests, against real servers; ARGS="-k feed" passes options to pytest
-	@$(BIN)/python -m pytest -n 3 --dist loadfile $(ARGS)
+	@$(BIN)/python -m pytest -n 4 --dist loadfile $(ARGS)
 
 chaos: $(READY) ## everything that can go wrong, for some minutes; ARGS="--seed 1 --minutes 10 --store postgres"
 	@PYTHONPATH=tests $(BIN)/python -m chaos.campaign $(ARGS)

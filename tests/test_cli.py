@@ -332,7 +332,7 @@ def test_the_doctor_where_redis_is_unfit(
     settings: Settings, own_redis: Callable[..., RedisServer], command: Start
 ) -> None:
     # Given a Redis that evicts, persists nothing, and is nearly full
-    server = own_redis("--maxmemory", "1mb", "--maxmemory-policy", "allkeys-lru", "--appendonly", "no")
+    server = own_redis("--maxmemory", "600kb", "--maxmemory-policy", "allkeys-lru", "--appendonly", "no")
     unfit = settings.model_copy(
         update={"redis_url": server.url, "redis_eviction_policy": "noeviction", "redis_max_memory": "2gb"}
     )
@@ -347,7 +347,7 @@ def test_the_doctor_where_redis_is_unfit(
     assert "CONFIG SET appendonly yes" in found["persistence"][2]
     assert found["memory"][0] in ("warn", "fail") and "full: " in found["memory"][1]
     assert found["REDIS_EVICTION_POLICY"][:2] == ("fail", "is noeviction, but the server has allkeys-lru")
-    assert found["REDIS_MAX_MEMORY"][1] == "is 2gb (2,147,483,648 bytes), but the server has 1,048,576"
+    assert found["REDIS_MAX_MEMORY"][1] == "is 2gb (2,147,483,648 bytes), but the server has 614,400"
 
 
 def test_the_doctor_where_redis_or_the_store_does_not_let_us_in(

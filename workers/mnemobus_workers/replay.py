@@ -28,7 +28,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from redis.exceptions import RedisError, ResponseError
+from redis.exceptions import OutOfMemoryError, RedisError, ResponseError
 
 from mnemobus.connection import AWAY, ThreadedLink
 from mnemobus.errors import LogTrimmed, MnemobusError, SettingsError
@@ -312,6 +312,8 @@ class Replay:
                     "NOGROUP" in str(reply) or "key to exist" in str(reply)
                 ):
                     return reply
+                if isinstance(reply, OutOfMemoryError):
+                    continue  # Redis 7.0 moves no group while it is full; then it is moved later, and more is kept
                 if isinstance(reply, Exception):
                     raise reply
             return None
