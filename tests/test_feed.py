@@ -277,6 +277,34 @@ async def test_g5_a_flush_begins_a_new_epoch(own_redis: Any, settings: Settings)
         await eventually(lambda: local_twice(bus))
 
 
+async def test_g5_a_load_is_not_shared_for_longer_than_a_copy_is_served(settings: Settings) -> None:
+    bound = 0.3
+    short = {**settings.model_dump(), "heartbeat": 0.1, "max_staleness": bound}
+    async with mnemobus.connect(**short) as bus:
+        # Given a read whose answer from the store is long under way
+        release, recent = asyncio.Event(), bus._reader.recent
+
+        async def held(*arguments: Any) -> Any:
+            rows = await recent(*arguments)
+            await release.wait()
+            return rows
+
+        bus._reader.recent = held  # type: ignore[method-assign]
+        first = asyncio.create_task(bus.recent("messages", room="r1"))
+        await eventually(lambda: bus._local.holds(bus._link.keys.feed_partition("room:messages:r1")))
+        second = asyncio.create_task(bus.recent("messages", room="r1"))
+        await eventually(lambda: bus.stats().shared_loads == 1)
+        began = clock()
+        bus._reader.recent = recent  # type: ignore[method-assign]
+
+        # Then a read that begins later than copies are served for asks anew
+        await eventually(lambda: clock() - began > bound)
+        assert (await asyncio.wait_for(bus.recent("messages", room="r1"), 5)).source == "store"
+        assert not first.done() and not second.done()
+        release.set()
+        assert (await first).source == (await second).source == "store"
+
+
 async def test_g7_a_read_survives_that_the_feeds_connection_closes_under_it(settings: Settings) -> None:
     async with mnemobus.connect(**settings.model_dump()) as bus:
         for room in range(4):

@@ -69,8 +69,8 @@ class Bucket:
         self.partition = partition
         self.expires = expires
         self.entries: dict[Any, Any] = {}
-        self.loads: dict[Any, asyncio.Task[Any]] = {}
-        """Reads under way of queries on this scope, for others to share."""
+        self.loads: dict[Any, tuple[float, asyncio.Task[Any]]] = {}
+        """Reads under way of queries on this scope, for others to share, and when each began, by `clock`."""
         self.size = 0
         self.live = False
         """Whether it is in the dict; a bucket that was taken out never comes back."""

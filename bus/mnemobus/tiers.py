@@ -7,7 +7,8 @@ What the order of the steps has to keep:
   sight, and the fill with it (G4). It is a live one only if the bus listens to the scope's feed partition.
 - Redis is not asked while no heartbeat reaches it: its buckets may be of an epoch that is over.
 - Concurrent reads of one query share one load, unless an invalidation came between them: then the later one finds
-  another bucket, without a load.
+  another bucket, without a load. Nor is a load shared that began ``max_staleness`` ago (in a process that was paused,
+  say, and has not heard yet what came meanwhile): what it brings may be as old (G5).
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from .connection import AWAY
 from .errors import SettingsError, StoreUnavailable
 from .feed import Feed
 from .keys import Keyspace
-from .local import MISS, Bucket, LocalCache
+from .local import MISS, Bucket, LocalCache, clock
 from .marks import Marks
 from .query import Plan
 from .settings import Settings
@@ -67,10 +68,11 @@ class Tiers:
             bucket = self._local.open(plan.scope, partition, self._settings.ttl(plan.table))
         else:
             bucket = self._local.orphan(plan.scope, partition)
-        load = bucket.loads.get(plan.key)
-        if load is None:
+        now = clock()
+        began, load = bucket.loads.get(plan.key, (0.0, None))
+        if load is None or now - began >= self._settings.max_staleness:
             load = asyncio.create_task(self._load(plan, bucket))
-            bucket.loads[plan.key] = load
+            bucket.loads[plan.key] = (now, load)
             load.add_done_callback(lambda done: _forget_load(bucket, plan.key, done))
         else:
             self.shared_loads += 1
@@ -135,7 +137,7 @@ class Tiers:
 
 
 def _forget_load(bucket: Bucket, key: Any, load: asyncio.Task[Any]) -> None:
-    if bucket.loads.get(key) is load:
+    if bucket.loads.get(key, (0.0, None))[1] is load:
         del bucket.loads[key]
     if not load.cancelled():
         load.exception()  # a load that nobody waits for any more must not complain of it
