@@ -131,7 +131,7 @@ async def test_a_full_redis_refuses_the_write_and_nothing_is_half_written(
     async with mnemobus.connect(**{**settings.model_dump(), "redis_url": server.url}) as bus:
         await bus.write(said("0"))
         async with redis.asyncio.Redis.from_url(server.url) as client:
-            await client.config_set("maxmemory", "1mb")
+            await client.config_set("maxmemory", "1")
             before = await length(server.url, settings)
             with pytest.raises(LogFull, match=r"out of memory .*nothing was written"):
                 await bus.write_many([said(str(n)) for n in range(10)])
