@@ -8,6 +8,7 @@ between processes is tested in test_processes.py.
 from __future__ import annotations
 
 import asyncio
+import pickle
 from collections.abc import Callable
 from contextlib import suppress
 from datetime import UTC, datetime, timedelta
@@ -151,6 +152,15 @@ async def test_what_is_not_there_can_be_deleted_but_not_updated(pool: Settings, 
         assert gone is None
         with pytest.raises(InvalidMemory, match="update: give content, metadata or embedding"):
             await bus.update(memory.id)
+        # What this bus has deleted is not there either, by itself or with its room, until it is written again
+        with pytest.raises(MemoryNotFound):
+            await bus.update(memory.id, content={})
+        assert await bus.delete(memory.id) is None
+        await bus.write(memory)
+        assert (await bus.update(memory.id, content={"text": "y"})).id == memory.id
+        await bus.delete_room("messages", room="r1")
+        with pytest.raises(MemoryNotFound):
+            await bus.update(memory.id, content={})
 
 
 async def test_g3_what_is_deleted_is_gone_from_every_tier(pool: Settings, connect: Connect) -> None:
@@ -364,6 +374,22 @@ async def test_a_table_has_embeddings_of_one_length(pool: Settings, connect: Con
         )
 
 
+async def test_an_embedding_that_was_never_written_fixes_no_length(pool: Settings, connect: Connect) -> None:
+    async with connect() as bus:
+        # Given a call that was refused for another of its memories
+        with pytest.raises(InvalidMemory, match=r"memories\[1\].room: is empty"):
+            await bus.write_many([said("x", embedding=[0.1] * 3), said("y", room="")])
+        # Then the length of its first counts for nothing
+        await bus.write(said("x", embedding=[0.1] * 4))
+        # But that of a write counts at once, and so does that of another memory of the same call
+        with pytest.raises(InvalidMemory, match="3 floats, but those of table 'messages' have 4"):
+            await bus.write(said("x", embedding=[0.1] * 3))
+        facts = [Memory(table="facts", room="r", content={}, embedding=[0.1] * n) for n in (2, 5)]
+        with pytest.raises(InvalidMemory, match=r"memories\[1\].embedding: 5 floats, but those of .* have 2"):
+            await bus.write_many(facts)
+        await bus.write(facts[1], durability="committed")
+
+
 async def test_write_many_keeps_the_order_and_goes_out_in_few_calls(pool: Settings, connect: Connect) -> None:
     async with connect() as bus:
         memories = [said(str(n), room=f"r{n % 9}") for n in range(500)]
@@ -410,6 +436,11 @@ async def test_a_copy_can_be_taken_but_not_changed(pool: Settings, connect: Conn
         answer = await bus.recent("t", room="r")
         with pytest.raises(TypeError):
             answer[0] = memory  # type: ignore[index]
+        with pytest.raises(AttributeError, match="an answer is immutable: stale can't be set"):
+            answer.stale = True
+        with pytest.raises(AttributeError, match="an answer is immutable: source can't be deleted"):
+            del answer.source
+        assert pickle.loads(pickle.dumps(answer)) == answer
 
 
 @pytest.mark.parametrize(
@@ -462,6 +493,35 @@ async def test_a_bus_is_used_between_open_and_close(settings: Settings, connect:
             await use
     with pytest.raises(BusClosed, match="opened once"):
         await bus.open()
+
+
+async def test_a_closed_bus_serves_nothing_from_its_own_copies(pool: Settings, connect: Connect) -> None:
+    async with connect() as bus:
+        memory = said("x")
+        await bus.write(memory, durability="committed")
+        await eventually(lambda: _read_locally(bus, memory.id))
+    with pytest.raises(BusClosed, match="the bus is closed"):
+        await bus.get(memory.id)
+
+
+async def _read_locally(bus: mnemobus.Bus, id: str) -> bool:
+    hits = bus.stats().hits_local
+    return await bus.get(id) is not None and bus.stats().hits_local > hits
+
+
+async def test_a_close_that_is_cancelled_is_finished_all_the_same(pool: Settings, connect: Connect) -> None:
+    for turns in range(8):
+        bus = connect()
+        await bus.open()
+        closing = asyncio.ensure_future(bus.close())
+        for _ in range(turns):
+            await asyncio.sleep(0)
+        closing.cancel()
+        with suppress(asyncio.CancelledError):
+            await closing
+        await bus.close()
+        left = [task.get_name() for task in asyncio.all_tasks() if "mnemobus" in task.get_name()]
+        assert left == []
 
 
 async def test_closing_publishes_what_is_queued(pool: Settings, connect: Connect) -> None:

@@ -50,6 +50,22 @@ def test_nothing_is_served_beyond_its_time_to_live() -> None:
     assert local.entries == 0
 
 
+def test_g7_what_has_expired_stays_the_last_known_copy_while_nothing_can_be_verified() -> None:
+    # Given a copy whose time to live ends while the bus can't vouch for anything
+    local = cache()
+    bucket = local.open("id:1", 0, -1)
+    local.put(bucket, "q", "value", 10)
+    local.fresh_until = clock()
+    # Then a read that finds no other answer finds this one, however often
+    for _ in range(2):
+        assert local.open("id:1", 0, 60) is bucket
+        assert local.last_known("id:1", "q") == "value"
+    # And once the bus is in step again, it is not served
+    local.fresh_until = clock() + 60
+    assert local.hit("id:1", "q") is MISS
+    assert local.open("id:1", 0, 60) is not bucket
+
+
 def test_none_is_a_result_like_any_other() -> None:
     local = cache()
     local.put(local.open("id:1", 0, 60), "q", None, 0)

@@ -13,7 +13,7 @@ import logging
 import secrets
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import suppress
+from contextlib import AsyncExitStack, suppress
 from types import TracebackType
 from typing import Any, Final, Literal
 
@@ -34,7 +34,7 @@ from .errors import (
     StoreError,
     StoreUnavailable,
 )
-from .events import DELETE, DELETE_ROOM, UPDATE, Event
+from .events import DELETE, DELETE_ROOM, PUT, UPDATE, Event
 from .feed import Feed
 from .keys import (
     Dimensions,
@@ -87,6 +87,9 @@ MAX_LIMIT = 10_000
 """Memories that one query returns at most."""
 _KNOWN_DIMENSIONS = 10_000
 """Memories whose dimensions a bus remembers."""
+
+_LOOKUPS = 256
+"""Memories that a call looks up at once: they share the pool with all other calls."""
 
 
 class _Keep:
@@ -170,10 +173,16 @@ class Bus:
         ]
         self._syncers = [Syncer(self._link, p) for p in range(settings.log_partitions)]
         self._dimensions: OrderedDict[str, Dimensions] = OrderedDict()
+        self._deleted: set[str] = set()
+        """Those of them that this bus deleted."""
         self._embedding_lengths: dict[str, int] = {}
+        """By table, as the store told them: they never change any more."""
+        self._own_embeddings: dict[str, int] = {}
+        """By table, those that this bus wrote before the store had any."""
         self._seen: dict[int, Version] = {}
         """The last version that this bus wrote or observed, by log partition: its token."""
         self._state = "new"
+        self._closing: asyncio.Task[None] | None = None
         self._epochs = 0
         self._link.on_epoch.append(self._count_epoch)
 
@@ -221,20 +230,31 @@ class Bus:
         return None
 
     async def close(self) -> None:
-        """Publish what is queued, then let go of everything. Done by ``async with``; safe to repeat."""
-        if self._state == "closed":
-            return
-        self._state = "closed"
-        for publisher in self._publishers:
-            await publisher.close()
-        if self._outbox is not None:
-            await self._outbox.close(self.settings.write_timeout)
-        await self._shadow.close()
-        await self._marks.close()
-        await self._feed.close()
+        """Publish what is queued, then let go of everything. Done by ``async with``; safe to repeat.
+
+        If it is cancelled, the bus goes on closing; a repeated call waits for that.
+        """
+        if self._closing is None:
+            self._state = "closed"
+            self._closing = asyncio.create_task(self._close(), name="mnemobus-close")
+        await asyncio.shield(self._closing)
+
+    async def _close(self) -> None:
+        async with AsyncExitStack() as steps:  # the last one first, and each whatever comes of the others
+            steps.push_async_callback(self._link.close)
+            steps.push_async_callback(self._close_store)
+            steps.callback(self._local.stop)
+            steps.push_async_callback(self._feed.close)
+            steps.push_async_callback(self._marks.close)
+            steps.push_async_callback(self._shadow.close)
+            if self._outbox is not None:
+                steps.push_async_callback(self._outbox.close, self.settings.write_timeout)
+            for publisher in self._publishers:
+                steps.push_async_callback(publisher.close)
+
+    async def _close_store(self) -> None:
         with suppress(StoreError):
             await self._reader.close()
-        await self._link.close()
 
     async def __aenter__(self) -> Bus:
         await self.open()
@@ -273,7 +293,8 @@ class Bus:
         not take it.
         """
         self._check_open()
-        [receipt] = await self._publish([await self._put(memory)], durability)
+        lengths: dict[str, int] = {}
+        [receipt] = await self._publish([await self._put(memory, lengths)], durability, lengths)
         return receipt
 
     async def write_many(
@@ -286,21 +307,22 @@ class Bus:
         """
         self._check_open()
         events = []
+        lengths: dict[str, int] = {}
         for index, memory in enumerate(memories):
             try:
-                events.append(await self._put(memory))
+                events.append(await self._put(memory, lengths))
             except InvalidMemory as error:
                 raise type(error)(f"memories[{index}].{error.field}", error.reason) from None
-        return await self._publish(events, durability)
+        return await self._publish(events, durability, lengths)
 
-    async def _put(self, memory: Memory) -> Event:
+    async def _put(self, memory: Memory, lengths: dict[str, int]) -> Event:
         row = encode(memory, self.settings.max_memory_bytes)
         event = Event.put(row)
         known = self._known_dimensions(row.id)
         if known is not None and known != event.dimensions:
             self._refuse_dimensions(known, event.dimensions)
         if row.embedding is not None:
-            await self._check_embedding(row.table, row.embedding)
+            await self._check_embedding(row.table, row.embedding, lengths)
         return event
 
     @staticmethod
@@ -311,15 +333,24 @@ class Bus:
                     name, f"is {before!r} and would become {now!r}; dimensions never change: use a new id"
                 )
 
-    async def _check_embedding(self, table: str, embedding: bytes) -> None:
+    async def _check_embedding(self, table: str, embedding: bytes, lengths: dict[str, int]) -> None:
+        """InvalidMemory if its table's embeddings are of another length.
+
+        lengths: by table, those of the same call, which count once it is published
+        """
+        given = len(embedding) // 4
         length = self._embedding_lengths.get(table)
         if length is None:
-            with suppress(StoreUnavailable):  # then it is left to the worker
-                length = await self._reader.embedding_length(table)
-        given = len(embedding) // 4
+            length = lengths.get(table) or self._own_embeddings.get(table)
+            if length != given:
+                with suppress(StoreUnavailable):  # then it is left to the worker
+                    stored = await self._reader.embedding_length(table)
+                    if stored is not None:
+                        length = self._embedding_lengths[table] = stored
+                        self._own_embeddings.pop(table, None)
         if length is not None and length != given:
             raise InvalidMemory("embedding", f"{given} floats, but those of table {table!r} have {length}")
-        self._embedding_lengths[table] = given
+        lengths[table] = given
 
     async def update(
         self,
@@ -347,10 +378,11 @@ class Bus:
             raise MemoryNotFound(f"there is no memory {id}")
         row = Row(id, *dimensions, new_content or b"", new_metadata or b"", new_embedding, 0, Version(0, 0))
         check_size(row, self.settings.max_memory_bytes)
+        lengths: dict[str, int] = {}
         if new_embedding:
-            await self._check_embedding(dimensions.table, new_embedding)
+            await self._check_embedding(dimensions.table, new_embedding, lengths)
         event = Event(UPDATE, dimensions, id, new_content, new_metadata, new_embedding)
-        [receipt] = await self._publish([event], durability)
+        [receipt] = await self._publish([event], durability, lengths)
         return receipt
 
     async def delete(self, id: str, *, durability: Durability | None = None) -> Receipt | None:
@@ -364,7 +396,9 @@ class Bus:
         """Delete memories; for each id, in order, a receipt, or None if there is no such memory."""
         self._check_open()
         names = [canonical_id(id) for id in ids]
-        found = await asyncio.gather(*map(self._find_dimensions, names))
+        found: list[Dimensions | None] = []
+        for start in range(0, len(names), _LOOKUPS):
+            found += await asyncio.gather(*map(self._find_dimensions, names[start : start + _LOOKUPS]))
         events = [
             Event(DELETE, dimensions, id)
             for id, dimensions in zip(names, found, strict=True)
@@ -381,7 +415,12 @@ class Bus:
         [receipt] = await self._publish([Event(DELETE_ROOM, dimensions)], durability)
         return receipt
 
-    async def _publish(self, events: Sequence[Event], durability: Durability | None) -> list[Receipt]:
+    async def _publish(
+        self,
+        events: Sequence[Event],
+        durability: Durability | None,
+        embedding_lengths: Mapping[str, int] | None = None,
+    ) -> list[Receipt]:
         durability = durability or self.settings.durability
         if durability not in ("logged", "synced", "committed"):
             raise InvalidQuery(f"durability must be logged, synced or committed, not {durability!r}")
@@ -400,6 +439,9 @@ class Bus:
             for event in events:
                 self._drop(event)
             raise
+        for table, length in (embedding_lengths or {}).items():
+            if table not in self._embedding_lengths:
+                self._own_embeddings[table] = length
         receipts = [
             Receipt(self, event.id or event.dimensions.room, write)
             for event, write in zip(events, writes, strict=True)
@@ -422,8 +464,11 @@ class Bus:
         write = self._marks.mark(partition, version, event.scopes(), deadline, everywhere=everywhere)
         if version is not None:
             self._saw(partition, version)
-        if event.id:
-            self._remember_dimensions(event.id, event.dimensions)
+        if event.op == DELETE_ROOM:
+            room = (event.dimensions.table, event.dimensions.room)
+            self._deleted.update(id for id, known in self._dimensions.items() if known[:2] == room)
+        else:
+            self._remember_dimensions(event)
         return write
 
     def _kept(self, partition: int, event: Event) -> Write:
@@ -455,15 +500,21 @@ class Bus:
                 known = cached.dimensions
         return known
 
-    def _remember_dimensions(self, id: str, dimensions: Dimensions) -> None:
-        self._dimensions[id] = dimensions
-        self._dimensions.move_to_end(id)
+    def _remember_dimensions(self, event: Event) -> None:
+        self._dimensions[event.id] = event.dimensions
+        self._dimensions.move_to_end(event.id)
+        if event.op == DELETE:
+            self._deleted.add(event.id)
+        elif event.op == PUT:
+            self._deleted.discard(event.id)
         if len(self._dimensions) > _KNOWN_DIMENSIONS:
-            self._dimensions.popitem(last=False)
+            forgotten, _ = self._dimensions.popitem(last=False)
+            self._deleted.discard(forgotten)
 
     async def _find_dimensions(self, id: str) -> Dimensions | None:
+        """The dimensions of a memory that there is, or was when this bus last heard of it; else None."""
         known = self._known_dimensions(id)
-        if known is None:
+        if known is None or id in self._deleted:
             memory = await self.get(id)
             known = None if memory is None else memory.dimensions
         return known

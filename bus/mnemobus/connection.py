@@ -50,6 +50,11 @@ AWAY = (redis.exceptions.ConnectionError, redis.exceptions.TimeoutError, OSError
 """What a Redis that can't be reached looks like."""
 
 
+class Busy(redis.exceptions.ConnectionError):
+    """All connections of the pool were in use for too long: too much is asked at once, which is no sign that Redis is
+    away."""
+
+
 def is_full(error: ResponseError) -> bool:
     """Whether Redis refuses for lack of memory; 6.2 says so of a script in other words."""
     return isinstance(error, OutOfMemoryError) or "OOM command not allowed" in str(error)
@@ -267,6 +272,21 @@ class Pool(BlockingConnectionPool):
         """Connections that there are, idle or in use."""
         return len(self._available_connections) + len(self._in_use_connections)
 
+    async def get_connection(
+        self, command_name: Any = None, *keys: Any, **options: Any
+    ) -> AbstractConnection:
+        connection: AbstractConnection
+        try:
+            connection = await super().get_connection()  # type: ignore[no-untyped-call]
+        except redis.exceptions.ConnectionError as error:
+            if isinstance(error.__cause__, TimeoutError) and str(error) == "No connection available.":
+                raise Busy(
+                    f"all {self.max_connections} connections were in use for {self.timeout:g} s (REDIS_POOL_MAX,"
+                    " REDIS_ACQUIRE_TIMEOUT)"
+                ) from None
+            raise
+        return connection
+
     async def release(self, connection: AbstractConnection) -> None:
         self._released[connection] = asyncio.get_running_loop().time()
         await super().release(connection)
@@ -286,7 +306,7 @@ class Pool(BlockingConnectionPool):
             while (
                 self.size < self._minimum
             ):  # idle ones are taken first, so all are held until there are enough
-                held.append(await self.get_connection())  # type: ignore[no-untyped-call]
+                held.append(await self.get_connection())
         finally:
             for connection in held:
                 await self.release(connection)
@@ -423,7 +443,7 @@ class Link(_Link):
         """Agree anew on layout and epoch, because they are gone from Redis (it was flushed)."""
         server = self.server
         assert server is not None
-        connection = await self.pool.get_connection()  # type: ignore[no-untyped-call]
+        connection = await self.pool.get_connection()
         try:
             await self._converse(connection, self.agree(server.run_id))
         finally:

@@ -40,7 +40,7 @@ import orjson
 from redis.asyncio.connection import AbstractConnection
 from redis.exceptions import RedisError, ResponseError
 
-from .connection import AWAY, Call, Command, Link, script
+from .connection import AWAY, Busy, Call, Command, Link, script
 from .errors import SettingsError
 from .inquiry import Inquiry, decode_inquiry, encode_holding
 from .keys import Version
@@ -444,7 +444,7 @@ class Feed:
 
     def suspect(self, error: Exception) -> None:
         """A call found Redis away: look at once instead of letting others find out the same."""
-        if self.up:
+        if self.up and not isinstance(error, Busy):
             self.up, self.trouble = False, str(error)
             logger.warning("Redis at %s does not answer: %s", self._link.address, error)
             self._wake.set()

@@ -142,7 +142,8 @@ class LocalCache:
         bucket = self._buckets.get(scope)
         now = clock()
         if bucket is not None:
-            if now < bucket.expires:
+            # One that has expired is kept while nothing may be served: as the last known copy.
+            if now < bucket.expires or now >= self.fresh_until:
                 return bucket
             self._remove(bucket)
         if self._max_entries == 0:
@@ -186,6 +187,10 @@ class LocalCache:
         self.bytes += size
         while self.entries > self._max_entries or self.bytes > self._max_bytes:
             self._evict()
+
+    def stop(self) -> None:
+        """Serve nothing any more."""
+        self.fresh_until = 0.0
 
     def drop(self, scope: str) -> bool:
         """Invalidate a scope; whether anything was cached under it."""

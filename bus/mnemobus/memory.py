@@ -348,7 +348,7 @@ def _restore(*values: Any) -> Memory:
 
 
 class Memories(Sequence[Memory]):
-    """The answer to a query: memories in order, where they came from, and whether that may be old.
+    """The answer to a query: memories in order, where they came from, and whether that may be old. Immutable.
 
     source  "local" (this process), "shared" (Redis) or "store" (the database)
     stale   True if the bus could not verify that nothing newer exists
@@ -356,10 +356,15 @@ class Memories(Sequence[Memory]):
 
     __slots__ = ("_items", "source", "stale")
 
+    _items: tuple[Memory, ...]
+    source: str
+    stale: bool
+
     def __init__(self, items: tuple[Memory, ...], source: str, stale: bool = False) -> None:
-        self._items = items
-        self.source = source
-        self.stale = stale
+        put = object.__setattr__
+        put(self, "_items", items)
+        put(self, "source", source)
+        put(self, "stale", stale)
 
     @overload
     def __getitem__(self, index: int) -> Memory: ...
@@ -380,6 +385,15 @@ class Memories(Sequence[Memory]):
         return NotImplemented
 
     __hash__ = None  # type: ignore[assignment]
+
+    def __setattr__(self, name: str, value: object) -> NoReturn:
+        raise AttributeError(f"an answer is immutable: {name} can't be set")
+
+    def __delattr__(self, name: str) -> NoReturn:
+        raise AttributeError(f"an answer is immutable: {name} can't be deleted")
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Memories, (self._items, self.source, self.stale)
 
     def __repr__(self) -> str:
         return f"Memories({list(self._items)!r}, source={self.source!r}, stale={self.stale!r})"
