@@ -71,6 +71,8 @@ def test_keywords_override_the_environment_and_that_the_file(
         ("REDIS_POOL_MAX", "0", "REDIS_POOL_MAX: Input should be greater than or equal to 1"),
         ("REDIS_POOL_MIN", "50", "REDIS_POOL_MIN (50) must not exceed REDIS_POOL_MAX (16)"),
         ("REDIS_IDLE_TIMEOUT", "soon", "REDIS_IDLE_TIMEOUT: Input should be a valid number"),
+        ("MNEMOBUS_RETENTION", "inf", "MNEMOBUS_RETENTION: Input should be a finite number (it is 'inf')"),
+        ("MNEMOBUS_MAX_STALENESS", "nan", "MNEMOBUS_MAX_STALENESS: Input should be"),
         ("MNEMOBUS_REDIS_PROTOCOL", "4", "MNEMOBUS_REDIS_PROTOCOL: Input should be less than or equal to 3"),
         (
             "MNEMOBUS_DATABASE_URL",

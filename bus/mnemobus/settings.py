@@ -52,6 +52,7 @@ class Settings(BaseSettings):
         frozen=True,
         case_sensitive=True,
         validate_default=False,
+        allow_inf_nan=False,  # a time without end is none that anything can be planned by
     )
 
     # Redis
