@@ -328,8 +328,8 @@ class Replay:
     def _release(self) -> None:
         keys = self._link.keys
         try:
-            # Where the log itself is gone, so is the group.
-            self._link.pipeline([("XGROUP", "DESTROY", keys.log(p), self.group) for p in self._held])
+            for partition in self._held:
+                self._link.run("release", [keys.log(partition)], [self.group])
         except (MnemobusError, RedisError, *AWAY) as error:
             logger.warning("the group %r could not be removed; workers will do that: %s", self.group, error)
 

@@ -31,6 +31,7 @@ for _, group in ipairs(groups) do
       used = used or named(consumer)['idle'] <= tonumber(ARGV[1])
     end
     if not used then
+      redis.call('XDEL', KEYS[1], '0-1') -- a full Redis takes the next only after it, see hold.lua
       redis.call('XGROUP', 'DESTROY', KEYS[1], name)
       removed[#removed + 1] = name
     end
