@@ -780,11 +780,11 @@ def test_producers_that_are_long_gone_are_forgotten(
     me = worker(settings)
     key = me.link.keys.producers(0)
     now = 1000 * me.link.client.time()[0]
-    day = 86_400_000
+    week = 7 * 86_400_000
     # Given records of producers, old and young, and some that are none
     records: dict[str, str] = {
-        "old": f'{{"seq":1,"t":{now - day - 60_000},"ids":[]}}',
-        "young": f'{{"seq":1,"t":{now - day + 60_000},"ids":[]}}',
+        "old": f'{{"seq":1,"t":{now - week - 60_000},"ids":[]}}',
+        "young": f'{{"seq":1,"t":{now - week + 60_000},"ids":[]}}',
         "garbage": "\x00",
         "list": "[1]",
         "no time": "{}",
