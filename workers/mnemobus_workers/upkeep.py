@@ -32,7 +32,7 @@ CONSUMER_IDLE = 3600.0
 REPLAY_IDLE = 3600.0
 """Seconds without a sign of life after which a replay is taken for killed, and no longer holds back trimming."""
 PRODUCER_IDLE = 7 * 86_400.0
-"""Seconds after which a producer's last call is forgotten. An outbox may repeat one when its agent starts again: after a
+"""Seconds after which a producer's last call is forgotten. An outbox may repeat it when its agent starts again, after a
 weekend, say."""
 _TRIM_ROUNDS = 20
 _SCAN = 500
