@@ -29,7 +29,7 @@ async def fill(server: RedisServer, settings: Settings) -> Settings:
 
 
 async def test_a_full_redis_lets_agents_in_and_workers_make_room(
-    own_redis: Any, settings: Settings, monkeypatch: pytest.MonkeyPatch
+    own_redis: Any, settings: Settings, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(upkeep, "TIDY_EVERY", 0.5)
     # Given a Redis that is full of events
@@ -42,6 +42,11 @@ async def test_a_full_redis_lets_agents_in_and_workers_make_room(
         assert len(await bus.recent("messages", room=ROOM)) == 1
         with pytest.raises(LogFull):
             await bus.write(Memory(table="messages", room=ROOM, content={}))
+        # And however much it reads, this is said once, and by health() as long as it lasts
+        for n in range(20):
+            assert len(await bus.recent("messages", room=ROOM, limit=2 + n)) == 1
+        assert "\n".join(caplog.messages).count("the shared cache can't be used") == 1
+        assert any("results can't be shared" in problem for problem in (await bus.health()).problems)
         # If workers start, then they apply what is there, and trim it
         with worker_threads(settings):
             await eventually(lambda: backlog(bus, 0), timeout=20)

@@ -20,6 +20,7 @@ from itertools import count
 from redis.exceptions import ResponseError
 
 from .connection import AWAY, Link
+from .local import clock
 
 logger = logging.getLogger("mnemobus.shared")
 
@@ -29,6 +30,8 @@ MAX_RESULT = 4 << 20
 """Bytes above which a result is not shared."""
 _PATIENCE = (0.002, 0.005, 0.010, 0.020)
 """Seconds between looks for a fill that another has the lease for."""
+_SPELL = 60.0
+"""Seconds for which a refusal is remembered; those within are one spell, and logged once."""
 
 
 class Lease:
@@ -57,6 +60,19 @@ class SharedCache:
         self.hits = 0
         self.fills = 0
         self.refused_fills = 0
+        self._trouble = ""
+        self._trouble_until = 0.0
+
+    @property
+    def trouble(self) -> str:
+        """Why Redis refused to share a result, within the last minute; empty if it did not."""
+        return self._trouble if clock() < self._trouble_until else ""
+
+    def refused(self, error: Exception) -> None:
+        """Redis answered a lookup or a fill with an error: it is full, or a key of another kind is in the way."""
+        log = logger.debug if self.trouble else logger.warning
+        log("the shared cache can't be used: %s", error)
+        self._trouble, self._trouble_until = str(error), clock() + _SPELL
 
     async def lookup(self, scope: str, field: bytes, ttl: float) -> bytes | Lease | None:
         """The result; or a lease to fill it; or None if it is neither there nor ours to fill."""
@@ -81,8 +97,8 @@ class SharedCache:
             args = (field, lease.token, self._lease_ms, int(ttl * 1000), MAX_FIELDS)
             try:
                 reply = await self._link.run("lookup", [lease.key], args)
-            except ResponseError as error:  # full, or a key of another kind in the way
-                logger.warning("the shared cache can't be used: %s", error)
+            except ResponseError as error:
+                self.refused(error)
                 return 2, lease
             # What a bucket of an older epoch holds may be older than the store knows.
             if epoch == self._link.epoch:
@@ -101,7 +117,7 @@ class SharedCache:
         try:
             accepted = bool(await self._link.run("fill", [lease.key], (lease.field, lease.token, result)))
         except ResponseError as error:
-            logger.warning("a result could not be shared: %s", error)
+            self.refused(error)
             return False
         if accepted:
             self.fills += 1

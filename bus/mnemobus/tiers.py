@@ -106,7 +106,7 @@ class Tiers:
             except (*AWAY, SettingsError) as error:
                 self._feed.suspect(error)
             except RedisError as error:
-                logger.warning("the shared cache can't be used: %s", error)
+                self._shared.refused(error)
         try:
             found = await plan.find()
         except StoreUnavailable:
