@@ -322,8 +322,9 @@ def postgres_folder() -> Path:
 class PostgresServer:
     """A PostgreSQL of a test's own, on a port that stays the same, in a folder of its own."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, fsync: bool = False) -> None:
         self._programs = postgres_folder()
+        self._fsync = "on" if fsync else "off"
         self._user: str | None = None
         if os.geteuid() == 0:  # it refuses to run as root
             names = {entry.pw_name for entry in pwd.getpwall()}
@@ -354,7 +355,8 @@ class PostgresServer:
     def start(self) -> None:
         command = [str(self._programs / "postgres"), "-D", str(self._folder / "data"), "-p", str(self.port)]
         for option in (
-            "listen_addresses=127.0.0.1", f"unix_socket_directories={self._folder}", "fsync=off", "max_connections=200",
+            "listen_addresses=127.0.0.1", f"unix_socket_directories={self._folder}", f"fsync={self._fsync}",
+            "max_connections=200",
         ):  # fmt: skip
             command += ["-c", option]
         log_path = self._folder / "server.log"

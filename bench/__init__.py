@@ -1,0 +1,1 @@
+"""What mnemobus costs, beside what a user would take instead: ``make bench``. See docs/benchmarks.md."""

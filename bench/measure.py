@@ -1,0 +1,179 @@
+"""Figures that hold on a noisy machine.
+
+Everything that is compared is measured in rounds: in each round every contestant has its turn, in an order that changes,
+so that what disturbs the machine for a while disturbs all of them. A figure is the median of its rounds. A ratio is
+taken within each round, and the median of those is what counts; its spread is from the lower to the upper quartile.
+No time by itself is a target.
+"""
+
+from __future__ import annotations
+
+import gc
+import statistics
+import time
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+OURS = "mnemobus"
+"""What our own contestant is called in every task."""
+
+
+@dataclass(frozen=True, slots=True)
+class Spread:
+    """A median, and the quartiles around it."""
+
+    low: float
+    median: float
+    high: float
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> Spread:
+        if len(values) < 2:
+            return cls(values[0], values[0], values[0])
+        low, middle, high = statistics.quantiles(values, n=4, method="inclusive")
+        return cls(low, middle, high)
+
+    def __str__(self) -> str:
+        return f"{short(self.median)} ({short(self.low)} to {short(self.high)})"
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """What a task has to reach: a figure, and the bound that it must keep."""
+
+    what: str
+    figure: Spread
+    bound: float
+    sense: Literal["at most", "at least"] = "at most"
+
+    @property
+    def met(self) -> bool:
+        if self.sense == "at most":
+            return self.figure.median <= self.bound
+        return self.figure.median >= self.bound
+
+    def __str__(self) -> str:
+        return f"{self.what}: {self.figure}, {self.sense} {self.bound:g}: {'met' if self.met else 'NOT MET'}"
+
+
+@dataclass(slots=True)
+class Result:
+    """What one task came to.
+
+    samples  a figure of each round, by contestant
+    unit     of those figures: "us" a call, "1/s", "bytes", ...
+    targets  what was to be reached
+    absent   contestants that can't do the task, and why
+    notes    what a reader has to know to believe the figures
+    curves   for plots: name -> x and y of each point
+    """
+
+    task: str
+    title: str
+    unit: str
+    samples: dict[str, list[float]] = field(default_factory=dict)
+    targets: list[Target] = field(default_factory=list)
+    absent: dict[str, str] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+    curves: dict[str, list[tuple[float, float]]] = field(default_factory=dict)
+
+    def spread(self, name: str) -> Spread:
+        return Spread.of(self.samples[name])
+
+    def ratio(self, over: str, under: str) -> Spread:
+        """How many times ``under`` goes into ``over``, round by round."""
+        pairs = zip(self.samples[over], self.samples[under], strict=True)
+        return Spread.of([a / b for a, b in pairs])
+
+    def at_most(self, bound: float, other: str, name: str = OURS) -> None:
+        """Our figure is to be at most so many times the other's."""
+        if other in self.samples:
+            self.targets.append(Target(f"{name} / {other}", self.ratio(name, other), bound))
+
+    def at_least(self, bound: float, other: str, name: str = OURS) -> None:
+        """Our figure is to be at least so many times the other's: for rates, where more is better."""
+        if other in self.samples:
+            self.targets.append(Target(f"{name} / {other}", self.ratio(name, other), bound, "at least"))
+
+    def faster(self, times: float, other: str, name: str = OURS) -> None:
+        """The other's time is to be at least so many times ours."""
+        if other in self.samples:
+            self.targets.append(Target(f"{other} / {name}", self.ratio(other, name), times, "at least"))
+
+    def to_json(self) -> dict[str, Any]:
+        out = asdict(self)
+        out["targets"] = [asdict(target) | {"met": target.met} for target in self.targets]
+        return out
+
+    @classmethod
+    def from_json(cls, record: Mapping[str, Any]) -> Result:
+        targets = [
+            Target(t["what"], Spread(**t["figure"]), t["bound"], t["sense"]) for t in record["targets"]
+        ]
+        curves = {name: [(x, y) for x, y in points] for name, points in record["curves"].items()}
+        return cls(**{**record, "targets": targets, "curves": curves})
+
+
+Turn = Callable[[], Awaitable[float]]
+"""One turn of a contestant: its figure of this round."""
+
+
+async def interleave(turns: Mapping[str, Turn], rounds: int) -> dict[str, list[float]]:
+    """The figures of every contestant: each has one turn a round, and each round another is first."""
+    samples: dict[str, list[float]] = {name: [] for name in turns}
+    names = list(turns)
+    for name in names:  # a turn that does not count: connections, caches, the interpreter's own
+        await turns[name]()
+    for round in range(rounds):
+        first = round % len(names)
+        for name in names[first:] + names[:first]:
+            samples[name].append(await turns[name]())
+    return samples
+
+
+async def per_call(call: Callable[[Any], Awaitable[Any]], arguments: Sequence[Any]) -> float:
+    """Microseconds that a call takes, one after the other, with each of these arguments."""
+    gc.collect()
+    gc.disable()
+    try:
+        began = time.perf_counter()
+        for argument in arguments:
+            await call(argument)
+        return (time.perf_counter() - began) / len(arguments) * 1e6
+    finally:
+        gc.enable()
+
+
+def per_sync_call(call: Callable[[Any], Any], arguments: Sequence[Any]) -> float:
+    """The same for what is no coroutine."""
+    gc.collect()
+    gc.disable()
+    try:
+        began = time.perf_counter()
+        for argument in arguments:
+            call(argument)
+        return (time.perf_counter() - began) / len(arguments) * 1e6
+    finally:
+        gc.enable()
+
+
+def percentile(values: Iterable[float], share: float) -> float:
+    """The value below which this share of them lies."""
+    ordered = sorted(values)
+    if not ordered:
+        raise ValueError("no values")
+    return ordered[min(len(ordered) - 1, int(share * len(ordered)))]
+
+
+def short(number: float) -> str:
+    """A number with three digits that count."""
+    if number == 0:
+        return "0"
+    if abs(number) >= 1000:
+        return f"{number:,.0f}"
+    if abs(number) >= 100:
+        return f"{number:.0f}"
+    if abs(number) >= 10:
+        return f"{number:.1f}"
+    return f"{number:.2f}" if abs(number) >= 0.1 else f"{number:.3f}"
