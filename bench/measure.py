@@ -1,9 +1,9 @@
 """Figures that hold on a noisy machine.
 
-Everything that is compared is measured in rounds: in each round every contestant has its turn, in an order that changes,
-so that what disturbs the machine for a while disturbs all of them. A figure is the median of its rounds. A ratio is
-taken within each round, and the median of those is what counts; its spread is from the lower to the upper quartile.
-No time by itself is a target.
+Everything that is compared is measured in rounds: in each round every contestant has its turn, in an order that
+changes, so that what disturbs the machine for a while disturbs all of them. A figure is the median of its rounds. A
+ratio is taken within each round, and the median of those is what counts; its spread is from the lower to the upper
+quartile. No time by itself is a target.
 """
 
 from __future__ import annotations

@@ -94,8 +94,7 @@ class World:
             client.flushall()
 
 
-WORDS = [
-    "the",
+WORDS = (
     "soup",
     "is",
     "salty",
@@ -110,27 +109,7 @@ WORDS = [
     "in",
     "the",
     "kitchen",
-    "of",
-    "the",
-    "old",
-    "house",
-    "by",
-    "the",
-    "river",
-    "where",
-    "we",
-    "met",
-    "last",
-    "summer",
-    "after",
-    "the",
-    "concert",
-    "that",
-    "everyone",
-    "still",
-    "talks",
-    "about",
-]
+)
 
 
 def message(room: str, number: int, *, embedding: Sequence[float] | None = None, **more: Any) -> Memory:

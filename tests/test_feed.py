@@ -669,8 +669,8 @@ async def test_g5_a_late_answer_to_a_heartbeat_leads_back_to_no_epoch(
         pipeline, before = link.pipeline, link.epoch
         asked: list[str] = []
 
-        async def overtaken(commands: Any, client: Any = None) -> Any:
-            replies = await pipeline(commands, client=client)
+        async def overtaken(commands: Any, pool: Any = None) -> Any:
+            replies = await pipeline(commands, pool=pool)
             if commands[0][0] == "HGET":
                 asked.append(link.epoch)
                 if len(asked) == 1:

@@ -52,8 +52,8 @@ async def test_g1_a_call_that_is_repeated_is_answered_and_not_done_again(setting
     # A late copy of a call that was overtaken writes nothing
     with pytest.raises(redis.ResponseError, match="SUPERSEDED 2"):
         await publish("a", 1, 3)
-    assert await link.client.xlen(keys[0]) == 5
-    assert await link.client.hget(keys[2], "added") == b"5"
+    assert await link.command("XLEN", keys[0]) == 5
+    assert await link.command("HGET", keys[2], "added") == b"5"
     await link.close()
 
 

@@ -14,15 +14,16 @@ import sys
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import pytest
 import redis.asyncio
 
 import mnemobus
 from mnemobus import Memory, NotCommitted, Settings, SettingsError, StoreUnavailable, UnsafeRedis
-from mnemobus.connection import AWAY, Link, Pool
+from mnemobus.connection import AWAY, Link
 from mnemobus.settings import hide_password
+from mnemobus.wire import pack
 from servers import RedisServer, eventually
 
 Connect = Callable[..., mnemobus.Bus]
@@ -215,35 +216,35 @@ async def test_the_pool_has_its_bounds_and_shrinks_when_idle(settings: Settings,
         # REDIS_POOL_MIN: so many are ready before anybody asks
         await eventually(lambda: pool.size == 2)
         # REDIS_POOL_MAX: however many ask at once
-        await asyncio.gather(*(bus._link.client.ping() for _ in range(50)))
+        await asyncio.gather(*(bus._link.command("PING") for _ in range(50)))
         assert pool.size == 6
         # REDIS_IDLE_TIMEOUT and REDIS_REAP_INTERVAL: what is idle goes, down to the minimum
         await eventually(lambda: pool.size == 2)
-        assert await bus._link.client.ping()
+        assert await bus._link.command("PING")
 
 
 async def test_redis_reap_interval_is_how_often_idle_connections_are_looked_for(connect: Connect) -> None:
     async with connect(redis_pool_min=0, redis_idle_timeout=1, redis_reap_interval=3_600_000) as bus:
-        await asyncio.gather(*(bus._link.client.ping() for _ in range(5)))
+        await asyncio.gather(*(bus._link.command("PING") for _ in range(5)))
         await asyncio.sleep(0.1)
         assert bus._link.pool.size == 5
 
 
 async def test_redis_acquire_timeout_bounds_the_wait_for_a_connection(connect: Connect) -> None:
     async with connect(redis_pool_min=0, redis_pool_max=1, redis_acquire_timeout=50) as bus:
-        connection = await bus._link.pool.get_connection()
+        wire = await bus._link.pool.take()
         with pytest.raises(
             redis.ConnectionError,
             match=r"all 1 connections were in use for 0\.05 s \(REDIS_POOL_MAX, REDIS_ACQUIRE_TIMEOUT\)",
         ):
-            await bus._link.client.ping()
+            await bus._link.command("PING")
         # And a busy pool is not taken for a Redis that is away: a read goes on to the store, L1 stays in use
         assert await bus.get("00000000-0000-0000-0000-000000000001") is None
         assert bus.stats().misses == 1
         assert (await bus.get("00000000-0000-0000-0000-000000000001"), bus.stats().hits_local) == (None, 1)
         assert bus._feed.up
-        await bus._link.pool.release(connection)
-        assert await bus._link.client.ping()
+        bus._link.pool.give_back(wire)
+        assert await bus._link.command("PING")
 
 
 async def test_redis_create_timeout_bounds_the_opening_of_a_connection(settings: Settings) -> None:
@@ -267,7 +268,7 @@ async def test_redis_create_timeout_bounds_the_opening_of_a_connection(settings:
         )
         async with asyncio.timeout(20):
             with pytest.raises(redis.TimeoutError, match="Timeout connecting to server"):
-                await link.client.ping()
+                await link.command("PING")
         for caller in callers:
             caller.close()
         await link.close()
@@ -278,29 +279,32 @@ async def test_mnemobus_redis_timeout_bounds_the_wait_for_an_answer(
 ) -> None:
     server: RedisServer = own_redis()
     link = Link(settings.model_copy(update={"redis_url": server.url, "redis_timeout": 0.1}))
-    await link.client.ping()
+    await link.command("PING")
     server.pause()
     async with asyncio.timeout(20):
         with pytest.raises(AWAY):
-            await link.client.ping()
+            await link.command("PING")
     server.resume()
     await link.close()
 
 
-async def test_redis_destroy_timeout_bounds_the_closing_of_a_connection() -> None:
-    # Given a connection that does not close; no server can be made to do that, so a stand-in for it is used
-    class Stuck:
-        closed: ClassVar[list[bool]] = []
-
-        async def disconnect(self, nowait: bool = False) -> None:
-            if not nowait:
-                await asyncio.sleep(3600)
-            self.closed.append(nowait)
-
-    pool = Pool(minimum=0, idle=1, destroy=0.05)
+async def test_redis_destroy_timeout_bounds_the_closing_of_a_connection(
+    own_redis: Any, settings: Settings
+) -> None:
+    # Given a connection that can't be closed in order: what was sent on it last is not taken by the server
+    server: RedisServer = own_redis()
+    link = Link(settings.model_copy(update={"redis_url": server.url, "redis_destroy_timeout": 100}))
+    wire = await link.pool.take()
+    server.pause()
+    unheard = wire.call(b"x" * (16 << 20), 1, 60)
+    link.pool.give_back(wire)
+    # Then it is cut after that time
     async with asyncio.timeout(20):
-        await pool.destroy(Stuck())  # type: ignore[arg-type]
-    assert Stuck.closed == [True]
+        await link.close()
+    with pytest.raises(redis.ConnectionError, match="Connection closed"):
+        await unheard
+    assert wire.closed.done()
+    server.resume()
 
 
 async def test_redis_create_retry_interval_is_the_pause_between_attempts(
@@ -330,13 +334,12 @@ async def test_redis_create_retry_interval_is_the_pause_between_attempts(
 @pytest.mark.parametrize("protocol", [2, 3])
 async def test_mnemobus_redis_protocol(settings: Settings, connect: Connect, protocol: int) -> None:
     async with connect(redis_protocol=protocol) as bus:
-        connection = await bus._link.pool.get_connection()
-        assert connection.get_protocol() == protocol
-        await connection.send_command("CLIENT", "LIST")
-        listing = (await connection.read_response()).decode()
+        wire = await bus._link.pool.take()
+        [listing] = await wire.call(pack([("CLIENT", "LIST")]), 1, 5)
+        listing = listing.decode()
         if "resp=" in listing:
             assert f"resp={protocol}" in listing
-        await bus._link.pool.release(connection)
+        bus._link.pool.give_back(wire)
 
 
 # What they do: the store

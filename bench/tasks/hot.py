@@ -25,7 +25,7 @@ async def run(world: World) -> list[Result]:
             ids = [memory.id for memory in memories]
             rooms = [f"room-{n}" for n in range(ROOMS)]
             random.Random(1).shuffle(ids)
-            table = {id: memory for id, memory in zip(ids, memories, strict=True)}
+            table = dict(zip(ids, memories, strict=True))
 
             async def look_up(id: str) -> object:
                 return table[id]

@@ -217,7 +217,7 @@ class Bus:
 
     async def _open_redis(self) -> Exception | None:
         try:
-            await self._link.client.ping()
+            await self._link.command("PING")
         except AWAY as error:
             return error
         return None
@@ -783,7 +783,7 @@ class Bus:
             replies = await self._link.pipeline(
                 [("HMGET", keys.meter(p), "added", "applied") for p in partitions]
                 + [("XLEN", keys.dead(p)) for p in partitions],
-                client=self._link.probe,
+                pool=self._link.probe,
             )
         except (*AWAY, RedisError, SettingsError) as error:
             problems.append(f"Redis can't be used: {error}")

@@ -31,7 +31,7 @@ from typing import Any
 
 import redis
 import redis.asyncio
-from redis.asyncio.connection import AbstractConnection, BlockingConnectionPool
+from redis.asyncio.connection import AbstractConnection
 from redis.backoff import NoBackoff
 from redis.exceptions import AuthenticationError, NoScriptError, OutOfMemoryError, RedisError, ResponseError
 from redis.maint_notifications import MaintNotificationsConfig
@@ -40,19 +40,12 @@ from .errors import SettingsError, UnsafeRedis
 from .keys import Keyspace
 from .settings import POLICIES, Settings, hide_password
 from .tasks import end
+from .wire import Argument, Command, Pool, Wire
 
 logger = logging.getLogger("mnemobus.connection")
 
-Argument = str | bytes | int | float
-Command = tuple[Argument, ...]
-
 AWAY = (redis.exceptions.ConnectionError, redis.exceptions.TimeoutError, OSError, TimeoutError)
 """What a Redis that can't be reached looks like."""
-
-
-class Busy(redis.exceptions.ConnectionError):
-    """All connections of the pool were in use for too long: too much is asked at once, which is no sign that Redis is
-    away."""
 
 
 def is_full(error: ResponseError) -> bool:
@@ -254,78 +247,6 @@ def _server(info: dict[str, str], fsync_always: bool) -> Server:
     )
 
 
-class Pool(BlockingConnectionPool):
-    """A pool that keeps at least ``minimum`` connections and closes what was idle for too long.
-
-    A `reap` that somebody calls every now and then does both.
-    """
-
-    def __init__(self, *, minimum: int, idle: float, destroy: float, **options: Any) -> None:
-        super().__init__(**options)
-        self._minimum = minimum
-        self._idle = idle
-        self._destroy = destroy
-        self._released: dict[AbstractConnection, float] = {}
-
-    @property
-    def size(self) -> int:
-        """Connections that there are, idle or in use."""
-        return len(self._available_connections) + len(self._in_use_connections)
-
-    async def get_connection(
-        self, command_name: Any = None, *keys: Any, **options: Any
-    ) -> AbstractConnection:
-        connection: AbstractConnection
-        try:
-            connection = await super().get_connection()  # type: ignore[no-untyped-call]
-        except redis.exceptions.ConnectionError as error:
-            if isinstance(error.__cause__, TimeoutError) and str(error) == "No connection available.":
-                raise Busy(
-                    f"all {self.max_connections} connections were in use for {self.timeout:g} s (REDIS_POOL_MAX,"
-                    " REDIS_ACQUIRE_TIMEOUT)"
-                ) from None
-            raise
-        return connection
-
-    async def release(self, connection: AbstractConnection) -> None:
-        self._released[connection] = asyncio.get_running_loop().time()
-        await super().release(connection)
-
-    async def reap(self) -> None:
-        """Close idle connections down to the minimum, and open up to it."""
-        limit = asyncio.get_running_loop().time() - self._idle
-        for connection in list(self._available_connections):
-            if self.size <= self._minimum:
-                break
-            if self._released.get(connection, 0.0) <= limit and connection in self._available_connections:
-                self._available_connections.remove(connection)
-                self._released.pop(connection, None)
-                await self.destroy(connection)
-        held = []
-        try:
-            while (
-                self.size < self._minimum
-            ):  # idle ones are taken first, so all are held until there are enough
-                held.append(await self.get_connection())
-        finally:
-            for connection in held:
-                await self.release(connection)
-
-    async def destroy(self, connection: AbstractConnection) -> None:
-        """Close a connection; after the time for that, without waiting for the server."""
-        try:
-            async with asyncio.timeout(self._destroy):
-                await connection.disconnect()
-        except (TimeoutError, *AWAY):
-            with suppress(*AWAY):
-                await connection.disconnect(nowait=True)
-
-    async def aclose(self) -> None:
-        for connection in [*self._available_connections, *self._in_use_connections]:
-            await self.destroy(connection)
-        self._released.clear()
-
-
 class Link(_Link):
     """The bus's link to Redis. Every method raises one of AWAY if Redis can't be reached."""
 
@@ -335,28 +256,24 @@ class Link(_Link):
             "connection_class", redis.asyncio.Connection
         )
         self.pool = Pool(
+            self._connect,
+            timeout=settings.redis_timeout,
             minimum=settings.redis_pool_min,
+            maximum=settings.redis_pool_max,
+            acquire=settings.redis_acquire_timeout / 1000,
             idle=settings.redis_idle_timeout / 1000,
             destroy=settings.redis_destroy_timeout / 1000,
-            max_connections=settings.redis_pool_max,
-            timeout=settings.redis_acquire_timeout / 1000,
-            **self._connection_options(),
         )
-        self.client = redis.asyncio.Redis(connection_pool=self.pool)
-        # The heartbeat must not wait behind a busy pool: what it measures is the link, not the load.
-        self.probe = redis.asyncio.Redis(
-            connection_pool=BlockingConnectionPool(
-                max_connections=4, timeout=settings.redis_timeout, **self._connection_options()
-            )
+        self.probe = Pool(
+            self._connect, timeout=settings.redis_timeout, maximum=4, acquire=settings.redis_timeout
         )
+        """For the heartbeat, which must not wait behind a busy pool: what it measures is the link, not the load."""
         self._reaper: asyncio.Task[None] | None = None
 
-    def _connection_options(self) -> dict[str, Any]:
-        options = self._options()
-        options["connection_class"] = self._class
-        options["retry"] = redis.asyncio.retry.Retry(NoBackoff(), 0)
-        options["redis_connect_func"] = self._on_connect
-        return options
+    async def _connect(self) -> Wire:
+        connection = self.dedicated()
+        await connection.connect()
+        return Wire(connection)
 
     async def _on_connect(self, connection: AbstractConnection) -> None:
         try:
@@ -384,11 +301,18 @@ class Link(_Link):
 
     def dedicated(self) -> AbstractConnection:
         """A connection of its own, not yet connected, for who must hear when it breaks (the feed)."""
-        options = self._connection_options()
-        options.pop("connection_class")
-        options.pop("maint_notifications_config")
-        connection: AbstractConnection = self._class(**options)
+        options = self.options()
+        options["redis_connect_func"] = self._on_connect
+        connection: AbstractConnection = options.pop("connection_class")(**options)
         return connection
+
+    def options(self) -> dict[str, Any]:
+        """What redis-py is given to open a connection, its class among it; without our handshake."""
+        options = self._options()
+        options["connection_class"] = self._class
+        options["retry"] = redis.asyncio.retry.Retry(NoBackoff(), 0)
+        options.pop("maint_notifications_config")  # for a client of redis-py, not for a connection
+        return options
 
     async def start(self) -> None:
         """Begin to look after the pool."""
@@ -407,47 +331,45 @@ class Link(_Link):
 
     async def close(self) -> None:
         await end([self._reaper])
-        await self.pool.aclose()
-        with suppress(*AWAY):
-            await self.probe.connection_pool.aclose()
+        await self.pool.close()
+        await self.probe.close()
+
+    async def command(self, *command: Argument, pool: Pool | None = None) -> Any:
+        """The reply to one command; raises the error that Redis answers."""
+        [reply] = await (pool or self.pool).execute([command])
+        if isinstance(reply, Exception):
+            raise reply
+        return reply
 
     async def run(self, name: str, keys: Sequence[str], args: Sequence[Argument]) -> Any:
         """Run one script, and load it first where the server doesn't have it."""
         call = (script(name), keys, args)
         try:
-            return await self.client.execute_command(*evalsha(call))
+            return await self.command(*evalsha(call))
         except NoScriptError:
-            return await self.client.execute_command(*evaluate(call))
+            return await self.command(*evaluate(call))
 
-    async def pipeline(
-        self, commands: Sequence[Command | Call], client: redis.asyncio.Redis | None = None
-    ) -> list[Any]:
+    async def pipeline(self, commands: Sequence[Command | Call], pool: Pool | None = None) -> list[Any]:
         """Commands and scripts in one round trip; the answers in order, errors among them as values."""
-        client = client or self.client
-        replies = await self._pipeline(client, [_command(c, evalsha) for c in commands])
+        pool = pool or self.pool
+        replies = await pool.execute([_command(c, evalsha) for c in commands])
         missing = [i for i, reply in enumerate(replies) if isinstance(reply, NoScriptError)]
         if missing:
-            again = await self._pipeline(client, [_command(commands[i], evaluate) for i in missing])
+            again = await pool.execute([_command(commands[i], evaluate) for i in missing])
             for i, reply in zip(missing, again, strict=True):
                 replies[i] = reply
         return replies
-
-    @staticmethod
-    async def _pipeline(client: redis.asyncio.Redis, commands: Sequence[Command]) -> list[Any]:
-        async with client.pipeline(transaction=False) as pipe:
-            for command in commands:
-                pipe.execute_command(*command)
-            return await pipe.execute(raise_on_error=False)
 
     async def renew_epoch(self) -> None:
         """Agree anew on layout and epoch, because they are gone from Redis (it was flushed)."""
         server = self.server
         assert server is not None
-        connection = await self.pool.get_connection()
+        connection = self.dedicated()
         try:
+            await connection.connect()
             await self._converse(connection, self.agree(server.run_id))
         finally:
-            await self.pool.release(connection)
+            await connection.disconnect(nowait=True)
 
 
 def _command(item: Command | Call, form: Callable[[Call], Command]) -> Command:

@@ -40,13 +40,14 @@ import orjson
 from redis.asyncio.connection import AbstractConnection
 from redis.exceptions import RedisError, ResponseError
 
-from .connection import AWAY, Busy, Call, Command, Link, script
+from .connection import AWAY, Call, Link, script
 from .errors import SettingsError
 from .inquiry import Inquiry, decode_inquiry, encode_holding
 from .keys import Version
 from .local import LocalCache, clock
 from .marks import Marks
 from .tasks import end
+from .wire import Busy, Command
 
 logger = logging.getLogger("mnemobus.feed")
 
@@ -324,7 +325,7 @@ class Feed:
                 None if partition is None else partition.position,
                 self._local.served(inquiry.scope),
             )
-            await self._link.client.publish(inquiry.reply, answer)
+            await self._link.command("PUBLISH", inquiry.reply, answer)
         finally:
             self._answering -= 1
 
@@ -347,7 +348,7 @@ class Feed:
     async def _settle(self, partition: _Partition) -> None:
         """Find the position of a partition that was just joined."""
         epoch = self._link.epoch
-        [head] = await self._link.pipeline([self._head(partition)], client=self._link.probe)
+        [head] = await self._link.pipeline([self._head(partition)], pool=self._link.probe)
         if isinstance(head, Exception):
             raise head
         # A heartbeat may have been faster. Then buckets are live already, and what was sent between its answer and
@@ -465,7 +466,7 @@ class Feed:
                 ("PUBLISH", self._own_channel, str(self._beats)),
                 *(self._head(p) for p, _ in known),
             ]
-            replies = await self._link.pipeline(commands, client=self._link.probe)
+            replies = await self._link.pipeline(commands, pool=self._link.probe)
             for reply in replies:
                 if isinstance(reply, Exception):
                     raise reply
@@ -528,10 +529,11 @@ class Feed:
         partition.position = None  # messages that come meanwhile wait
         try:
             while True:
-                entries = await self._link.probe.execute_command(
-                    "XRANGE", self._link.keys.feed(partition.number), f"({position}", "+", "COUNT", REPLAY
-                )
-                for id, fields in _pairs(entries):
+                entries = await self._link.command(
+                    "XRANGE", self._link.keys.feed(partition.number), f"({position}", "+", "COUNT", REPLAY,
+                    pool=self._link.probe,
+                )  # fmt: skip
+                for id, fields in entries:
                     try:
                         message = decode_entry(id, fields)
                     except (ValueError, TypeError) as error:
@@ -594,13 +596,3 @@ class Feed:
 
 def _behind(partition: _Partition, head: Version) -> bool:
     return partition.position is not None and partition.position < head
-
-
-def _pairs(entries: Any) -> list[tuple[bytes, list[bytes]]]:
-    """XRANGE's reply, whose fields redis-py may have made a dict of."""
-    out = []
-    for id, fields in entries:
-        if isinstance(fields, dict):
-            fields = [x for pair in fields.items() for x in pair]
-        out.append((id, fields))
-    return out

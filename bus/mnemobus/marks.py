@@ -23,10 +23,11 @@ from contextlib import suppress
 from itertools import islice
 from typing import NamedTuple, TypeVar
 
-from .connection import AWAY, Call, Command, Link, script
+from .connection import AWAY, Call, Link, script
 from .errors import NotCommitted, WriteRejected
 from .keys import APPLY_GROUP, Version
 from .tasks import end
+from .wire import Command
 
 logger = logging.getLogger("mnemobus.marks")
 
@@ -325,7 +326,7 @@ class Marks:
         ]
         epoch = self._link.epoch
         *answers, current = await self._link.pipeline(
-            [*calls, ("HGET", self._link.keys.epoch, "epoch")], client=self._link.probe
+            [*calls, ("HGET", self._link.keys.epoch, "epoch")], pool=self._link.probe
         )
         if self.in_doubt or epoch != self._link.epoch or current != epoch.encode():
             raise TimeoutError(
@@ -377,7 +378,7 @@ class Marks:
                 part = known[start : start + LETTERS]
                 found = await self._link.pipeline(
                     [("XRANGE", key, str(version), str(version)) for version, _ in part],
-                    client=self._link.probe,
+                    pool=self._link.probe,
                 )
                 for (_, write), entries in zip(part, found, strict=True):
                     if isinstance(entries, Exception):

@@ -107,7 +107,7 @@ class SharedCache:
     async def peek(self, scope: str, field: bytes) -> bytes | None:
         """The result, or None; takes no lease and counts as no hit."""
         key = self._link.keys.bucket(self._link.epoch, scope)
-        result: bytes | None = await self._link.client.execute_command("HGET", key, b"q:" + field)
+        result: bytes | None = await self._link.command("HGET", key, b"q:" + field)
         return result
 
     async def fill(self, lease: Lease, result: bytes) -> bool:
@@ -128,4 +128,4 @@ class SharedCache:
     async def discard(self, scope: str) -> None:
         """Drop a bucket whose content makes no sense."""
         with suppress(ResponseError, *AWAY):
-            await self._link.client.unlink(self._link.keys.bucket(self._link.epoch, scope))
+            await self._link.command("UNLINK", self._link.keys.bucket(self._link.epoch, scope))

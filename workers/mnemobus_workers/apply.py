@@ -30,12 +30,13 @@ from tenacity import RetryCallState, Retrying, retry_if_exception, wait_random_e
 from tenacity.nap import sleep_using_event
 from tenacity.stop import stop_when_event_set
 
-from mnemobus.connection import AWAY, Call, Command, Script, ThreadedLink, script
+from mnemobus.connection import AWAY, Call, Script, ThreadedLink, script
 from mnemobus.errors import BadEvent, MnemobusError, Rejected
 from mnemobus.events import DELETE_ROOM, Event, decode, version_of
 from mnemobus.keys import Dimensions, Version
 from mnemobus.settings import Settings
 from mnemobus.store import Applied, Refused, Writer
+from mnemobus.wire import Command
 
 from .broker import Batch, Entry, Stopping
 

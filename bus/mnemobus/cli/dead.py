@@ -110,7 +110,7 @@ class Letters:
                         yield Letter.read(partition, id, pairs)
 
     async def _ask(self, *command: str | bytes | int) -> Any:
-        return await self._link.client.execute_command(*command)
+        return await self._link.command(*command)
 
     async def of(self, versions: Sequence[str], *, everywhere: bool) -> list[Letter]:
         """The letters of these versions.
@@ -162,8 +162,6 @@ def _version(text: str) -> Version:
 @asynccontextmanager
 async def _letters(settings: Settings, partition: int | None) -> AsyncIterator[Letters]:
     link = Link(settings)
-    for command in ("XRANGE", "XREVRANGE"):
-        link.client.response_callbacks.pop(command, None)
     try:
         yield Letters(link, partition)
     except AWAY as error:

@@ -11,9 +11,10 @@ import redis.asyncio
 from redis.asyncio.connection import ConnectionPool
 from redis.exceptions import RedisError
 
-from ..connection import Command, Link, parse_info
+from ..connection import Link, parse_info
 from ..keys import Keyspace
 from ..settings import Settings
+from ..wire import Command
 
 
 @asynccontextmanager
@@ -23,9 +24,7 @@ async def looking_at(settings: Settings) -> AsyncIterator[redis.asyncio.Redis]:
     What it raises is one of AWAY, a RedisError, or a SettingsError if the server refuses the login.
     """
     link = Link(settings)
-    options = link._connection_options()
-    del options["redis_connect_func"]
-    client = redis.asyncio.Redis(connection_pool=ConnectionPool(max_connections=4, **options))
+    client = redis.asyncio.Redis(connection_pool=ConnectionPool(max_connections=4, **link.options()))
     client.response_callbacks.clear()
     try:
         yield client

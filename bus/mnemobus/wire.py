@@ -1,0 +1,263 @@
+"""Wires: connections to Redis as a bus uses them, one call at a time, and the pool that they are taken from.
+
+redis-py opens a connection: address, TLS, login, protocol. Once it is open a `Wire` takes over the transport. A call is
+one write, and its replies are parsed as they arrive and handed over together: no task, no lock, no stream in between.
+That is less than half of what a call through redis-py's asyncio client costs (docs/performance.md).
+
+A wire is used by one call at a time, which may carry many commands. A call that is cancelled, or not answered in time,
+leaves replies that nobody asked for: its wire is cut. A wire that breaks while it is idle is noticed at once, and is
+not given to anybody.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Any, Final
+
+import hiredis
+import redis.exceptions
+from redis.asyncio.connection import AbstractConnection
+
+Argument = str | bytes | int | float
+Command = tuple[Argument, ...]
+
+
+class Busy(redis.exceptions.ConnectionError):
+    """All connections of the pool were in use for too long: too much is asked at once, which is no sign that Redis is
+    away."""
+
+
+_MORE: Final = object()
+"""What the parser answers while a reply is not there as a whole."""
+
+
+def pack(commands: Sequence[Command]) -> bytes:
+    """Commands as they go over a wire."""
+    return b"".join(map(hiredis.pack_command, commands))  # type: ignore[arg-type]
+
+
+class Wire(asyncio.Protocol):
+    """An open connection, whose handshake is done. Used from one event loop."""
+
+    def __init__(self, connection: AbstractConnection) -> None:
+        writer = connection._writer
+        assert writer is not None, "the connection is open"
+        # From here on it is ours, also to be closed. The writer would close the transport when it is forgotten.
+        self._writer, connection._writer, connection._reader = writer, None, None
+        self._transport = writer.transport
+        self._parser = hiredis.Reader(
+            replyError=connection._parser.parse_error,
+            protocolError=redis.exceptions.InvalidResponse,
+            notEnoughData=_MORE,
+        )
+        self._loop = asyncio.get_running_loop()
+        self._replies: list[Any] = []
+        self._expected = 0
+        self._done: asyncio.Future[list[Any]] | None = None
+        self.closed: asyncio.Future[None] = self._loop.create_future()
+        """Done once nothing is left of it, whoever closed it."""
+        self._transport.set_protocol(self)
+
+    @property
+    def open(self) -> bool:
+        """Whether a call may still succeed."""
+        return not self._transport.is_closing()
+
+    def call(self, packed: bytes, expected: int, timeout: float) -> asyncio.Future[list[Any]]:
+        """Send commands; the future gives their replies, in order, errors among them as values.
+
+        Fails with redis-py's ConnectionError or TimeoutError, which end the wire; so does cancelling the future.
+        """
+        done: asyncio.Future[list[Any]] = self._loop.create_future()
+        if self._transport.is_closing():
+            done.set_exception(redis.exceptions.ConnectionError("Connection closed by server."))
+            return done
+        self._expected, self._replies, self._done = expected, [], done
+        timer = self._loop.call_later(timeout, self._too_late, timeout)
+        done.add_done_callback(lambda _: timer.cancel())
+        self._transport.write(packed)
+        return done
+
+    def _too_late(self, timeout: float) -> None:
+        self._fail(redis.exceptions.TimeoutError(f"no answer within {timeout:g} s"))
+        self.cut()
+
+    def _fail(self, error: Exception) -> None:
+        done, self._done = self._done, None
+        if done is not None and not done.done():
+            done.set_exception(error)
+
+    def data_received(self, data: bytes) -> None:
+        parser, replies = self._parser, self._replies
+        try:
+            parser.feed(data)
+            while (reply := parser.gets()) is not _MORE:
+                if not isinstance(reply, hiredis.PushNotification):  # nobody asked for one
+                    replies.append(reply)
+        except redis.exceptions.InvalidResponse as error:
+            self._fail(redis.exceptions.ConnectionError(f"this is no Redis: {error}"))
+            self.cut()
+            return
+        if len(replies) < self._expected:
+            return
+        if len(replies) > self._expected:
+            self._fail(redis.exceptions.ConnectionError("the server said more than it was asked"))
+            self.cut()
+            return
+        done, self._done, self._expected, self._replies = self._done, None, 0, []
+        if done is not None and not done.done():
+            done.set_result(replies)
+
+    def connection_lost(self, error: Exception | None) -> None:
+        reason = f"Error while reading: {error}" if error else "Connection closed by server."
+        self._fail(redis.exceptions.ConnectionError(reason))
+        if not self.closed.done():
+            self.closed.set_result(None)
+
+    async def close(self, patience: float) -> None:
+        """Close in order; after ``patience`` seconds, without waiting for the server."""
+        self._transport.close()
+        try:
+            async with asyncio.timeout(patience):
+                await asyncio.shield(self.closed)
+        except TimeoutError:
+            self.cut()
+
+    def cut(self) -> None:
+        """Close at once."""
+        self._transport.abort()
+
+
+class Pool:
+    """Wires to one server: opened as they are needed, at most ``maximum``; a `reap` that somebody calls every now and
+    then closes those that were idle for ``idle`` seconds, and keeps ``minimum`` ready."""
+
+    def __init__(
+        self,
+        connect: Callable[[], Awaitable[Wire]],
+        *,
+        timeout: float,
+        maximum: int,
+        acquire: float,
+        minimum: int = 0,
+        idle: float = float("inf"),
+        destroy: float = 0.0,
+    ) -> None:
+        self._connect = connect
+        self._timeout = timeout
+        self._maximum = maximum
+        self._acquire = acquire
+        self._minimum = minimum
+        self._idle_seconds = idle
+        self._destroy = destroy
+        self._idle: list[tuple[Wire, float]] = []
+        """Last used last, with the moment since when."""
+        self._waiting: deque[asyncio.Future[Wire | None]] = deque()
+        """Those who wait for a wire; None tells one that another may be opened."""
+        self._closed = False
+        self.size = 0
+        """Wires that there are, idle or in use, and those that are being opened."""
+
+    async def execute(self, commands: Sequence[Command]) -> list[Any]:
+        """The replies to commands that go in one write, in order, errors among them as values.
+
+        Raises Busy if no connection was to be had, redis-py's ConnectionError or TimeoutError if Redis can't be
+        reached; then any of the commands may have been carried out, or not.
+        """
+        packed = pack(commands)
+        wire = await self.take()
+        try:
+            replies = await wire.call(packed, len(commands), self._timeout)
+        except BaseException:
+            wire.cut()
+            self._gone()
+            raise
+        self.give_back(wire)
+        return replies
+
+    async def take(self) -> Wire:
+        """A wire, to be given back. Raises as `execute`."""
+        while self._idle:
+            wire, _ = self._idle.pop()
+            if wire.open:
+                return wire
+            self._gone()
+        if self.size < self._maximum:
+            return await self._open()
+        try:
+            async with asyncio.timeout(self._acquire):
+                found = await self._wait()
+        except TimeoutError:
+            raise Busy(
+                f"all {self._maximum} connections were in use for {self._acquire:g} s (REDIS_POOL_MAX,"
+                " REDIS_ACQUIRE_TIMEOUT)"
+            ) from None
+        return found or await self._open()
+
+    async def _wait(self) -> Wire | None:
+        """A wire that somebody gave back; None once there is room for another."""
+        while True:
+            turn: asyncio.Future[Wire | None] = asyncio.get_running_loop().create_future()
+            self._waiting.append(turn)
+            try:
+                wire = await turn
+            except BaseException:
+                if turn.done() and not turn.cancelled():  # too late: it is somebody else's turn
+                    self._pass_on(turn.result())
+                raise
+            if wire is not None:
+                if wire.open:
+                    return wire
+                self._gone()
+            if self.size < self._maximum:
+                return None
+
+    async def _open(self) -> Wire:
+        self.size += 1
+        try:
+            if self._closed:
+                raise redis.exceptions.ConnectionError("the bus is closed")
+            return await self._connect()
+        except BaseException:
+            self._gone()
+            raise
+
+    def give_back(self, wire: Wire) -> None:
+        if wire.open and not self._closed:
+            self._pass_on(wire)
+        else:
+            wire.cut()
+            self._gone()
+
+    def _gone(self) -> None:
+        self.size -= 1
+        self._pass_on(None)
+
+    def _pass_on(self, wire: Wire | None) -> None:
+        """Give a wire, or the room for one, to who waits longest."""
+        while self._waiting:
+            turn = self._waiting.popleft()
+            if not turn.done():
+                turn.set_result(wire)
+                return
+        if wire is not None:
+            self._idle.append((wire, asyncio.get_running_loop().time()))
+
+    async def reap(self) -> None:
+        """Close idle wires down to the minimum, and open up to it."""
+        limit = asyncio.get_running_loop().time() - self._idle_seconds
+        while self._idle and self.size > self._minimum and self._idle[0][1] <= limit:
+            wire, _ = self._idle.pop(0)
+            self._gone()
+            await wire.close(self._destroy)
+        while self.size < self._minimum:
+            self.give_back(await self._open())
+
+    async def close(self) -> None:
+        """Close all that are idle, in order; those in use are cut when they are given back."""
+        self._closed = True
+        idle, self._idle = self._idle, []
+        self.size -= len(idle)
+        await asyncio.gather(*(wire.close(self._destroy) for wire, _ in idle))

@@ -1,0 +1,125 @@
+"""Wires and their pool, against a real Redis: replies reach who asked for them, whatever is cancelled or breaks."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import suppress
+from typing import Any
+
+import pytest
+import redis
+from redis.exceptions import ResponseError
+
+from mnemobus import Settings
+from mnemobus.connection import Link
+from mnemobus.wire import Busy
+from servers import RedisServer, eventually
+
+
+@pytest.fixture(params=[2, 3], ids=["resp2", "resp3"])
+async def link(request: pytest.FixtureRequest, settings: Settings) -> AsyncIterator[Link]:
+    link = Link(settings.model_copy(update={"redis_pool_max": 2, "redis_protocol": request.param}))
+    yield link
+    await link.close()
+
+
+async def test_replies_come_in_order_and_errors_are_values(link: Link, prefix: str) -> None:
+    replies = await link.pipeline(
+        [("SET", prefix, "x"), ("GET", prefix), ("LPUSH", prefix, "y"), ("GET", prefix)]
+    )
+    assert replies[:2] == [b"OK", b"x"] and replies[3] == b"x"
+    assert isinstance(replies[2], ResponseError)
+    # But who sends a single command gets its error raised
+    with pytest.raises(ResponseError, match="wrong kind of value"):
+        await link.command("LPUSH", prefix, "y")
+
+
+async def test_a_reply_larger_than_any_buffer_comes_whole(link: Link, prefix: str) -> None:
+    large = bytes(range(256)) * (1 << 14)
+    await link.command("SET", prefix, large)
+    assert await link.command("GET", prefix) == large
+
+
+async def test_a_cancelled_call_leaves_no_reply_to_the_next(link: Link, prefix: str) -> None:
+    await link.command("SET", prefix, "mine")
+    # Given many calls that are cancelled at every moment of their way
+    for moment in range(40):
+        call = asyncio.create_task(link.command("ECHO", f"not yours {moment}"))
+        for _ in range(moment % 8):
+            await asyncio.sleep(0)
+        call.cancel()
+        with suppress(asyncio.CancelledError):
+            await call
+        # Then the next one has its own reply, and no connection is lost to the pool
+        assert await link.command("GET", prefix) == b"mine"
+    assert link.pool.size <= 2
+
+
+async def test_who_is_cancelled_while_waiting_for_a_connection_takes_none_along(link: Link) -> None:
+    # Given a pool whose two connections are in use, and three who wait
+    held = [await link.pool.take(), await link.pool.take()]
+    waiting = [asyncio.create_task(link.command("PING")) for _ in range(3)]
+    await asyncio.sleep(0)
+    # When a connection comes back in the very moment in which the first of them is cancelled
+    link.pool.give_back(held.pop())
+    waiting[0].cancel()
+    # Then the others have their turn
+    async with asyncio.timeout(5):
+        assert await asyncio.gather(*waiting[1:]) == [b"PONG", b"PONG"]
+    link.pool.give_back(held.pop())
+    assert link.pool.size == 2
+
+
+async def test_a_connection_that_breaks_under_a_call_fails_it_and_is_replaced(link: Link) -> None:
+    me = await link.command("CLIENT", "ID")
+    waits = asyncio.create_task(link.command("BLPOP", "nobody-pushes", 0))
+    await eventually(lambda: link.pool.size == 1 and not link.pool._idle)
+    await link.command("CLIENT", "KILL", "ID", me)
+    with pytest.raises(redis.ConnectionError):
+        await waits
+    assert await link.command("PING") == b"PONG"
+
+
+async def test_a_connection_that_broke_while_idle_is_given_to_nobody(
+    own_redis: Any, settings: Settings
+) -> None:
+    server: RedisServer = own_redis()
+    link = Link(settings.model_copy(update={"redis_url": server.url}))
+    assert await link.command("PING") == b"PONG"
+    # When Redis was restarted while nobody asked anything
+    [(idle, _)] = link.pool._idle
+    server.restart()
+    await eventually(lambda: not idle.open)
+    # Then the next call succeeds at once
+    assert await link.command("PING") == b"PONG"
+    assert link.pool.size == 1
+    await link.close()
+
+
+async def test_a_pool_that_fails_to_connect_lets_the_next_one_try(own_redis: Any, settings: Settings) -> None:
+    server: RedisServer = own_redis()
+    update = {"redis_url": server.url, "redis_pool_max": 1, "redis_acquire_timeout": 5_000}
+    link = Link(settings.model_copy(update=update))
+    server.kill()
+    # Given that Redis is away, ten calls on a pool of one all hear of it; none waits for a place that nobody frees
+    async with asyncio.timeout(4):
+        answers = await asyncio.gather(*(link.command("PING") for _ in range(10)), return_exceptions=True)
+    assert all(isinstance(a, redis.ConnectionError) and not isinstance(a, Busy) for a in answers)
+    server.start()
+    assert await link.command("PING") == b"PONG"
+    await link.close()
+
+
+async def test_a_call_that_is_not_answered_in_time_fails_and_its_late_reply_reaches_nobody(
+    own_redis: Any, settings: Settings
+) -> None:
+    server: RedisServer = own_redis()
+    link = Link(settings.model_copy(update={"redis_url": server.url, "redis_timeout": 0.2}))
+    assert await link.command("PING") == b"PONG"
+    server.pause()
+    with pytest.raises(redis.TimeoutError, match=r"no answer within 0\.2 s"):
+        await link.command("ECHO", "late")
+    server.resume()
+    assert await link.command("PING") == b"PONG"
+    await link.close()
