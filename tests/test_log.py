@@ -179,11 +179,13 @@ async def test_a_producer_that_another_process_has_overtaken_is_told(settings: S
     logged: list[Version] = []
     ahead = Publisher(link, 0, "same", lambda p, e, v: logged.append(v))
     behind = Publisher(link, 0, "same", lambda p, e, v: logged.append(v))
+    event = Event(DELETE_ROOM, Dimensions("messages", "r"))
     for _ in range(2):
-        await ahead.publish(Event(DELETE_ROOM, Dimensions("messages", "r")))
+        [done] = ahead.publish([event])
+        await done
     with pytest.raises(WriteFailed, match="producer same is in use by another process"):
-        behind._sequence = 0
-        await behind.publish(Event(DELETE_ROOM, Dimensions("messages", "r")))
+        [done] = behind.publish([event])
+        await done
     assert len(logged) == 2
     await link.close()
 

@@ -424,16 +424,24 @@ class Bus:
         durability = durability or self.settings.durability
         if durability not in ("logged", "synced", "committed"):
             raise InvalidQuery(f"durability must be logged, synced or committed, not {durability!r}")
-        partitions = [self._link.keys.log_partition(event.dimensions.room) for event in events]
         if durability == "synced":
             for syncer in self._syncers[:1]:
                 syncer.check()
+        log_partition = self._link.keys.log_partition
+        by_partition: dict[int, list[int]] = {}
+        for index, event in enumerate(events):
+            by_partition.setdefault(log_partition(event.dimensions.room), []).append(index)
         futures = [
-            self._publishers[partition].publish(event)
-            for partition, event in zip(partitions, events, strict=True)
+            (indexes, self._publishers[partition].publish([events[index] for index in indexes]))
+            for partition, indexes in by_partition.items()
         ]
+        writes: list[Any] = [None] * len(events)
         try:
-            writes = await asyncio.gather(*futures)
+            for indexes, parts in futures:
+                at = iter(indexes)
+                for part in parts:
+                    for write in await part:
+                        writes[next(at)] = write
         except (LogUnavailable, asyncio.CancelledError):
             # Any of them may have been logged, or be logged yet: what they touch is not to be trusted.
             for event in events:
@@ -451,7 +459,7 @@ class Bus:
                 raise DurabilityUnavailable(
                     "the log can't be reached: the write is in the outbox, and will be logged, but is not synced"
                 )
-            await asyncio.gather(*(self._syncers[partition].sync() for partition in set(partitions)))
+            await asyncio.gather(*(self._syncers[partition].sync() for partition in by_partition))
         elif durability == "committed":
             await asyncio.gather(*(receipt.committed(self.settings.write_timeout) for receipt in receipts))
         return receipts

@@ -48,6 +48,42 @@ OVERHEAD = 400
 """Bytes that a cached result takes besides its encoded form, roughly."""
 
 
+Found = tuple[Any, str, bool]
+"""What a load found, where, and whether it is only the last known copy."""
+
+
+class Load:
+    """A read under way of one query, for others to share.
+
+    began: when, by `clock`
+    """
+
+    __slots__ = ("_waiting", "began")
+
+    def __init__(self, began: float) -> None:
+        self.began = began
+        self._waiting: list[asyncio.Future[Found | None]] = []
+
+    async def wait(self) -> Found | None:
+        """What it finds; None if whoever loads was cancelled. Raises what the load raises."""
+        answer: asyncio.Future[Found | None] = asyncio.get_running_loop().create_future()
+        self._waiting.append(answer)
+        return await answer
+
+    def succeed(self, found: Found | None) -> None:
+        for answer in self._waiting:
+            if not answer.done():
+                answer.set_result(found)
+
+    def fail(self, error: BaseException) -> None:
+        if not isinstance(error, Exception):  # whoever loads was cancelled; nobody else was
+            self.succeed(None)
+            return
+        for answer in self._waiting:
+            if not answer.done():
+                answer.set_exception(error)
+
+
 class Bucket:
     """All that is cached under one scope."""
 
@@ -69,8 +105,8 @@ class Bucket:
         self.partition = partition
         self.expires = expires
         self.entries: dict[Any, Any] = {}
-        self.loads: dict[Any, tuple[float, asyncio.Task[Any]]] = {}
-        """Reads under way of queries on this scope, for others to share, and when each began, by `clock`."""
+        self.loads: dict[Any, Load] = {}
+        """Reads under way of queries on this scope."""
         self.size = 0
         self.live = False
         """Whether it is in the dict; a bucket that was taken out never comes back."""

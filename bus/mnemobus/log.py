@@ -3,6 +3,10 @@
 One publisher per partition, one call in flight. What arrives while a call is under way goes together in the
 next one: an idle bus publishes a single write at once, a busy one publishes hundreds in one round trip.
 
+Usually a call needs no task: it is sent by who queues the first write, and its answer is handed to the writers in the
+moment in which it arrives. Whatever is out of the ordinary (no connection is idle, the call fails, the outbox is in
+use) is seen to by a task, which repeats the same call, with the same number, as long as it makes sense.
+
 A call carries the producer's id and a sequence number, and the script answers a repeated one with the IDs that
 it gave the first time. So a call that timed out, its outcome unknown, is simply repeated (tenacity, exponential
 backoff with jitter); a late first copy of it, arriving after its repetition, finds that it was overtaken.
@@ -10,8 +14,8 @@ backoff with jitter); a late first copy of it, arriving after its repetition, fi
 A log that can't be reached for a moment is waited for. Where that goes on, what the call carries, and everything after
 it, goes to the outbox (outbox.py) if there is one, which makes the same call once the log is back.
 
-Publishing is done by a task of the publisher, not of the caller: cancelling a write gives up the answer, not the
-write, and everything that has to follow a logged write (`on_logged`) follows.
+Publishing is no part of the caller's task: cancelling a write gives up the answer, not the write, and everything that
+has to follow a logged write (`on_logged`) follows.
 """
 
 from __future__ import annotations
@@ -19,14 +23,15 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from functools import partial
+from typing import Any, Protocol
 
 from redis.exceptions import ResponseError
 from tenacity import AsyncRetrying, RetryCallState, retry_if_exception_type, wait_random_exponential
 
-from .connection import AWAY, Link, is_full
+from .connection import AWAY, Link, evalsha, is_full, script
 from .errors import (
     BacklogFull,
     DurabilityUnavailable,
@@ -39,6 +44,7 @@ from .events import Event
 from .keys import Version
 from .marks import Write
 from .settings import Settings
+from .wire import Wire, pack
 
 logger = logging.getLogger("mnemobus.log")
 
@@ -63,15 +69,8 @@ async def append(
     May be repeated, and is answered the same then. Raises one of AWAY if the outcome is unknown; Unready, BacklogFull
     or LogFull if nothing was written; Overtaken if the producer has gone on to another call.
     """
-    keys = link.keys
-    arguments: list[Field] = [producer, sequence, link.settings.max_backlog]
-    for fields in events:
-        arguments.append(len(fields))
-        arguments += fields
     try:
-        reply = await link.run(
-            "publish", [keys.log(partition), keys.producers(partition), keys.meter(partition)], arguments
-        )
+        reply = await link.run("publish", *_call(link, partition, producer, sequence, events))
     except ResponseError as error:
         if is_full(error):
             raise LogFull(
@@ -80,6 +79,18 @@ async def append(
             ) from None
         raise _refusal(link, partition, producer, str(error)) from error
     return [Version.parse(id) for id in reply]
+
+
+def _call(
+    link: Link, partition: int, producer: str, sequence: int, events: Iterable[Sequence[Field]]
+) -> tuple[list[str], list[Field]]:
+    """KEYS and ARGV of publish.lua."""
+    keys = link.keys
+    arguments: list[Field] = [producer, sequence, link.settings.max_backlog]
+    for fields in events:
+        arguments.append(len(fields))
+        arguments += fields
+    return [keys.log(partition), keys.producers(partition), keys.meter(partition)], arguments
 
 
 def _refusal(link: Link, partition: int, producer: str, text: str) -> WriteFailed:
@@ -122,13 +133,13 @@ class Overflow(Protocol):
 
 @dataclass(slots=True)
 class _Pending:
-    """A write that waits to be published."""
+    """Writes of one caller that wait to be published, together."""
 
-    event: Event
-    fields: list[Field]
+    events: list[Event]
+    fields: list[list[Field]]
     size: int
     deadline: float
-    done: asyncio.Future[Write]
+    done: asyncio.Future[list[Write]]
 
 
 OnLogged = Callable[[int, Event, Version], Write]
@@ -150,54 +161,118 @@ class Publisher:
         self._overflow = overflow
         self._queue: deque[_Pending] = deque()
         self._task: asyncio.Task[None] | None = None
+        self._flying: list[_Pending] | None = None
+        """What the call carries that is under way without a task."""
+        self._made = 0.0
+        """When that was made."""
+        self._landed = asyncio.Event()
         self._sequence = 0
         self.calls = 0
         self.retries = 0
         self.events = 0
 
-    def publish(self, event: Event) -> asyncio.Future[Write]:
-        """Queue an event; the future gives a Write once it is in the log or in the outbox, else a WriteFailed."""
+    def publish(self, events: Sequence[Event]) -> list[asyncio.Future[list[Write]]]:
+        """Queue events, which go in one call as far as they fit; the futures give their Writes, in order, once they
+        are in the log or in the outbox, else a WriteFailed."""
         loop = asyncio.get_running_loop()
-        fields = event.fields()
-        size = sum(len(field) for field in fields if not isinstance(field, int))
-        done: asyncio.Future[Write] = loop.create_future()
         deadline = loop.time() + self._settings.write_timeout
-        self._queue.append(_Pending(event, fields, size, deadline, done))
-        if self._task is None:
-            self._task = loop.create_task(self._drain(), name=f"mnemobus-publish-{self._partition}")
-        return done
+        futures = []
+        pending = None
+        for event in events:
+            fields = event.fields()
+            size = sum([len(field) for field in fields if not isinstance(field, int)])
+            if pending is None or pending.size + size > CALL_BYTES or len(pending.events) == CALL_EVENTS:
+                pending = _Pending([], [], 0, deadline, loop.create_future())
+                self._queue.append(pending)
+                futures.append(pending.done)
+            pending.events.append(event)
+            pending.fields.append(fields)
+            pending.size += size
+        if self._task is None and self._flying is None and self._queue:
+            self._begin()
+        return futures
 
     async def close(self) -> None:
         """Wait until what is queued is in the log, or has failed."""
-        if self._task is not None:
-            await asyncio.shield(self._task)
+        while self._task is not None or self._flying is not None:
+            if self._task is not None:
+                await asyncio.shield(self._task)
+            else:
+                self._landed.clear()
+                await self._landed.wait()
 
-    async def _drain(self) -> None:
+    def _begin(self) -> None:
+        """Make the next call: at once, if a connection is idle; else a task sees to it."""
+        wire = None
+        if self._overflow is None or not self._overflow.waiting:
+            wire = self._link.pool.idle()
+        if wire is None:
+            self._hand_over()
+            return
+        self._flying = self._take()
+        self._made = asyncio.get_running_loop().time()
+        self._sequence += 1
+        self.calls += 1
+        wire.call(
+            pack([evalsha((script("publish"), *self._arguments(self._flying)))]),
+            1,
+            self._settings.redis_timeout,
+            partial(self._land, wire),
+        )
+
+    def _land(self, wire: Wire, outcome: list[Any] | Exception) -> None:
+        """The end of a call that had no task."""
+        batch, self._flying = self._flying, None
+        assert batch is not None
+        if isinstance(outcome, Exception):
+            self._link.pool.drop(wire)
+            self._again(1, outcome)
+            self._hand_over(batch)
+        elif isinstance(outcome[0], Exception):
+            self._link.pool.give_back(wire)
+            self._hand_over(batch)  # which hears the same, and knows what to do about it
+        else:
+            self._link.pool.give_back(wire)
+            try:
+                self._tell(batch, [Version.parse(id) for id in outcome[0]])
+            except Exception as error:  # every writer must hear of it, whatever it is
+                logger.exception("publishing to log partition %d failed", self._partition)
+                self._fail(batch, error)
+            if self._queue:
+                self._begin()
+        self._landed.set()
+
+    def _hand_over(self, batch: list[_Pending] | None = None) -> None:
+        """Have a task publish what is queued; before that ``batch``, whose call has been made in vain."""
+        work = self._drain(batch)
+        self._task = asyncio.get_running_loop().create_task(work, name=f"mnemobus-publish-{self._partition}")
+
+    async def _drain(self, batch: list[_Pending] | None) -> None:
+        made = None if batch is None else self._made
         try:
-            while self._queue:
-                batch = self._take()
+            while batch or self._queue:
+                batch = batch or self._take()
                 try:
-                    writes = await self._publish(batch)
+                    await self._publish(batch, made)
                 except Exception as error:  # every writer must hear of it, whatever it is
                     if not isinstance(error, MnemobusError):
                         logger.exception("publishing to log partition %d failed", self._partition)
                     self._fail(batch, error)
-                    continue
-                for pending, write in zip(batch, writes, strict=True):
-                    if not pending.done.done():
-                        pending.done.set_result(write)
+                batch = made = None
         finally:
             self._task = None
             # Only if the loop is shutting down and cancelled this task is anything left.
+            self._queue.extendleft(batch or ())
             self._fail(self._queue, LogUnavailable("the bus was shut down before the write was published"))
             self._queue.clear()
 
     def _take(self) -> list[_Pending]:
         batch: list[_Pending] = []
-        size = 0
-        while self._queue and len(batch) < CALL_EVENTS:
+        events = size = 0
+        while self._queue:
+            events += len(self._queue[0].events)
             size += self._queue[0].size
-            if batch and size > CALL_BYTES:
+            if batch and (size > CALL_BYTES or events > CALL_EVENTS):
                 break
             batch.append(self._queue.popleft())
         return batch
@@ -209,29 +284,59 @@ class Publisher:
                 pending.done.set_exception(error)
                 pending.done.exception()  # a writer that was cancelled won't fetch it
 
-    async def _publish(self, batch: list[_Pending]) -> list[Write]:
+    async def _publish(self, batch: list[_Pending], made: float | None) -> None:
+        """Publish, or keep in the outbox, and tell the writers; ``made``: when the call was made already, in vain."""
         overflow = self._overflow
-        events = [(pending.event, pending.fields) for pending in batch]
-        if overflow is not None and overflow.waiting:
-            return await overflow.keep(self._partition, events, None)
-        self._sequence += 1
-        try:
-            versions = await self._call(batch)
-        except LogUnavailable as error:
-            if overflow is None:
-                raise
+        call = unavailable = None
+        if overflow is None or not overflow.waiting or made is not None:
+            if made is None:
+                self._sequence += 1
             try:
-                return await overflow.keep(self._partition, events, (self._producer, self._sequence))
-            except MnemobusError as full:
-                raise LogUnavailable(f"{error}; and {full}") from full
-        self.events += len(batch)
-        logged = zip(batch, versions, strict=True)
-        return [self._on_logged(self._partition, pending.event, version) for pending, version in logged]
+                self._tell(batch, await self._insist(batch, made))
+                return
+            except LogUnavailable as error:
+                if overflow is None:
+                    raise
+                call, unavailable = (self._producer, self._sequence), error
+        assert overflow is not None
+        events = [pair for p in batch for pair in zip(p.events, p.fields, strict=True)]
+        try:
+            kept = await overflow.keep(self._partition, events, call)
+        except MnemobusError as full:
+            if unavailable is None:
+                raise
+            raise LogUnavailable(f"{unavailable}; and {full}") from full
+        self._answer(batch, kept)
 
-    async def _call(self, batch: list[_Pending]) -> list[Version]:
+    def _tell(self, batch: list[_Pending], versions: list[Version]) -> None:
+        """The batch is in the log."""
+        self.events += len(versions)
+        events = (event for pending in batch for event in pending.events)
+        logged = zip(events, versions, strict=True)
+        self._answer(batch, [self._on_logged(self._partition, event, version) for event, version in logged])
+
+    @staticmethod
+    def _answer(batch: list[_Pending], writes: list[Write]) -> None:
+        at = 0
+        for pending in batch:
+            count = len(pending.events)
+            if not pending.done.done():
+                pending.done.set_result(writes[at : at + count])
+            at += count
+
+    def _arguments(self, batch: list[_Pending]) -> tuple[list[str], list[Field]]:
+        events = (fields for pending in batch for fields in pending.fields)
+        return _call(self._link, self._partition, self._producer, self._sequence, events)
+
+    async def _insist(self, batch: list[_Pending], made: float | None) -> list[Version]:
+        """Make the call until it is answered, or it makes no sense any more; ``made``: the first time, in vain."""
         deadline = batch[0].deadline
         loop = asyncio.get_running_loop()
-        spill_at = min(deadline, loop.time() + _PATIENCE) if self._overflow is not None else deadline
+        spill_at = deadline
+        if self._overflow is not None:
+            spill_at = min(deadline, (loop.time() if made is None else made) + _PATIENCE)
+        if loop.time() >= spill_at:
+            raise self._unreachable("no answer in time")
 
         def stop(state: RetryCallState) -> bool:
             error = state.outcome.exception() if state.outcome else None
@@ -245,23 +350,28 @@ class Publisher:
             before_sleep=self._before_sleep,
             reraise=True,
         )
-        events = [pending.fields for pending in batch]
+        events = [fields for pending in batch for fields in pending.fields]
         try:
             async for attempt in retrying:
                 with attempt:
                     self.calls += 1
                     return await append(self._link, self._partition, self._producer, self._sequence, events)
         except AWAY as error:
-            raise LogUnavailable(
-                f"Redis at {self._link.address} could not be reached in time ({error}; MNEMOBUS_WRITE_TIMEOUT is"
-                f" {self._settings.write_timeout:g} s): the write may or may not be in the log"
-            ) from error
+            raise self._unreachable(error) from error
         raise AssertionError("unreachable")
 
+    def _unreachable(self, reason: object) -> LogUnavailable:
+        return LogUnavailable(
+            f"Redis at {self._link.address} could not be reached in time ({reason}; MNEMOBUS_WRITE_TIMEOUT is"
+            f" {self._settings.write_timeout:g} s): the write may or may not be in the log"
+        )
+
     def _before_sleep(self, state: RetryCallState) -> None:
+        self._again(state.attempt_number, state.outcome.exception() if state.outcome else None)
+
+    def _again(self, attempt: int, error: BaseException | None) -> None:
         self.retries += 1
-        error = state.outcome.exception() if state.outcome else None
-        log = logger.warning if state.attempt_number == 1 else logger.debug
+        log = logger.warning if attempt == 1 else logger.debug
         log("log partition %d: %s; trying again", self._partition, error)
 
 

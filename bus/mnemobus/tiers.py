@@ -6,14 +6,14 @@ What the order of the steps has to keep:
 - The bucket is taken before anything is read, so that an invalidation which comes meanwhile takes the bucket out of
   sight, and the fill with it (G4). It is a live one only if the bus listens to the scope's feed partition.
 - Redis is not asked while no heartbeat reaches it: its buckets may be of an epoch that is over.
-- Concurrent reads of one query share one load, unless an invalidation came between them: then the later one finds
-  another bucket, without a load. Nor is a load shared that began ``max_staleness`` ago (in a process that was paused,
-  say, and has not heard yet what came meanwhile): what it brings may be as old (G5).
+- Concurrent reads of one query share the load of the first, unless an invalidation came between them: then the later
+  one finds another bucket, without a load. Nor is a load shared that began ``max_staleness`` ago (in a process that was
+  paused, say, and has not heard yet what came meanwhile): what it brings may be as old (G5). The load is part of the
+  first one's task: if that is cancelled, the others begin again, and one of them loads.
 """
 
 from __future__ import annotations
 
-import asyncio
 import logging
 from typing import Any
 
@@ -23,7 +23,7 @@ from .connection import AWAY
 from .errors import SettingsError, StoreUnavailable
 from .feed import Feed
 from .keys import Keyspace
-from .local import MISS, Bucket, LocalCache, clock
+from .local import MISS, Bucket, Found, Load, LocalCache, clock
 from .marks import Marks
 from .query import Plan
 from .settings import Settings
@@ -61,25 +61,41 @@ class Tiers:
 
     async def read(self, plan: Plan) -> Any:
         """The answer, shown as the caller of the query gets it. StoreUnavailable if no tier has it."""
-        stale = plan.scope in self._marks and not await self._wait_for_own_writes(plan.scope)
         partition = self._keys.feed_partition(plan.scope)
-        joined = await self._feed.join(partition, _JOIN_PATIENCE)
-        if joined and not stale and plan.scope not in self._marks:
-            bucket = self._local.open(plan.scope, partition, self._settings.ttl(plan.table))
+        while True:
+            stale = plan.scope in self._marks and not await self._wait_for_own_writes(plan.scope)
+            joined = self._feed.joined(partition) or await self._feed.join(partition, _JOIN_PATIENCE)
+            if joined and not stale and plan.scope not in self._marks:
+                bucket = self._local.open(plan.scope, partition, self._settings.ttl(plan.table))
+            else:
+                bucket = self._local.orphan(plan.scope, partition)
+            load = bucket.loads.get(plan.key)
+            if load is None or clock() - load.began >= self._settings.max_staleness:
+                found, source, last_known = await self._lead(plan, bucket)
+            else:
+                self.shared_loads += 1
+                answer = await load.wait()
+                if answer is None:
+                    continue
+                found, source, last_known = answer
+            stale = stale or last_known
+            self.stale_reads += stale
+            return plan.show(found, source, stale)
+
+    async def _lead(self, plan: Plan, bucket: Bucket) -> Found:
+        """Load what others may wait for."""
+        load = bucket.loads[plan.key] = Load(clock())
+        try:
+            found = await self._load(plan, bucket)
+        except BaseException as error:
+            load.fail(error)
+            raise
         else:
-            bucket = self._local.orphan(plan.scope, partition)
-        now = clock()
-        began, load = bucket.loads.get(plan.key, (0.0, None))
-        if load is None or now - began >= self._settings.max_staleness:
-            load = asyncio.create_task(self._load(plan, bucket))
-            bucket.loads[plan.key] = (now, load)
-            load.add_done_callback(lambda done: _forget_load(bucket, plan.key, done))
-        else:
-            self.shared_loads += 1
-        found, source, last_known = await asyncio.shield(load)
-        stale = stale or last_known
-        self.stale_reads += stale
-        return plan.show(found, source, stale)
+            load.succeed(found)
+            return found
+        finally:
+            if bucket.loads.get(plan.key) is load:
+                del bucket.loads[plan.key]
 
     async def _wait_for_own_writes(self, scope: str) -> bool:
         """Whether the writes of this bus that touch a scope are in the store, after waiting for it."""
@@ -90,7 +106,7 @@ class Tiers:
         self.own_write_timeouts += 1
         return False
 
-    async def _load(self, plan: Plan, bucket: Bucket) -> tuple[Any, str, bool]:
+    async def _load(self, plan: Plan, bucket: Bucket) -> Found:
         """What is found for a query beyond L1: (found, source, whether it is only the last known copy)."""
         lease: Lease | None = None
         if self._feed.reachable:
@@ -134,10 +150,3 @@ class Tiers:
 
     def _cache(self, plan: Plan, bucket: Bucket, found: Any, size: int) -> None:
         self._local.put(bucket, plan.key, plan.show(found, "local", False), size)
-
-
-def _forget_load(bucket: Bucket, key: Any, load: asyncio.Task[Any]) -> None:
-    if bucket.loads.get(key, (0.0, None))[1] is load:
-        del bucket.loads[key]
-    if not load.cancelled():
-        load.exception()  # a load that nobody waits for any more must not complain of it

@@ -5,7 +5,7 @@ one write, and its replies are parsed as they arrive and handed over together: n
 That is less than half of what a call through redis-py's asyncio client costs (docs/performance.md).
 
 A wire is used by one call at a time, which may carry many commands. A call that is cancelled, or not answered in time,
-leaves replies that nobody asked for: its wire is cut. A wire that breaks while it is idle is noticed at once, and is
+leaves replies that nobody waits for: its wire is cut. A wire that breaks while it is idle is noticed at once, and is
 not given to anybody.
 """
 
@@ -28,6 +28,9 @@ class Busy(redis.exceptions.ConnectionError):
     """All connections of the pool were in use for too long: too much is asked at once, which is no sign that Redis is
     away."""
 
+
+Done = Callable[[list[Any] | Exception], None]
+"""What is told how a call ended."""
 
 _MORE: Final = object()
 """What the parser answers while a reply is not there as a whole."""
@@ -53,9 +56,10 @@ class Wire(asyncio.Protocol):
             notEnoughData=_MORE,
         )
         self._loop = asyncio.get_running_loop()
+        self._timer: asyncio.TimerHandle | None = None
         self._replies: list[Any] = []
         self._expected = 0
-        self._done: asyncio.Future[list[Any]] | None = None
+        self._done: Done | None = None
         self.closed: asyncio.Future[None] = self._loop.create_future()
         """Done once nothing is left of it, whoever closed it."""
         self._transport.set_protocol(self)
@@ -65,29 +69,30 @@ class Wire(asyncio.Protocol):
         """Whether a call may still succeed."""
         return not self._transport.is_closing()
 
-    def call(self, packed: bytes, expected: int, timeout: float) -> asyncio.Future[list[Any]]:
-        """Send commands; the future gives their replies, in order, errors among them as values.
-
-        Fails with redis-py's ConnectionError or TimeoutError, which end the wire; so does cancelling the future.
-        """
-        done: asyncio.Future[list[Any]] = self._loop.create_future()
+    def call(self, packed: bytes, expected: int, timeout: float, done: Done) -> None:
+        """Send commands, and have ``done`` called with their replies, in order, errors among them as values; or with
+        redis-py's ConnectionError or TimeoutError, which end the wire. It is called once, from the event loop, in the
+        moment in which the last reply arrives, and must not raise."""
         if self._transport.is_closing():
-            done.set_exception(redis.exceptions.ConnectionError("Connection closed by server."))
-            return done
+            self._loop.call_soon(done, redis.exceptions.ConnectionError("Connection closed by server."))
+            return
         self._expected, self._replies, self._done = expected, [], done
-        timer = self._loop.call_later(timeout, self._too_late, timeout)
-        done.add_done_callback(lambda _: timer.cancel())
+        self._timer = self._loop.call_later(timeout, self._too_late, timeout)
         self._transport.write(packed)
-        return done
 
     def _too_late(self, timeout: float) -> None:
         self._fail(redis.exceptions.TimeoutError(f"no answer within {timeout:g} s"))
-        self.cut()
 
     def _fail(self, error: Exception) -> None:
-        done, self._done = self._done, None
-        if done is not None and not done.done():
-            done.set_exception(error)
+        self._transport.abort()
+        self._finish(error)
+
+    def _finish(self, outcome: list[Any] | Exception) -> None:
+        done, self._done, self._expected, self._replies = self._done, None, 0, []
+        if self._timer is not None:
+            self._timer.cancel()
+        if done is not None:
+            done(outcome)
 
     def data_received(self, data: bytes) -> None:
         parser, replies = self._parser, self._replies
@@ -98,21 +103,16 @@ class Wire(asyncio.Protocol):
                     replies.append(reply)
         except redis.exceptions.InvalidResponse as error:
             self._fail(redis.exceptions.ConnectionError(f"this is no Redis: {error}"))
-            self.cut()
             return
-        if len(replies) < self._expected:
-            return
-        if len(replies) > self._expected:
+        missing = self._expected - len(replies)
+        if missing < 0:
             self._fail(redis.exceptions.ConnectionError("the server said more than it was asked"))
-            self.cut()
-            return
-        done, self._done, self._expected, self._replies = self._done, None, 0, []
-        if done is not None and not done.done():
-            done.set_result(replies)
+        elif not missing:
+            self._finish(replies)
 
     def connection_lost(self, error: Exception | None) -> None:
         reason = f"Error while reading: {error}" if error else "Connection closed by server."
-        self._fail(redis.exceptions.ConnectionError(reason))
+        self._finish(redis.exceptions.ConnectionError(reason))
         if not self.closed.done():
             self.closed.set_result(None)
 
@@ -167,23 +167,40 @@ class Pool:
         reached; then any of the commands may have been carried out, or not.
         """
         packed = pack(commands)
-        wire = await self.take()
+        wire = self.idle() or await self.take()
+        answered: asyncio.Future[list[Any]] = asyncio.get_running_loop().create_future()
+
+        def done(outcome: list[Any] | Exception) -> None:
+            if answered.done():  # whoever asked is gone
+                return
+            if isinstance(outcome, list):
+                answered.set_result(outcome)
+            else:
+                answered.set_exception(outcome)
+
         try:
-            replies = await wire.call(packed, len(commands), self._timeout)
+            wire.call(packed, len(commands), self._timeout, done)
+            replies = await answered
         except BaseException:
-            wire.cut()
-            self._gone()
+            self.drop(wire)
             raise
         self.give_back(wire)
         return replies
 
-    async def take(self) -> Wire:
-        """A wire, to be given back. Raises as `execute`."""
+    def idle(self) -> Wire | None:
+        """A wire that is there and not in use, to be given back or dropped."""
         while self._idle:
             wire, _ = self._idle.pop()
             if wire.open:
                 return wire
             self._gone()
+        return None
+
+    async def take(self) -> Wire:
+        """A wire, to be given back or dropped. Raises as `execute`."""
+        wire = self.idle()
+        if wire is not None:
+            return wire
         if self.size < self._maximum:
             return await self._open()
         try:
@@ -228,8 +245,12 @@ class Pool:
         if wire.open and not self._closed:
             self._pass_on(wire)
         else:
-            wire.cut()
-            self._gone()
+            self.drop(wire)
+
+    def drop(self, wire: Wire) -> None:
+        """Cut a wire whose call was cancelled, or that broke."""
+        wire.cut()
+        self._gone()
 
     def _gone(self) -> None:
         self.size -= 1
