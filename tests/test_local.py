@@ -28,25 +28,25 @@ def test_g4_a_late_fill_lands_where_nobody_sees_it() -> None:
 
     # Then no later read finds what it brought
     assert local.hit("room:t:r", "q") is MISS
-    assert local.open("room:t:r", 0, 60).entries == {}
+    assert local.open("room:t:r", 0, 60).results == {}
     assert local.entries == local.bytes == 0
 
 
 def test_g5_nothing_is_served_once_it_is_no_longer_fresh() -> None:
     local = cache()
     local.put(local.open("id:1", 0, 60), "q", "value", 10)
-    assert local.hit("id:1", "q") == "value"
+    assert local.hit("1", "q") == "value"
     local.fresh_until = clock()
-    assert local.hit("id:1", "q") is MISS
+    assert local.hit("1", "q") is MISS
     assert local.last_known("id:1", "q") == "value"
 
 
 def test_nothing_is_served_beyond_its_time_to_live() -> None:
     local = cache()
     local.put(local.open("id:1", 0, 0.0), "q", "value", 10)
-    assert local.hit("id:1", "q") is MISS
+    assert local.hit("1", "q") is MISS
     # and its bucket is not used again
-    assert local.open("id:1", 0, 60).entries == {}
+    assert local.open("id:1", 0, 60).results == {}
     assert local.entries == 0
 
 
@@ -62,14 +62,14 @@ def test_g7_what_has_expired_stays_the_last_known_copy_while_nothing_can_be_veri
         assert local.last_known("id:1", "q") == "value"
     # And once the bus is in step again, it is not served
     local.fresh_until = clock() + 60
-    assert local.hit("id:1", "q") is MISS
+    assert local.hit("1", "q") is MISS
     assert local.open("id:1", 0, 60) is not bucket
 
 
 def test_none_is_a_result_like_any_other() -> None:
     local = cache()
     local.put(local.open("id:1", 0, 60), "q", None, 0)
-    assert local.hit("id:1", "q") is None
+    assert local.hit("1", "q") is None
 
 
 def test_what_is_hit_outlives_what_is_not() -> None:
@@ -78,29 +78,29 @@ def test_what_is_hit_outlives_what_is_not() -> None:
     for n in range(10):
         local.put(local.open(f"id:{n}", 0, 60), "q", n, 10)
     for n in (0, 3, 7):
-        local.hit(f"id:{n}", "q")
+        local.hit(f"{n}", "q")
     for n in range(10, 17):
         local.put(local.open(f"id:{n}", 0, 60), "q", n, 10)
-    kept = {n for n in range(17) if local.hit(f"id:{n}", "q") is not MISS}
+    kept = {n for n in range(17) if local.hit(f"{n}", "q") is not MISS}
     assert {0, 3, 7} <= kept
     assert len(kept) == local.entries == 10
     assert local.evictions == 7
 
 
 def test_bytes_are_bounded_and_one_that_is_too_large_is_not_kept() -> None:
-    local = cache(size=10 * (OVERHEAD + 100))
+    local = cache(size=10 * (OVERHEAD + 128))
     for n in range(30):
-        local.put(local.open(f"id:{n}", 0, 60), "q", n, 100)
-        assert local.bytes <= 10 * (OVERHEAD + 100)
-    local.put(local.open("id:huge", 0, 60), "q", "huge", 10 * (OVERHEAD + 100))
-    assert local.hit("id:huge", "q") is MISS
+        local.put(local.open(f"id:{n}", 0, 60), "q", n, 128)
+        assert local.bytes <= 10 * (OVERHEAD + 128)
+    local.put(local.open("id:huge", 0, 60), "q", "huge", 10 * (OVERHEAD + 128))
+    assert local.hit("huge", "q") is MISS
     assert local.entries == 10
 
 
 def test_a_cache_of_no_entries_keeps_nothing() -> None:
     local = cache(entries=0)
     local.put(local.open("id:1", 0, 60), "q", 1, 10)
-    assert local.hit("id:1", "q") is MISS
+    assert local.hit("1", "q") is MISS
 
 
 def test_a_partition_is_dropped_as_a_whole_and_alone() -> None:
@@ -110,7 +110,7 @@ def test_a_partition_is_dropped_as_a_whole_and_alone() -> None:
     for n in range(6):
         local.put(local.open(f"id:{n}", n % 2, 60), "q", n, 10)
     local.drop_partition(1)
-    assert [n for n in range(6) if local.hit(f"id:{n}", "q") is not MISS] == [0, 2, 4]
+    assert [n for n in range(6) if local.hit(f"{n}", "q") is not MISS] == [0, 2, 4]
     assert sorted(dropped) == ["id:1", "id:3", "id:5"]
     assert local.holds(0)
     assert not local.holds(1)
@@ -131,7 +131,7 @@ def test_the_books_balance_whatever_happens(steps: list[tuple[str, int, int]], l
     latest: dict[tuple[str, int], int] = {}
     serial = 0
     for step, n, query in steps:
-        scope = f"id:{n}"
+        scope = f"room:t:{n}"
         if step in ("put", "reput"):
             serial += 1
             local.put(local.open(scope, n % 3, 60), query, serial, random.Random(serial).randrange(100))
@@ -145,8 +145,8 @@ def test_the_books_balance_whatever_happens(steps: list[tuple[str, int, int]], l
         elif n == 0:
             local.clear()
             latest.clear()
-        assert local.entries == sum(len(local._buckets[s].entries) for s in local)
-        assert local.bytes == sum(local._buckets[s].size for s in local)
+        assert local.entries == sum(local._buckets[s].count for s in local)
+        assert local._units == sum(local._buckets[s].size for s in local)
         assert local.entries <= limit
         assert len(list(local)) <= limit
     for scope in list(local):

@@ -21,9 +21,9 @@ from mnemobus.memory import (
     encode,
     from_micros,
     new_id,
-    pack_rows,
+    pack_memories,
     to_micros,
-    unpack_rows,
+    unpack_memories,
 )
 
 MEGABYTE = 1 << 20
@@ -233,9 +233,8 @@ def test_the_codec_gives_back_what_it_was_given(**fields: object) -> None:
     """Through `encode`, L2's packing and back: the same memory, bit by bit."""
     m = memory(**fields)
     row = encode(m, MEGABYTE)._replace(version=Version(2**64 - 1, 2**63 + 1))
-    packed = pack_rows([row, row])
-    assert unpack_rows(packed) == [row, row]
-    again = Memory._stored(unpack_rows(packed)[1])
+    first, again = unpack_memories(pack_memories([row.memory(), row.memory()]))
+    assert first == again and first.dimensions is again.dimensions
     assert again == m
     assert again.version == row.version
     assert again.embedding == (None if fields["embedding"] is None else tuple(fields["embedding"]))  # type: ignore[arg-type]
@@ -243,13 +242,16 @@ def test_the_codec_gives_back_what_it_was_given(**fields: object) -> None:
     assert encode(again, MEGABYTE)[:10] == row[:10]
 
 
-@pytest.mark.parametrize("spoiled", [b"", b"[]", b"{}\n", b"[]\nx", b"\xff\n", b"[[1]]\n"])
+@pytest.mark.parametrize(
+    "spoiled",
+    [b"", b"[]", b"{}\n", b"[]\nx", b"\xff\n", b"[[1]]\n", b'[["i","t","r",null,null,null,3]]\nabc'],
+)
 def test_a_spoiled_result_is_a_value_error_and_nothing_else(spoiled: bytes) -> None:
     with pytest.raises((ValueError, TypeError, KeyError)):
-        list(unpack_rows(spoiled)) or unpack_rows(spoiled + b"?")
+        unpack_memories(spoiled) or unpack_memories(spoiled + b"?")
 
 
 def test_rows_without_anything_pack() -> None:
-    assert unpack_rows(pack_rows([])) == []
-    row = Row("i", "t", "r", None, None, None, b"{}", b"{}", None, 0, Version(1, 2))
-    assert unpack_rows(pack_rows([row])) == [row]
+    assert unpack_memories(pack_memories([])) == []
+    memory = Row("i", "t", "r", None, None, None, b"{}", b"{}", None, 0, Version(1, 2)).memory()
+    assert unpack_memories(pack_memories([memory])) == [memory]

@@ -55,23 +55,21 @@ from .memory import (
     encode,
     encode_embedding,
     encode_object,
-    pack_rows,
-    unpack_rows,
 )
 from .outbox import Outbox
 from .query import (
+    COUNT,
     GET,
+    GET_FIELD,
+    MANY,
+    ONE,
     Place,
     Plan,
     Question,
     cursor_of,
     field_of,
-    pack_count,
     query_of,
     scope_of,
-    show_count,
-    show_many,
-    show_one,
 )
 from .settings import Settings
 from .shadow import Shadow
@@ -538,18 +536,24 @@ class Bus:
 
         From the nearest tier that has it and may answer. Raises StoreUnavailable if none can.
         """
-        found = self._local.hit(f"id:{id}", GET)
+        found = self._local.hit(id, GET)
         if found is not MISS:
             return found  # type: ignore[no-any-return]
         return await self._get(canonical_id(id))
 
     async def _get(self, id: str) -> Memory | None:
-        async def find() -> list[Row]:
-            row = await self._reader.get(id)
-            return [] if row is None else [row]
+        found = self._local.hit(id, GET)  # the caller may have spelled it otherwise
+        if found is not MISS:
+            return found  # type: ignore[no-any-return]
 
-        plan = Plan(id_scope(id), "", GET, GET.encode(), find, pack_rows, unpack_rows, show_one)
-        return await self._read(plan)  # type: ignore[no-any-return]
+        async def find() -> list[Memory]:
+            row = await self._reader.get(id)
+            return [] if row is None else [row.memory()]
+
+        memory: Memory | None = await self._read(Plan(id_scope(id), id, "", GET, GET_FIELD, find, ONE))
+        if memory is not None:
+            memory._share_id(id)
+        return memory
 
     async def recent(
         self,
@@ -571,12 +575,14 @@ class Bus:
 
         Raises InvalidQuery, or StoreUnavailable if no tier can answer.
         """
-        scope = scope_of(table, room, entity, agent, world)
-        key = (
-            (limit, entity, agent, world, cursor_of(before), cursor_of(after, last=True))
-            if (before is not None or after is not None)
-            else (limit, entity, agent, world)
-        )
+        key: Any = limit  # nothing else: what is asked for in nearly every case makes no tuple
+        if room is not None and not (entity or agent or world or before or after):
+            scope = f"room:{table}:{room}"
+        else:
+            scope = scope_of(table, room, entity, agent, world)
+            key = (limit, entity, agent, world)
+            if before is not None or after is not None:
+                key = (limit, entity, agent, world, cursor_of(before), cursor_of(after, last=True))
         found = self._local.hit(scope, key)
         if found is not MISS:
             return found  # type: ignore[no-any-return]
@@ -599,12 +605,10 @@ class Bus:
             raise InvalidQuery(f"limit must be between 1 and {MAX_LIMIT}, not {limit!r}")
         query = query_of(table, room, entity, agent, world, before, after)
 
-        async def find() -> list[Row]:
-            return await self._reader.recent(query, limit)
+        async def find() -> list[Memory]:
+            return [row.memory() for row in await self._reader.recent(query, limit)]
 
-        field = field_of("recent", query, limit)
-        plan = Plan(scope, table, key, field, find, pack_rows, unpack_rows, show_many)
-        return await self._read(plan)  # type: ignore[no-any-return]
+        return await self._read(Plan(scope, scope, table, key, field_of("recent", query, limit), find, MANY))  # type: ignore[no-any-return]
 
     async def count(
         self,
@@ -628,8 +632,7 @@ class Bus:
         async def find() -> int:
             return await self._reader.count(query)
 
-        plan = Plan(scope, table, key, field_of("count", query, 0), find, pack_count, int, show_count)
-        return await self._read(plan)  # type: ignore[no-any-return]
+        return await self._read(Plan(scope, scope, table, key, field_of("count", query, 0), find, COUNT))  # type: ignore[no-any-return]
 
     async def context(
         self, *, room: str, entity: str | None = None, messages: int = 5, facts: int = 6

@@ -1,7 +1,7 @@
 """L1: what this process keeps of what it has read.
 
-A dict of buckets by scope; a bucket is a dict of results by query. To invalidate a scope is to take its
-bucket out of the dict, in constant time whatever else is cached.
+A dict of buckets by scope; a bucket has results by query. To invalidate a scope is to take its bucket out of the dict,
+in constant time whatever else is cached.
 
 No stale fill (G4). A read takes its bucket *before* it looks anywhere else, and puts what it found into that very
 object. An invalidation meanwhile has taken the object out of the dict, so the late fill lands in an orphan that no
@@ -17,23 +17,27 @@ results and a constant for what Python puts around them.
 
 Last known copies (G7). What is no longer fresh stays where it is: with Redis and the store both away, it is all
 that there is, and is served marked stale.
+
+Size. A memory that is cached by itself costs less than 400 bytes besides its record (docs/benchmarks.md). So the first
+result of a bucket has its place in the bucket; a dict comes with the second. The bucket of a memory is named by its
+bare id, the string that the memory has anyway. Buckets that expire in the same second share that number; sizes are
+small numbers, which Python shares by itself.
 """
 
 from __future__ import annotations
 
-import asyncio
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from typing import Any, Final
 
-if hasattr(time, "CLOCK_BOOTTIME"):
-
-    def clock() -> float:
-        """Seconds, counting those that the machine was suspended."""
-        return time.clock_gettime(time.CLOCK_BOOTTIME)
-
-else:  # pragma: no cover - not on Linux
-    clock = time.monotonic
+clock: Callable[[], float] = (
+    partial(time.clock_gettime, time.CLOCK_BOOTTIME)
+    if hasattr(time, "CLOCK_BOOTTIME")
+    else time.monotonic  # not on Linux
+)
+"""Seconds, counting those that the machine was suspended. No function of ours: it is part of every hit."""
 
 
 class _Miss:
@@ -44,69 +48,45 @@ class _Miss:
 MISS: Final = _Miss()
 """What `LocalCache.hit` answers if it has nothing; None is a result."""
 
-OVERHEAD = 400
+OVERHEAD = 384
 """Bytes that a cached result takes besides its encoded form, roughly."""
+_UNIT = 64
+"""Bytes by which sizes are counted."""
+_LONG = 60.0
+"""Seconds to live from which on it does not matter to go up to a second early."""
 
 
-Found = tuple[Any, str, bool]
-"""What a load found, where, and whether it is only the last known copy."""
-
-
-class Load:
-    """A read under way of one query, for others to share.
-
-    began: when, by `clock`
-    """
-
-    __slots__ = ("_waiting", "began")
-
-    def __init__(self, began: float) -> None:
-        self.began = began
-        self._waiting: list[asyncio.Future[Found | None]] = []
-
-    async def wait(self) -> Found | None:
-        """What it finds; None if whoever loads was cancelled. Raises what the load raises."""
-        answer: asyncio.Future[Found | None] = asyncio.get_running_loop().create_future()
-        self._waiting.append(answer)
-        return await answer
-
-    def succeed(self, found: Found | None) -> None:
-        for answer in self._waiting:
-            if not answer.done():
-                answer.set_result(found)
-
-    def fail(self, error: BaseException) -> None:
-        if not isinstance(error, Exception):  # whoever loads was cancelled; nobody else was
-            self.succeed(None)
-            return
-        for answer in self._waiting:
-            if not answer.done():
-                answer.set_exception(error)
+def _name(scope: str) -> str:
+    """What the bucket of a scope is called here."""
+    return scope[3:] if scope.startswith("id:") else scope
 
 
 class Bucket:
     """All that is cached under one scope."""
 
     __slots__ = (
-        "entries",
         "expires",
         "live",
-        "loads",
+        "more",
+        "name",
         "newer",
         "older",
         "partition",
-        "scope",
+        "query",
         "size",
+        "value",
         "visited",
     )
 
-    def __init__(self, scope: str, partition: int, expires: float) -> None:
-        self.scope = scope
+    def __init__(self, name: str, partition: int, expires: float) -> None:
+        self.name = name
         self.partition = partition
         self.expires = expires
-        self.entries: dict[Any, Any] = {}
-        self.loads: dict[Any, Load] = {}
-        """Reads under way of queries on this scope."""
+        self.query: Any = MISS
+        """Of the first result; MISS while there is none."""
+        self.value: Any = None
+        self.more: dict[Any, Any] | None = None
+        """Results of other queries."""
         self.size = 0
         self.live = False
         """Whether it is in the dict; a bucket that was taken out never comes back."""
@@ -114,18 +94,50 @@ class Bucket:
         self.older: Bucket | None = None
         self.newer: Bucket | None = None
 
+    @property
+    def scope(self) -> str:
+        return self.name if ":" in self.name else f"id:{self.name}"
+
+    @property
+    def count(self) -> int:
+        """How many results there are."""
+        return 0 if self.query is MISS else 1 + len(self.more or ())
+
+    @property
+    def results(self) -> dict[Any, Any]:
+        """A copy of all results, by query."""
+        return {} if self.query is MISS else {self.query: self.value, **(self.more or {})}
+
+    def get(self, query: Any) -> Any:
+        """A result, or MISS."""
+        if query == self.query:
+            return self.value
+        return MISS if self.more is None else self.more.get(query, MISS)
+
+    def set(self, query: Any, value: Any) -> None:
+        if self.query is MISS or query == self.query:
+            self.query, self.value = query, value
+        elif self.more is None:
+            self.more = {query: value}
+        else:
+            self.more[query] = value
+
 
 class LocalCache:
     """The L1 of one bus. Used from one event loop; nothing here awaits."""
 
     def __init__(self, max_entries: int, max_bytes: int) -> None:
         self._max_entries = max_entries
-        self._max_bytes = max_bytes
+        self._max_units = max_bytes // _UNIT
         self._buckets: dict[str, Bucket] = {}
-        self._partitions: dict[int, dict[str, Bucket]] = {}
+        self._held: Counter[int] = Counter()
+        """How many buckets there are of each feed partition."""
+        self._units = 0
         self._oldest: Bucket | None = None
         self._newest: Bucket | None = None
         self._hand: Bucket | None = None
+        self._expiries: dict[float, float] = {}
+        """By time to live: when what was made last expires."""
         self.fresh_until = 0.0
         """By `clock`; moved on by the feed. Nothing is served after it."""
         self.on_drop: Callable[[str], None] | None = None
@@ -135,18 +147,26 @@ class LocalCache:
         self.on_sample: Callable[[Bucket, Any, Any], None] | None = None
         """Called with bucket, query and result of that hit. Must not raise."""
         self.entries = 0
-        self.bytes = 0
         self.hits = 0
         self.drops = 0
         self.evictions = 0
 
-    def hit(self, scope: str, query: Any) -> Any:
-        """The cached result, or MISS if there is none or it may not be served."""
-        bucket = self._buckets.get(scope)
+    @property
+    def bytes(self) -> int:
+        """What is cached takes, about."""
+        return self._units * _UNIT
+
+    def hit(self, name: str, query: Any) -> Any:
+        """The cached result, or MISS if there is none or it may not be served.
+
+        name: the scope; of a memory, its bare id
+        """
+        bucket = self._buckets.get(name)
         if bucket is None:
             return MISS
-        value = bucket.entries.get(query, MISS)
-        if value is MISS:
+        if query == bucket.query:
+            value = bucket.value
+        elif bucket.more is None or (value := bucket.more.get(query, MISS)) is MISS:
             return MISS
         now = clock()
         if now >= self.fresh_until or now >= bucket.expires:
@@ -159,23 +179,24 @@ class LocalCache:
 
     def served(self, scope: str) -> Mapping[Any, Any]:
         """What hits on a scope would give now, by query; counts as no hit."""
-        bucket = self._buckets.get(scope)
+        bucket = self._buckets.get(_name(scope))
         now = clock()
         if bucket is None or now >= self.fresh_until or now >= bucket.expires:
             return {}
-        return bucket.entries
+        return bucket.results
 
     def last_known(self, scope: str, query: Any) -> Any:
         """The cached result however old, or MISS."""
-        bucket = self._buckets.get(scope)
-        return MISS if bucket is None else bucket.entries.get(query, MISS)
+        bucket = self._buckets.get(_name(scope))
+        return MISS if bucket is None else bucket.get(query)
 
     def open(self, scope: str, partition: int, ttl: float) -> Bucket:
-        """The live bucket of a scope, a new one if need be.
+        """The live bucket of a scope (of a memory, also by its bare id), a new one if need be.
 
         Only for a scope whose feed partition is listened to and has a position.
         """
-        bucket = self._buckets.get(scope)
+        name = _name(scope)
+        bucket = self._buckets.get(name)
         now = clock()
         if bucket is not None:
             # One that has expired is kept while nothing may be served: as the last known copy.
@@ -186,10 +207,10 @@ class LocalCache:
             return self.orphan(scope, partition)
         while len(self._buckets) >= self._max_entries:
             self._evict()
-        bucket = Bucket(scope, partition, now + ttl)
+        bucket = Bucket(name, partition, self._expiry(now, ttl))
         bucket.live = True
-        self._buckets[scope] = bucket
-        self._partitions.setdefault(partition, {})[scope] = bucket
+        self._buckets[name] = bucket
+        self._held[partition] += 1
         bucket.older = self._newest
         if self._newest is not None:
             self._newest.newer = bucket
@@ -198,30 +219,40 @@ class LocalCache:
         self._newest = bucket
         return bucket
 
+    def _expiry(self, now: float, ttl: float) -> float:
+        expires = now + ttl
+        if ttl < _LONG:
+            return expires
+        last = self._expiries.get(ttl, 0.0)
+        if expires - last >= 1:
+            last = self._expiries[ttl] = float(int(expires))
+        return last
+
     def orphan(self, scope: str, partition: int) -> Bucket:
         """A bucket that nobody else will ever see, for a read that must not be cached."""
-        return Bucket(scope, partition, 0.0)
+        return Bucket(_name(scope), partition, 0.0)
 
     def put(self, bucket: Bucket, query: Any, value: Any, size: int) -> None:
-        """Cache a result in the bucket that its read began with, and evict others if it is too much."""
+        """Cache a result in the bucket that its read began with, and evict others if it is too much.
+
+        size: bytes of the result's encoded form
+        """
         if not bucket.live:
             return
-        size += OVERHEAD
-        if size > self._max_bytes:
-            if not bucket.entries:
+        units = -(-(size + OVERHEAD) // _UNIT)
+        if units > self._max_units:
+            if not bucket.count:
                 self._remove(bucket)
             return
-        if query in bucket.entries:
-            # The old size is not kept per entry; the mean is near enough for a bound on memory.
-            replaced = bucket.size // len(bucket.entries)
-            bucket.size -= replaced
-            self.bytes -= replaced
+        if bucket.get(query) is not MISS:
+            # The old size is not kept per result; the mean is near enough for a bound on memory.
+            units -= bucket.size // bucket.count
         else:
             self.entries += 1
-        bucket.entries[query] = value
-        bucket.size += size
-        self.bytes += size
-        while self.entries > self._max_entries or self.bytes > self._max_bytes:
+        bucket.set(query, value)
+        bucket.size += units
+        self._units += units
+        while self.entries > self._max_entries or self._units > self._max_units:
             self._evict()
 
     def stop(self) -> None:
@@ -230,39 +261,40 @@ class LocalCache:
 
     def drop(self, scope: str) -> bool:
         """Invalidate a scope; whether anything was cached under it."""
-        bucket = self._buckets.get(scope)
+        bucket = self._buckets.get(_name(scope))
         if bucket is None:
             return False
-        self._remove(bucket)
-        self.drops += 1
-        if self.on_drop is not None and bucket.entries:
-            self.on_drop(scope)
+        self._drop(bucket)
         return True
 
+    def _drop(self, bucket: Bucket) -> None:
+        self._remove(bucket)
+        self.drops += 1
+        if self.on_drop is not None and bucket.count:
+            self.on_drop(bucket.scope)
+
     def drop_partition(self, partition: int) -> None:
-        """Invalidate every scope of a feed partition."""
-        for scope in list(self._partitions.get(partition, ())):
-            self.drop(scope)
+        """Invalidate every scope of a feed partition. Looks at every bucket: it is for when the feed was lost."""
+        if self._held[partition]:
+            for bucket in [bucket for bucket in self._buckets.values() if bucket.partition == partition]:
+                self._drop(bucket)
 
     def clear(self) -> None:
         """Invalidate everything."""
-        for scope in list(self._buckets):
-            self.drop(scope)
+        for bucket in list(self._buckets.values()):
+            self._drop(bucket)
 
     def holds(self, partition: int) -> bool:
         """Whether there is a bucket of this feed partition."""
-        return bool(self._partitions.get(partition))
+        return self._held[partition] > 0
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._buckets)
+        return (bucket.scope for bucket in self._buckets.values())
 
     def _remove(self, bucket: Bucket) -> None:
         bucket.live = False
-        del self._buckets[bucket.scope]
-        scopes = self._partitions[bucket.partition]
-        del scopes[bucket.scope]
-        if not scopes:
-            del self._partitions[bucket.partition]
+        del self._buckets[bucket.name]
+        self._held[bucket.partition] -= 1
         if self._hand is bucket:
             self._hand = bucket.newer
         if bucket.older is not None:
@@ -274,8 +306,8 @@ class LocalCache:
         else:
             self._newest = bucket.older
         bucket.older = bucket.newer = None
-        self.entries -= len(bucket.entries)
-        self.bytes -= bucket.size
+        self.entries -= bucket.count
+        self._units -= bucket.size
 
     def _evict(self) -> None:
         hand = self._hand or self._oldest

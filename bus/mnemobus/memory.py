@@ -120,7 +120,33 @@ def thaw(value: Any) -> Any:
     return value
 
 
-class Memory:
+class _Draft:
+    """What a Memory is made of. It becomes one by changing its class, since a Memory's attributes can't be set: that
+    takes a sixth of the time of setting them in spite of it."""
+
+    __slots__ = (
+        "_content",
+        "_created",
+        "_embedding",
+        "_metadata",
+        "_record",
+        "dimensions",
+        "id",
+        "stale",
+    )
+
+    id: str
+    dimensions: Dimensions
+    stale: bool
+    _record: bytes | None
+    """As stored; None for one that was made here. Then the others are as given, else decoded when asked for."""
+    _content: Any
+    _metadata: Any
+    _embedding: Any
+    _created: Any
+
+
+class Memory(_Draft):
     """One memory of an agent: immutable, and safe to share between tasks and threads.
 
     id          a UUID as text; a new UUIDv7 where none is given
@@ -139,34 +165,7 @@ class Memory:
     :meth:`mnemobus.Bus.write` does that and names the field that is wrong.
     """
 
-    __slots__ = (
-        "_content",
-        "_created",
-        "_embedding",
-        "_metadata",
-        "agent",
-        "entity",
-        "id",
-        "room",
-        "stale",
-        "table",
-        "version",
-        "world",
-    )
-
-    id: str
-    table: str
-    room: str
-    agent: str | None
-    entity: str | None
-    world: str | None
-    version: Version | None
-    stale: bool
-    # As given, or as stored: encoded, until somebody asks. A version tells which.
-    _content: Any
-    _metadata: Any
-    _embedding: Any
-    _created: Any
+    __slots__ = ()
 
     def __init__(
         self,
@@ -184,79 +183,85 @@ class Memory:
     ) -> None:
         put = object.__setattr__
         put(self, "id", new_id() if id is None else str(id) if isinstance(id, uuid.UUID) else id)
-        put(self, "table", table)
-        put(self, "room", room)
-        put(self, "agent", agent)
-        put(self, "entity", entity)
-        put(self, "world", world)
+        put(self, "dimensions", Dimensions(table, room, agent, entity, world))
+        put(self, "stale", False)
+        put(self, "_record", None)
         put(self, "_content", freeze(content))
         put(self, "_metadata", FrozenDict() if metadata is None else freeze(metadata))
         put(self, "_embedding", embedding)
         put(self, "_created", datetime.now(UTC) if created_at is None else created_at)
-        put(self, "version", None)
-        put(self, "stale", False)
 
     @classmethod
-    def _stored(cls, row: Row) -> Memory:
-        """A memory as the store has it; content, metadata and embedding are decoded when asked for."""
-        self = cls.__new__(cls)
-        put = object.__setattr__
-        put(self, "id", row.id)
-        put(self, "table", row.table)
-        put(self, "room", row.room)
-        put(self, "agent", row.agent)
-        put(self, "entity", row.entity)
-        put(self, "world", row.world)
-        put(self, "_content", row.content)
-        put(self, "_metadata", row.metadata)
-        put(self, "_embedding", row.embedding)
-        put(self, "_created", row.created_us)
-        put(self, "version", row.version)
-        put(self, "stale", False)
-        return self
+    def _stored(cls, id: str, dimensions: Dimensions, record: bytes) -> Memory:
+        """A memory as a store or a cache has it; the record is decoded as it is asked for."""
+        draft = _Draft()
+        draft.id = id
+        draft.dimensions = dimensions
+        draft.stale = False
+        draft._record = record
+        draft._content = draft._metadata = draft._embedding = draft._created = None
+        draft.__class__ = cls  # type: ignore[assignment]
+        return draft
+
+    def _share_id(self, id: str) -> None:
+        """Use this string, which says the same, and is kept anyway."""
+        object.__setattr__(self, "id", id)
 
     def _as_stale(self) -> Memory:
         copy = Memory.__new__(Memory)
-        for name in Memory.__slots__:
+        for name in _Draft.__slots__:
             object.__setattr__(copy, name, getattr(self, name))
         object.__setattr__(copy, "stale", True)
         return copy
 
     @property
+    def table(self) -> str:
+        return self.dimensions.table
+
+    @property
+    def room(self) -> str:
+        return self.dimensions.room
+
+    @property
+    def agent(self) -> str | None:
+        return self.dimensions.agent
+
+    @property
+    def entity(self) -> str | None:
+        return self.dimensions.entity
+
+    @property
+    def world(self) -> str | None:
+        return self.dimensions.world
+
+    @property
+    def version(self) -> Version | None:
+        return None if self._record is None else Version(*_HEAD.unpack_from(self._record)[:2])
+
+    @property
     def content(self) -> Mapping[str, Any]:
-        value = self._content
-        if type(value) is bytes and self.version is not None:
-            value = freeze(orjson.loads(value))
-            object.__setattr__(self, "_content", value)
-        return value  # type: ignore[no-any-return]
+        if self._content is None and self._record is not None:
+            object.__setattr__(self, "_content", freeze(orjson.loads(content_of(self._record))))
+        return self._content  # type: ignore[no-any-return]
 
     @property
     def metadata(self) -> Mapping[str, Any]:
-        value = self._metadata
-        if type(value) is bytes and self.version is not None:
-            value = freeze(orjson.loads(value))
-            object.__setattr__(self, "_metadata", value)
-        return value  # type: ignore[no-any-return]
+        if self._metadata is None and self._record is not None:
+            object.__setattr__(self, "_metadata", freeze(orjson.loads(metadata_of(self._record))))
+        return self._metadata  # type: ignore[no-any-return]
 
     @property
     def embedding(self) -> tuple[float, ...] | None:
-        value = self._embedding
-        if value is None:
-            return None
-        if type(value) is bytes and self.version is not None:
-            return tuple(_floats(value))
-        return tuple(value)
+        if self._record is not None:
+            packed = embedding_of(self._record)
+            return None if packed is None else tuple(_floats(packed))
+        return None if self._embedding is None else tuple(self._embedding)
 
     @property
     def created_at(self) -> datetime:
-        value = self._created
-        if type(value) is int and self.version is not None:
-            return from_micros(value)
-        return value  # type: ignore[no-any-return]
-
-    @property
-    def dimensions(self) -> Dimensions:
-        return Dimensions(self.table, self.room, self.agent, self.entity, self.world)
+        if self._record is not None:
+            return from_micros(_HEAD.unpack_from(self._record)[2])
+        return self._created  # type: ignore[no-any-return]
 
     def to_dict(self) -> dict[str, Any]:
         """All of it as plain values that any JSON encoder takes; the reverse of :meth:`from_dict`."""
@@ -323,7 +328,7 @@ class Memory:
         raise AttributeError(f"a memory is immutable: {name} can't be deleted")
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _restore, tuple(getattr(self, name) for name in Memory.__slots__)
+        return _restore, tuple(getattr(self, name) for name in _Draft.__slots__)
 
     def __repr__(self) -> str:
         others = "".join(
@@ -342,7 +347,7 @@ _RECORD_FIELDS = frozenset(
 
 def _restore(*values: Any) -> Memory:
     memory = Memory.__new__(Memory)
-    for name, value in zip(Memory.__slots__, values, strict=True):
+    for name, value in zip(_Draft.__slots__, values, strict=True):
         object.__setattr__(memory, name, value)
     return memory
 
@@ -406,8 +411,28 @@ class Context(NamedTuple):
     facts: Memories
 
 
+_HEAD = struct.Struct(">QQqII")
+"""The beginning of a record: version, created_at in microseconds, bytes of content, bytes of metadata. Then follow
+content, metadata and the embedding, if there is one, as a `Row` has them."""
+
+
+def content_of(record: bytes) -> bytes:
+    size = _HEAD.unpack_from(record)[3]
+    return record[_HEAD.size : _HEAD.size + size]
+
+
+def metadata_of(record: bytes) -> bytes:
+    *_, content, metadata = _HEAD.unpack_from(record)
+    return record[_HEAD.size + content : _HEAD.size + content + metadata]
+
+
+def embedding_of(record: bytes) -> bytes | None:
+    *_, content, metadata = _HEAD.unpack_from(record)
+    return record[_HEAD.size + content + metadata :] or None
+
+
 class Row(NamedTuple):
-    """One memory as it travels: JSON and vectors still encoded.
+    """One memory as it travels to and from a store: JSON and vectors still encoded.
 
     content, metadata  UTF-8 JSON objects
     embedding          little-endian float32, or None
@@ -426,6 +451,28 @@ class Row(NamedTuple):
     created_us: int
     version: Version
 
+    def memory(self) -> Memory:
+        """The memory that this is."""
+        content, metadata = self.content, self.metadata
+        head = _HEAD.pack(*self.version, self.created_us, len(content), len(metadata))
+        record = b"".join((head, content, metadata, self.embedding or b""))
+        return Memory._stored(self.id, shared_dimensions(*self[1:6]), record)
+
+
+_dimensions: dict[tuple[str | None, ...], Dimensions] = {}
+_DIMENSIONS = 10_000
+"""How many are remembered."""
+
+
+def shared_dimensions(*names: Any) -> Dimensions:
+    """Dimensions of these names, the same object for the same names: few differ among many memories."""
+    found = _dimensions.get(names)
+    if found is None:
+        if len(_dimensions) >= _DIMENSIONS:
+            _dimensions.clear()
+        found = _dimensions[names] = Dimensions(*names)
+    return found
+
 
 def encode(memory: Memory, max_bytes: int) -> Row:
     """The memory, validated, as it travels; its version is still ZERO.
@@ -436,21 +483,15 @@ def encode(memory: Memory, max_bytes: int) -> Row:
         raise InvalidMemory("memory", f"a Memory is needed, not {_kind(memory)}")
     id = canonical_id(memory.id)
     check_dimensions(memory.dimensions)
-    content, metadata, embedding, created = (
-        memory._content,
-        memory._metadata,
-        memory._embedding,
-        memory._created,
-    )
-    read = memory.version is not None  # what came from a store may still be encoded, and is valid
-    if not (read and type(content) is bytes):
-        content = encode_object("content", content)
-    if not (read and type(metadata) is bytes):
-        metadata = encode_object("metadata", metadata)
-    if not (read and type(embedding) is bytes):
-        embedding = encode_embedding(embedding)
-    if not (read and type(created) is int):
-        created = _encode_date(created)
+    record = memory._record
+    if record is not None:  # what came from a store is encoded, and valid
+        content, metadata, embedding = content_of(record), metadata_of(record), embedding_of(record)
+        created = _HEAD.unpack_from(record)[2]
+    else:
+        content = encode_object("content", memory._content)
+        metadata = encode_object("metadata", memory._metadata)
+        embedding = encode_embedding(memory._embedding)
+        created = _encode_date(memory._created)
     row = Row(id, *memory.dimensions, content, metadata, embedding, created, Version(0, 0))
     check_size(row, max_bytes)
     return row
@@ -585,56 +626,35 @@ def _kind(value: object) -> str:
     return {"FrozenDict": "dict", "FrozenList": "list"}.get(name, name)
 
 
-# How query results travel to and from L2: a JSON header with the small fields and the lengths of the large
-# ones, a newline, then the large ones end to end. Nothing large is decoded or escaped on the way.
+# How query results travel to and from L2: a JSON header with names and the lengths of the records, a newline, then the
+# records end to end. Nothing large is decoded or escaped on the way.
 
 
-def pack_rows(rows: Sequence[Row]) -> bytes:
-    """Rows as one value for L2."""
-    header = []
-    body = []
-    for row in rows:
-        embedding = row.embedding
-        header.append(
-            (
-                *row[:6],
-                row.created_us,
-                *row.version,
-                len(row.content),
-                len(row.metadata),
-                -1 if embedding is None else len(embedding),
-            )
-        )
-        body += [row.content, row.metadata, embedding or b""]
-    return b"".join([orjson.dumps(header), b"\n", *body])
+def pack_memories(memories: Sequence[Memory]) -> bytes:
+    """Stored memories as one value for L2."""
+    header, records = [], [b"", b"\n"]
+    for memory in memories:
+        record = memory._record
+        assert record is not None, "a memory that was read from a store"
+        header.append((memory.id, *memory.dimensions, len(record)))
+        records.append(record)
+    records[0] = orjson.dumps(header)
+    return b"".join(records)
 
 
-def unpack_rows(packed: bytes) -> list[Row]:
-    """What :meth:`pack_rows` packed; ValueError if it is anything else."""
-    end = packed.find(b"\n")
-    if end < 0:
+def unpack_memories(packed: bytes) -> list[Memory]:
+    """What :meth:`pack_memories` packed; ValueError if it is anything else."""
+    at = packed.find(b"\n") + 1
+    if not at:
         raise ValueError("a cached result without a header")
-    rows = []
-    at = end + 1
-    for item in orjson.loads(packed[:end]):
-        id, table, room, agent, entity, world, created_us, ms, seq, c, m, e = item
-        b0, b1, b2 = at + c, at + c + m, at + c + m + max(e, 0)
-        rows.append(
-            Row(
-                id,
-                table,
-                room,
-                agent,
-                entity,
-                world,
-                packed[at:b0],
-                packed[b0:b1],
-                None if e < 0 else packed[b1:b2],
-                created_us,
-                Version(ms, seq),
-            )
-        )
-        at = b2
+    memories = []
+    stored, known, size = Memory._stored, _dimensions.get, _HEAD.size
+    for id, *names, length in orjson.loads(packed[: at - 1]):
+        record = packed[at : at + length]
+        at += length
+        if not isinstance(length, int) or len(record) < size:
+            raise ValueError("a cached result with a record that is cut short")
+        memories.append(stored(id, known(tuple(names)) or shared_dimensions(*names), record))
     if at != len(packed):
         raise ValueError("a cached result of another length than its header says")
-    return rows
+    return memories

@@ -5,7 +5,7 @@ A `Question` goes the other way: from what an answer is called in a tier back to
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any, Final
@@ -14,7 +14,17 @@ import orjson
 
 from .errors import InvalidMemory, InvalidQuery
 from .keys import Version, agent_scope, entity_scope, room_scope, world_scope
-from .memory import Memories, Memory, Row, canonical_id, check_name, check_table, to_micros
+from .memory import (
+    Memories,
+    Memory,
+    Row,
+    canonical_id,
+    check_name,
+    check_table,
+    pack_memories,
+    to_micros,
+    unpack_memories,
+)
 from .store import Cursor, Query, Reader
 
 Place = Memory | datetime | tuple[datetime, str]
@@ -22,29 +32,45 @@ Place = Memory | datetime | tuple[datetime, str]
 
 GET: Final = "get"
 """What a memory by its id is called in either tier."""
+GET_FIELD: Final = GET.encode()
 
 _FIRST_ID = "00000000-0000-0000-0000-000000000000"
 _LAST_ID = "ffffffff-ffff-ffff-ffff-ffffffffffff"
 
 
+@dataclass(frozen=True, slots=True)
+class Kind:
+    """What the answers of one kind of query are like, in each place.
+
+    pack    as L2 keeps what the store answered
+    unpack  the reverse
+    keep    as L1 keeps it
+    show    what the caller gets of what L1 keeps: (kept, source, stale)
+    """
+
+    pack: Callable[[Any], bytes]
+    unpack: Callable[[bytes], Any]
+    keep: Callable[[Any], Any]
+    show: Callable[[Any, str, bool], Any]
+
+
 @dataclass(slots=True)
 class Plan:
-    """One query: what it depends on, its name in each tier, and how its answer is found, packed and shown.
+    """One query: what it depends on, its name in each tier, and how its answer is found.
 
+    name    of its bucket in L1
     key     in L1
     field   in L2
     find    asks the store
-    show    makes what the caller gets of what was found: (found, source, stale)
     """
 
     scope: str
+    name: str
     table: str
     key: Any
     field: bytes
     find: Callable[[], Awaitable[Any]]
-    pack: Callable[[Any], bytes]
-    unpack: Callable[[bytes], Any]
-    show: Callable[[Any, str, bool], Any]
+    kind: Kind
 
 
 def scope_of(table: str, room: str | None, entity: str | None, agent: str | None, world: str | None) -> str:
@@ -106,27 +132,29 @@ def field_of(kind: str, query: Query, limit: int) -> bytes:
     return orjson.dumps([kind, limit, query.entity, query.agent, query.world, before, after])
 
 
-def show_one(rows: list[Row] | Memory | None, source: str, stale: bool) -> Memory | None:
-    if not isinstance(rows, list):  # the last known copy
-        memory = rows
-    elif rows:
-        memory = Memory._stored(rows[0])
-    else:
-        memory = None
+def _first(memories: Sequence[Memory]) -> Memory | None:
+    return memories[0] if memories else None
+
+
+def _show_one(memory: Memory | None, source: str, stale: bool) -> Memory | None:
     return memory._as_stale() if stale and memory is not None else memory
 
 
-def show_many(rows: list[Row] | Memories, source: str, stale: bool) -> Memories:
-    items = tuple(rows) if isinstance(rows, Memories) else tuple(map(Memory._stored, rows))
-    return Memories(items, source, stale)
+def _keep_many(memories: Sequence[Memory]) -> Memories:
+    return Memories(tuple(memories), "local")
 
 
-def show_count(count: int, source: str, stale: bool) -> int:
+def _show_many(kept: Memories, source: str, stale: bool) -> Memories:
+    return Memories(kept._items, source, stale)
+
+
+def _same(count: int, *_: object) -> int:
     return count
 
 
-def pack_count(count: int) -> bytes:
-    return b"%d" % count
+ONE: Final = Kind(pack_memories, unpack_memories, _first, _show_one)
+MANY: Final = Kind(pack_memories, unpack_memories, _keep_many, _show_many)
+COUNT: Final = Kind(lambda count: b"%d" % count, int, _same, _same)
 
 
 Versions = tuple[tuple[str, Version], ...] | int
@@ -160,6 +188,8 @@ class Question:
         """The question whose answer is under this key in L1."""
         if key == GET:
             return cls(scope, GET)
+        if isinstance(key, int):  # nothing but a limit, as `Bus.recent` has it
+            key = (key, None, None, None)
         if key[0] == "count":
             return cls(scope, "count", key[1])
         limit, entity, agent, world, *cursors = key
@@ -169,7 +199,7 @@ class Question:
     @classmethod
     def shared(cls, scope: str, field: bytes | str) -> Question:
         """The question whose answer is in this field in L2; ValueError if it is no such field."""
-        if field in (GET, GET.encode()):
+        if field in (GET, GET_FIELD):
             return cls(scope, GET)
         try:
             kind, limit, entity, agent, world, before, after = orjson.loads(field)
@@ -184,7 +214,7 @@ class Question:
     @property
     def field(self) -> bytes:
         """What its answer is called in L2."""
-        return GET.encode() if self.query is None else field_of(self.kind, self.query, self.limit)
+        return GET_FIELD if self.query is None else field_of(self.kind, self.query, self.limit)
 
     async def ask(self, reader: Reader) -> list[Row] | int:
         """The store's answer. Raises StoreUnavailable."""

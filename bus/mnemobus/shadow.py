@@ -30,7 +30,7 @@ from .connection import AWAY
 from .errors import MnemobusError
 from .local import MISS, Bucket, LocalCache, clock
 from .marks import Marks
-from .memory import Row, unpack_rows
+from .memory import Row, unpack_memories
 from .query import Question, Versions, versions_of
 from .settings import Settings
 from .shared import SharedCache
@@ -138,7 +138,7 @@ class Shadow:
 
         question = Question.shared(scope, field)
         try:
-            copy = int(packed) if question.kind == "count" else versions_of(unpack_rows(packed))
+            copy = int(packed) if question.kind == "count" else versions_of(unpack_memories(packed))
         except (ValueError, TypeError, KeyError):
             return  # the read that got it says so, and drops it
         breach = await self._older(question, copy, served)

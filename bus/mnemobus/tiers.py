@@ -14,6 +14,7 @@ What the order of the steps has to keep:
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from typing import Any
 
@@ -23,7 +24,7 @@ from .connection import AWAY
 from .errors import SettingsError, StoreUnavailable
 from .feed import Feed
 from .keys import Keyspace
-from .local import MISS, Bucket, Found, Load, LocalCache, clock
+from .local import MISS, Bucket, LocalCache, clock
 from .marks import Marks
 from .query import Plan
 from .settings import Settings
@@ -33,6 +34,42 @@ logger = logging.getLogger("mnemobus.tiers")
 
 _JOIN_PATIENCE = 0.05
 """Seconds that a read waits for its feed partition; without it the read is not cached."""
+
+
+Found = tuple[Any, str, bool]
+"""What a load found, as L1 keeps it; where; and whether it is only the last known copy."""
+
+
+class Load:
+    """A read under way of one query, for others to share.
+
+    began: when, by `clock`
+    """
+
+    __slots__ = ("_waiting", "began")
+
+    def __init__(self, began: float) -> None:
+        self.began = began
+        self._waiting: list[asyncio.Future[Found | None]] = []
+
+    async def wait(self) -> Found | None:
+        """What it finds; None if whoever loads was cancelled. Raises what the load raises."""
+        answer: asyncio.Future[Found | None] = asyncio.get_running_loop().create_future()
+        self._waiting.append(answer)
+        return await answer
+
+    def succeed(self, found: Found | None) -> None:
+        for answer in self._waiting:
+            if not answer.done():
+                answer.set_result(found)
+
+    def fail(self, error: BaseException) -> None:
+        if not isinstance(error, Exception):  # whoever loads was cancelled; nobody else was
+            self.succeed(None)
+            return
+        for answer in self._waiting:
+            if not answer.done():
+                answer.set_exception(error)
 
 
 class Tiers:
@@ -53,6 +90,8 @@ class Tiers:
         self._shared = shared
         self._feed = feed
         self._marks = marks
+        self._loads: dict[tuple[Bucket, Any], Load] = {}
+        """Reads under way, by bucket and query."""
         self.misses = 0
         self.shared_loads = 0
         self.stale_reads = 0
@@ -66,25 +105,25 @@ class Tiers:
             stale = plan.scope in self._marks and not await self._wait_for_own_writes(plan.scope)
             joined = self._feed.joined(partition) or await self._feed.join(partition, _JOIN_PATIENCE)
             if joined and not stale and plan.scope not in self._marks:
-                bucket = self._local.open(plan.scope, partition, self._settings.ttl(plan.table))
+                bucket = self._local.open(plan.name, partition, self._settings.ttl(plan.table))
             else:
-                bucket = self._local.orphan(plan.scope, partition)
-            load = bucket.loads.get(plan.key)
+                bucket = self._local.orphan(plan.name, partition)
+            load = self._loads.get((bucket, plan.key))
             if load is None or clock() - load.began >= self._settings.max_staleness:
-                found, source, last_known = await self._lead(plan, bucket)
+                kept, source, last_known = await self._lead(plan, bucket)
             else:
                 self.shared_loads += 1
                 answer = await load.wait()
                 if answer is None:
                     continue
-                found, source, last_known = answer
+                kept, source, last_known = answer
             stale = stale or last_known
             self.stale_reads += stale
-            return plan.show(found, source, stale)
+            return plan.kind.show(kept, source, stale)
 
     async def _lead(self, plan: Plan, bucket: Bucket) -> Found:
         """Load what others may wait for."""
-        load = bucket.loads[plan.key] = Load(clock())
+        load = self._loads[bucket, plan.key] = Load(clock())
         try:
             found = await self._load(plan, bucket)
         except BaseException as error:
@@ -94,8 +133,8 @@ class Tiers:
             load.succeed(found)
             return found
         finally:
-            if bucket.loads.get(plan.key) is load:
-                del bucket.loads[plan.key]
+            if self._loads.get((bucket, plan.key)) is load:
+                del self._loads[bucket, plan.key]
 
     async def _wait_for_own_writes(self, scope: str) -> bool:
         """Whether the writes of this bus that touch a scope are in the store, after waiting for it."""
@@ -115,8 +154,7 @@ class Tiers:
                 if isinstance(reply, bytes):
                     found = await self._unpack(plan, reply)
                     if found is not MISS:
-                        self._cache(plan, bucket, found, len(reply))
-                        return found, "shared", False
+                        return self._keep(plan, bucket, found, len(reply)), "shared", False
                 else:
                     lease = reply
             except (*AWAY, SettingsError) as error:
@@ -131,22 +169,24 @@ class Tiers:
                 raise
             return last, "local", True
         self.misses += 1
-        packed = plan.pack(found)
-        self._cache(plan, bucket, found, len(packed))
+        packed = plan.kind.pack(found)
+        kept = self._keep(plan, bucket, found, len(packed))
         if lease is not None:
             try:
                 await self._shared.fill(lease, packed)
             except (*AWAY, SettingsError) as error:
                 self._feed.suspect(error)
-        return found, "store", False
+        return kept, "store", False
+
+    def _keep(self, plan: Plan, bucket: Bucket, found: Any, size: int) -> Any:
+        kept = plan.kind.keep(found)
+        self._local.put(bucket, plan.key, kept, size)
+        return kept
 
     async def _unpack(self, plan: Plan, packed: bytes) -> Any:
         try:
-            return plan.unpack(packed)
+            return plan.kind.unpack(packed)
         except (ValueError, TypeError, KeyError) as error:
             logger.error("a shared result for %s makes no sense (%s): dropping it", plan.scope, error)
             await self._shared.discard(plan.scope)
             return MISS
-
-    def _cache(self, plan: Plan, bucket: Bucket, found: Any, size: int) -> None:
-        self._local.put(bucket, plan.key, plan.show(found, "local", False), size)
