@@ -1,0 +1,1 @@
+"""Measurements of mnemobus beside what one would take instead."""
