@@ -13,6 +13,7 @@ from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
+
 from servers import NoServer, find_postgres, find_redis
 
 from . import NAMES, Place, load
@@ -21,7 +22,9 @@ from .survey import PATIENCE, database, survey
 
 def main() -> int:
     console = Console()
-    table = Table("alternative", "version", "correct", "hit stays local", "seen by another", "listing", "cannot")
+    table = Table(
+        "alternative", "version", "correct", "hit stays local", "seen by another", "listing", "cannot"
+    )
     failed = 0
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))

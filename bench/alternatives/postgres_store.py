@@ -67,7 +67,9 @@ class _Common:
             if item.embedding is not None:
                 self._vectors[item.value["text"]] = item.embedding
             namespace, key = self.address(item.room, item.id)
-            puts.append(PutOp(namespace, key, item.value, index=None if item.embedding is not None else False))
+            puts.append(
+                PutOp(namespace, key, item.value, index=None if item.embedding is not None else False)
+            )
         return puts
 
 

@@ -12,7 +12,6 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import psycopg
-from psycopg.conninfo import make_conninfo
 
 from . import Item, Place, load
 
@@ -45,7 +44,7 @@ def database(url: str) -> Iterator[str]:
     with psycopg.connect(url, autocommit=True) as connection:
         connection.execute(f"CREATE DATABASE {name} ENCODING 'UTF8' TEMPLATE template0".encode())
         try:
-            yield make_conninfo(url, dbname=name)
+            yield url.rpartition("/")[0] + "/" + name
         finally:
             connection.execute(f"DROP DATABASE {name} WITH (FORCE)".encode())
 
