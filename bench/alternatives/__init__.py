@@ -1,14 +1,15 @@
 """What a user would take instead of mnemobus: each in a file of its own, used as its own documentation says.
 
-All are driven the same way. An alternative addresses a memory in a way of its own (`address`), which is made ahead of what
-is timed, and answers in a form of its own: `get` is the library's own method where it has one of that shape, so that nothing of ours
-is charged to a hot read. `value` turns an answer into the content that was put; it stays out of what is timed.
+All are driven the same way. An alternative addresses a memory in a way of its own (`address`), which is made ahead of
+what is timed, and answers in a form of its own: `get` is the library's own method where it has one of that shape, so
+that nothing of ours is charged to a hot read. `value` turns an answer into the content that was put; it stays out of
+what is timed.
 
-`cannot` names what an alternative can't do, with a sentence for the table. A library without an asyncio client is driven
-synchronously (`sync`): a hop to a thread would be charged to it otherwise.
+`cannot` names what an alternative can't do, with a sentence for the table. A library without an asyncio client is
+driven synchronously (`sync`): a hop to a thread would be charged to it otherwise.
 
-What is cached stands in front of something. The libraries that are stores hold the memories themselves; those that are caches
-stand in front of the same memories and listings that plain_redis.py keeps.
+What is cached stands in front of something. The libraries that are stores hold the memories themselves; those that
+are caches stand in front of the same memories and listings that plain_redis.py keeps.
 """
 
 from __future__ import annotations

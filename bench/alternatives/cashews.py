@@ -1,7 +1,8 @@
 """cashews with its client-side cache: copies in the process, dropped as Redis broadcasts which keys were written.
 
 As in https://github.com/Krukov/cashews#redis (``client_side=True``), with `get` and `set` as in
-https://github.com/Krukov/cashews#low-level-api (its decorator makes a key out of the call's arguments first, and costs more).
+https://github.com/Krukov/cashews#low-level-api (its decorator makes a key out of the call's arguments first, and
+costs more).
 
 ``protocol=2`` is needed: redis-py speaks RESP3 by default since version 8, invalidations then arrive as pushes, which
 cashews does not look for, and it misses every single one, without a word. tests/test_bench.py shows it.

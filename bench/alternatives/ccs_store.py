@@ -1,9 +1,10 @@
-"""agent-coherence's CCSStore: a LangGraph store in memory in which each agent has a cache, kept coherent by MESI states.
+"""agent-coherence's CCSStore: a LangGraph store in memory whose agents each have a cache, kept coherent by MESI states.
 
-As in https://github.com/Cohexa-ai/agent-coherence#readme (``CCSStore(strategy="lazy")``) and its guide: the first element of a
-namespace is the agent, the rest what the agents share. All of it, the "coordinator" included, is objects of one process: two
-processes share nothing, and what was written goes with the process. (Its guarantees beyond that, of CoherentVolume, are for files
-on one host.) `search` goes by the whole namespace, agent included, and gives what it finds in no order.
+As in https://github.com/Cohexa-ai/agent-coherence#readme (``CCSStore(strategy="lazy")``) and its guide: the first
+element of a namespace is the agent, the rest what the agents share. All of it, the "coordinator" included, is objects
+of one process: two processes share nothing, and what was written goes with the process. (Its guarantees beyond that,
+of CoherentVolume, are for files on one host.) `search` goes by the whole namespace, agent included, and gives what it
+finds in no order.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """No cache in the process at all: every read asks Redis.
 
 As in https://redis.readthedocs.io/en/stable/examples/asyncio_examples.html and, for `write_many`,
-https://redis.readthedocs.io/en/stable/advanced_features.html#pipelines. A memory is a string of JSON; a room is a sorted set of ids,
-the newest first, in which a memory that changes keeps its place. `get` gives the bytes.
+https://redis.readthedocs.io/en/stable/advanced_features.html#pipelines. A memory is a string of JSON; a room is a
+sorted set of ids, the newest first, in which a memory that changes keeps its place. `get` gives the bytes.
 
 It is also what the caches stand in front of.
 """

@@ -1,12 +1,12 @@
 """LangGraph's store in PostgreSQL, without a cache: every call asks the database.
 
-As in https://reference.langchain.com/python/langgraph.store.postgres/aio/AsyncPostgresStore: `from_conn_string`, `setup`, a room is
-a namespace, `search` without a query gives what was written to it, the latest first, and many writes are one `batch` of
-``PutOp``. Once with asyncio, once without: their `batch` is the same.
+As in https://reference.langchain.com/python/langgraph.store.postgres/aio/AsyncPostgresStore: `from_conn_string`,
+`setup`, a room is a namespace, `search` without a query gives what was written to it, the latest first, and many
+writes are one `batch` of ``PutOp``. Once with asyncio, once without: their `batch` is the same.
 
-With vectors, ``index`` names a function that embeds a ``text``. Here it looks the vector up that comes with the memory, so no
-time goes into a model. The index is ``flat``: vectors are stored and not indexed, as mnemobus does; ``ann`` says otherwise
-(``hnsw`` is what LangGraph takes when asked for nothing).
+With vectors, ``index`` names a function that embeds a ``text``. Here it looks the vector up that comes with the
+memory, so no time goes into a model. The index is ``flat``: vectors are stored and not indexed, as mnemobus does;
+``ann`` says otherwise (``hnsw`` is what LangGraph takes when asked for nothing).
 """
 
 from __future__ import annotations
@@ -53,8 +53,8 @@ class _Common:
         }
 
     def _setup(self) -> None:
-        """Once for a database. That of the asyncio class refuses ``flat`` in 3.2: it runs the migration that makes an index
-        whatever the condition of that says."""
+        """Once for a database. The asyncio class's own refuses ``flat`` in 3.2: it runs the migration that makes an
+        index whatever its condition says."""
         with PostgresStore.from_conn_string(self._place.database_url, index=self._index()) as store:
             store.setup()
 
@@ -85,6 +85,9 @@ class AsyncStore(_Common):
 
     async def close(self) -> None:
         await self._stack.aclose()
+        # Its task, which gathers single calls into batches, ends only with the object.
+        del self._store
+        await asyncio.sleep(0)
 
     async def get(self, address: Address, /) -> Any:
         self.loads += 1

@@ -1,12 +1,13 @@
 """redis-py's own client-side caching: a connection that remembers answers until Redis says that a key has changed.
 
 As in https://redis.readthedocs.io/en/stable/resp3_features.html#client-side-caching and
-https://redis.io/docs/latest/develop/clients/redis-py/connect#connect-using-client-side-caching: ``protocol=3`` and a ``CacheConfig``.
-It needs Redis 7.4 or later (no Valkey). redis-py 8.1 has it in its synchronous client alone: the asyncio client takes no
-``cache_config``. Every hit looks at the socket for invalidations, and each of those walks through the whole cache.
+https://redis.io/docs/latest/develop/clients/redis-py/connect#connect-using-client-side-caching: ``protocol=3`` and a
+``CacheConfig``. It needs Redis 7.4 or later (no Valkey). redis-py 8.1 has it in its synchronous client alone: the
+asyncio client takes no ``cache_config``. Every hit looks at the socket for invalidations, and each of those walks
+through the whole cache.
 
-Data and commands are those of plain_redis.py. A listing is two answers, each cached by itself. (ZREVRANGE would not do: its
-answers are filed under the single letters of the key's name, in 8.1, where no invalidation ever finds them.)
+Data and commands are those of plain_redis.py. A listing is two answers, each cached by itself. (ZREVRANGE would not
+do: its answers are filed under the single letters of the key's name, in 8.1, where no invalidation ever finds them.)
 """
 
 from __future__ import annotations

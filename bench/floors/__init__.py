@@ -1,7 +1,7 @@
 """Hand-written floors: the shortest program on the same client libraries that does only the naked operation.
 
-None keeps a promise: no version is compared, nothing is repeated, no cache is guarded. What mnemobus takes beyond them is what
-its promises cost. They read and write what mnemobus does: the entries of its log, the rows of its table.
+None keeps a promise: no version is compared, nothing is repeated, no cache is guarded. What mnemobus takes beyond
+them is what its promises cost. They read and write what mnemobus does: the entries of its log, the rows of its table.
 
 | | |
 |---|---|

@@ -1,12 +1,13 @@
-"""The way of an invalidation by hand: XADD; a worker process that reads, commits and publishes; a process that hears of it.
+"""The way of an invalidation by hand: XADD; a worker that reads, commits and publishes; a process that hears of it.
 
     async with Chain(redis_url, database_url) as chain:
         for memory in memories:
             await chain.write(memory)
         delays = await chain.delays()
 
-A delay runs from the moment at which the writer has its answer to the one at which the reader has the message. Both are read from
-CLOCK_MONOTONIC, which all processes of a machine share. One may be negative, where the message overtakes the answer.
+A delay runs from the moment at which the writer has its answer to the one at which the reader has the message. Both
+are read from CLOCK_MONOTONIC, which all processes of a machine share. One may be negative, where the message
+overtakes the answer.
 """
 
 from __future__ import annotations

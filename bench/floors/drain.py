@@ -1,8 +1,8 @@
 """A process that moves the log into the store by hand: XREADGROUP COUNT 500, one upsert, XACK, until nothing is left.
 
-`python -m bench.floors.drain REDIS_URL DATABASE_URL GROUP LOG...` says ``ready``, waits for a line, drains, and prints
-``{"events": ..., "batches": ..., "seconds": ...}``. The group must be there (`group`), and the tables (`store.prepare`). Several
-such processes share the work.
+`python -m bench.floors.drain REDIS_URL DATABASE_URL GROUP LOG...` says ``ready``, waits for a line, drains, and
+prints ``{"events": ..., "batches": ..., "seconds": ...}``. The group must be there (`group`), and the tables
+(`store.prepare`). Several such processes share the work.
 """
 
 from __future__ import annotations
