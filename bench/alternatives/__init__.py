@@ -35,6 +35,10 @@ bounded     hold no more than a given number of memories in a process
 Cannot = Mapping[Task, str]
 
 
+class Unfit(Exception):
+    """The library does not work with this server, and says why; raised by `open`."""
+
+
 class Item(NamedTuple):
     """A memory to be written."""
 

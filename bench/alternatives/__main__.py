@@ -16,7 +16,7 @@ from rich.table import Table
 
 from servers import NoServer, find_postgres, find_redis
 
-from . import NAMES, Place, load
+from . import NAMES, Place, Unfit, load
 from .survey import PATIENCE, database, survey
 
 
@@ -42,6 +42,9 @@ def main() -> int:
             words = "\n".join(f"{task}: {why}" for task, why in cls.cannot.items())
             try:
                 found = asyncio.run(survey(name, place))
+            except Unfit as error:
+                table.add_row(cls.name, f"{cls.package} {version(cls.package)}", "", "", "", "", str(error))
+                continue
             except Exception as error:  # noqa: BLE001 - it is reported, and the others are tried
                 console.print(f"{cls.name}: {type(error).__name__}: {error}")
                 failed += 1

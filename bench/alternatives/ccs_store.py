@@ -5,6 +5,8 @@ element of a namespace is the agent, the rest what the agents share. All of it, 
 of one process: two processes share nothing, and what was written goes with the process. (Its guarantees beyond that,
 of CoherentVolume, are for files on one host.) `search` goes by the whole namespace, agent included, and gives what it
 finds in no order.
+
+Its search for crashed agents, which is on by default, is half or more of what a hit costs, and grows with what is held.
 """
 
 from __future__ import annotations

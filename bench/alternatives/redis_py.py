@@ -18,8 +18,9 @@ from typing import Any, ClassVar, Literal
 import orjson
 from redis import Redis
 from redis.cache import CacheConfig, CacheEntry, CacheEntryStatus, CacheKey, DefaultCache
+from redis.exceptions import RedisError
 
-from . import Cannot, Item, Place, Value
+from . import Cannot, Item, Place, Unfit, Value
 from .plain_redis import queue
 
 
@@ -53,7 +54,12 @@ class RedisPy:
             protocol=3,
             cache_config=CacheConfig(max_size=self._place.size, cache_class=lambda cache_config: self._cache),
         )
-        self._client.ping()
+        try:
+            self._client.ping()
+        except RedisError as error:
+            if "caching" in str(error):
+                raise Unfit(str(error)) from None
+            raise
         self.get = self._client.get
         """What redis-py answers: bytes or None."""
 
