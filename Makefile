@@ -4,12 +4,13 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+BENCH := $(VENV)/.bench
 
-.PHONY: help setup demo test chaos check format clean
+.PHONY: help setup demo test chaos bench bench-quick check format clean
 .DEFAULT_GOAL := help
 
 help: ## what there is to make
-	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  make \1\t/' | expand -t 16
+	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 21
 
 setup: $(READY) ## the virtual environment, with all that the project and its tests need
 
@@ -27,6 +28,16 @@ test: $(READY) ## the tests, against real servers; ARGS="-k feed" passes options
 
 chaos: $(READY) ## everything that can go wrong, for some minutes; ARGS="--seed 1 --minutes 10 --store postgres"
 	@PYTHONPATH=tests $(BIN)/python -m chaos.campaign $(ARGS)
+
+bench: $(BENCH) ## measures beside the alternatives, in ten minutes; ARGS=--help lists what may be chosen
+	@PYTHONPATH=.:tests $(BIN)/python -m bench $(ARGS)
+
+bench-quick: $(BENCH) ## the same in a minute, to see that it works
+	@PYTHONPATH=.:tests $(BIN)/python -m bench --quick $(ARGS)
+
+$(BENCH): $(READY)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[bench]'
+	@touch $@
 
 check: $(READY) ## lint, format, types
 	@$(BIN)/ruff check .

@@ -200,8 +200,8 @@ class Memory(_Draft):
         draft.stale = False
         draft._record = record
         draft._content = draft._metadata = draft._embedding = draft._created = None
-        draft.__class__ = cls  # type: ignore[assignment]
-        return draft
+        draft.__class__ = cls
+        return draft  # type: ignore[return-value]
 
     def _share_id(self, id: str) -> None:
         """Use this string, which says the same, and is kept anyway."""

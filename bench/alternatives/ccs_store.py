@@ -1,0 +1,74 @@
+"""agent-coherence's CCSStore: a LangGraph store in memory whose agents each have a cache, kept coherent by MESI states.
+
+As in https://github.com/Cohexa-ai/agent-coherence#readme (``CCSStore(strategy="lazy")``) and its guide: the first
+element of a namespace is the agent, the rest what the agents share. All of it, the "coordinator" included, is objects
+of one process: two processes share nothing, and what was written goes with the process. (Its guarantees beyond that,
+of CoherentVolume, are for files on one host.) `search` goes by the whole namespace, agent included, and gives what it
+finds in no order.
+
+Its search for crashed agents, which is on by default, is half or more of what a hit costs, and grows with what is held.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, ClassVar, Literal
+
+from ccs.adapters import CCSStore
+from langgraph.store.base import PutOp
+
+from . import Cannot, Item, Place, Value
+
+Address = tuple[tuple[str, ...], str]
+
+
+class CcsStore:
+    name: ClassVar[str] = "agent-coherence CCSStore"
+    package: ClassVar[str] = "agent-coherence"
+    sync: ClassVar[Literal[True]] = True
+    cannot: ClassVar[Cannot] = {
+        "recent": "its search finds only what the same agent wrote, and has no order",
+        "embeddings": "it has no vectors; a query is ignored with a warning",
+        "processes": "it lives in one process: its agents are objects of that process",
+        "hosts": "it lives in one process: its agents are objects of that process",
+        "durable": "it is in memory: what was written ends with the process",
+        "bounded": "its caches have no bound",
+    }
+
+    def __init__(self, place: Place, agent: str = "a", store: Any = None) -> None:
+        """``store``: another agent's, in the same process."""
+        self._place = place
+        self._agent = agent
+        self.store = store
+        self.loads = 0
+        """Not counted: it tells only through a callback that would be charged to every read."""
+
+    def open(self) -> None:
+        if self.store is None:
+            self.store = CCSStore(strategy="lazy")
+
+    def close(self) -> None:
+        self.store = None
+
+    def address(self, room: str, id: str) -> Address:
+        return (self._agent, self._place.prefix, room), id
+
+    def get(self, address: Address, /) -> Any:
+        return self.store.get(*address)
+
+    def recent(self, room: str, limit: int) -> Sequence[Any]:
+        raise NotImplementedError(self.cannot["recent"])
+
+    def put(self, item: Item) -> None:
+        self.store.put(*self.address(item.room, item.id), item.value)
+
+    def write_many(self, items: Sequence[Item]) -> None:
+        self.store.batch([PutOp(*self.address(item.room, item.id), item.value) for item in items])
+
+    def forget(self, address: Address) -> None:
+        namespace, key = address
+        id = self.store._artifact_map[namespace[1:], key]
+        self.store.core.runtime(namespace[0]).cache.invalidate(id)
+
+    def value(self, answer: Any) -> Value | None:
+        return None if answer is None else answer.value

@@ -1,0 +1,13 @@
+"""Hand-written floors: the shortest program on the same client libraries that does only the naked operation.
+
+None keeps a promise: no version is compared, nothing is repeated, no cache is guarded. What mnemobus takes beyond
+them is what its promises cost. They read and write what mnemobus does: the entries of its log, the rows of its table.
+
+| | |
+|---|---|
+| `reads.py` | a coroutine over a dict; HGET; a query of the store between two round trips to Redis |
+| `writes.py` | XADD, one at a time, and in pipelines |
+| `drain.py` | a process that moves the log into the store |
+| `chain.py` | XADD, a worker process that commits and publishes, a process that hears of it |
+| `start.py` | from nothing to the first answer |
+"""
