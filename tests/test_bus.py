@@ -12,6 +12,7 @@ import pickle
 from collections.abc import Callable
 from contextlib import suppress
 from datetime import UTC, datetime, timedelta
+from typing import Any
 
 import pytest
 
@@ -419,6 +420,36 @@ async def test_reads_of_one_query_share_one_load(pool: Settings, connect: Connec
         stats = bus.stats()
         assert stats.misses == 1
         assert stats.shared_loads + stats.hits_local == 49
+
+
+async def test_a_read_that_is_cancelled_takes_no_answer_from_those_that_share_its_load(
+    pool: Settings, connect: Connect, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with connect() as writer, connect() as bus:
+        await writer.write(said("x"), durability="committed")
+        await bus.recent("messages", room="r1", limit=1)  # listens to the room's feed partition from here on
+        # Given a slow store, a read, and others that wait for what the first one finds
+        loads, go_on = 0, asyncio.Event()
+        recent = bus._reader.recent
+
+        async def slow(*args: Any) -> Any:
+            nonlocal loads
+            loads += 1
+            await go_on.wait()
+            return await recent(*args)
+
+        monkeypatch.setattr(bus._reader, "recent", slow)
+        first, *others = [asyncio.create_task(bus.recent("messages", room="r1")) for _ in range(5)]
+        await eventually(lambda: loads == 1 and bus.stats().shared_loads == 4)
+        # When the one that loads is cancelled
+        first.cancel()
+        await eventually(lambda: loads == 2)
+        go_on.set()
+        # Then the others have their answer, from one more load
+        async with asyncio.timeout(10):
+            assert [len(answer) for answer in await asyncio.gather(*others)] == [1] * 4
+        assert first.cancelled() and loads == 2
+        assert not bus._tiers._loads
 
 
 async def test_a_copy_can_be_taken_but_not_changed(pool: Settings, connect: Connect) -> None:
