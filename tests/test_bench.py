@@ -109,7 +109,8 @@ async def test_agents_of_one_ccs_store_see_each_other_but_not_in_listings(
 
 @pytest.mark.parametrize("name", ["cashews", "redis-py", "aiocache"])
 async def test_a_cached_copy_can_be_dropped(name: str, place: Callable[[str], Place]) -> None:
-    alternative = load(name)(place(name))
+    where = place(name)
+    alternative = load(name)(where)
     try:
         await call(alternative.open)
     except Unfit as error:

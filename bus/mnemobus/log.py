@@ -203,9 +203,7 @@ class Publisher:
 
     def _begin(self) -> None:
         """Make the next call: at once, if a connection is idle; else a task sees to it."""
-        wire = None
-        if self._overflow is None or not self._overflow.waiting:
-            wire = self._link.pool.idle()
+        wire = None if self._behind_outbox else self._link.pool.idle()
         if wire is None:
             self._hand_over()
             return
@@ -241,6 +239,11 @@ class Publisher:
             if self._queue:
                 self._begin()
         self._landed.set()
+
+    @property
+    def _behind_outbox(self) -> bool:
+        """Whether newer writes have to wait behind others in the outbox."""
+        return self._overflow is not None and self._overflow.waiting > 0
 
     def _hand_over(self, batch: list[_Pending] | None = None) -> None:
         """Have a task publish what is queued; before that ``batch``, whose call has been made in vain."""
@@ -288,7 +291,7 @@ class Publisher:
         """Publish, or keep in the outbox, and tell the writers; ``made``: when the call was made already, in vain."""
         overflow = self._overflow
         call = unavailable = None
-        if overflow is None or not overflow.waiting or made is not None:
+        if made is not None or not self._behind_outbox:
             if made is None:
                 self._sequence += 1
             try:
@@ -339,13 +342,24 @@ class Publisher:
             raise self._unreachable("no answer in time")
 
         def stop(state: RetryCallState) -> bool:
-            error = state.outcome.exception() if state.outcome else None
-            end = deadline if isinstance(error, BacklogFull) else spill_at
-            return loop.time() + state.upcoming_sleep >= end
+            if isinstance(_error(state), BacklogFull):
+                return loop.time() >= deadline
+            return loop.time() + state.upcoming_sleep >= spill_at
+
+        backoff = wait_random_exponential(multiplier=self._settings.redis_create_retry_interval / 1000, max=2)
+
+        def wait(state: RetryCallState) -> float:
+            pause = backoff(state)
+            # Workers may make room until the very end.
+            return (
+                min(pause, max(deadline - loop.time(), 0))
+                if isinstance(_error(state), BacklogFull)
+                else pause
+            )
 
         retrying = AsyncRetrying(
             retry=retry_if_exception_type((*AWAY, Unready, BacklogFull)),
-            wait=wait_random_exponential(multiplier=self._settings.redis_create_retry_interval / 1000, max=2),
+            wait=wait,
             stop=stop,
             before_sleep=self._before_sleep,
             reraise=True,
@@ -367,12 +381,16 @@ class Publisher:
         )
 
     def _before_sleep(self, state: RetryCallState) -> None:
-        self._again(state.attempt_number, state.outcome.exception() if state.outcome else None)
+        self._again(state.attempt_number, _error(state))
 
     def _again(self, attempt: int, error: BaseException | None) -> None:
         self.retries += 1
         log = logger.warning if attempt == 1 else logger.debug
         log("log partition %d: %s; trying again", self._partition, error)
+
+
+def _error(state: RetryCallState) -> BaseException | None:
+    return state.outcome.exception() if state.outcome else None
 
 
 class Syncer:
