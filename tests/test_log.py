@@ -10,7 +10,17 @@ import pytest
 import redis.asyncio
 
 import mnemobus
-from mnemobus import BacklogFull, DurabilityUnavailable, LogFull, Memory, Settings, Version, WriteFailed
+from chaos.proxy import UP, Proxy
+from mnemobus import (
+    BacklogFull,
+    DurabilityUnavailable,
+    LogFull,
+    LogUnavailable,
+    Memory,
+    Settings,
+    Version,
+    WriteFailed,
+)
 from mnemobus.connection import Link
 from mnemobus.events import DELETE_ROOM, Event
 from mnemobus.keys import Dimensions
@@ -223,3 +233,40 @@ async def test_thousands_of_receipts_are_waited_for_with_a_few_questions(
         # Then that takes no round trip each
         asked = (await client.info("commandstats")).get("cmdstat_evalsha", {"calls": 0})["calls"]
         assert asked < 50
+
+
+@pytest.mark.parametrize("outbox", ["auto", "off"])
+async def test_g1_a_refusal_is_not_believed_while_an_unanswered_copy_may_still_arrive(
+    own_redis: Any, settings: Settings, outbox: str
+) -> None:
+    server: RedisServer = own_redis()
+    proxy = Proxy("127.0.0.1", server.port)
+    await proxy.start()
+    overrides = {"redis_url": proxy.url, "redis_timeout": 0.2, "outbox": outbox}
+    async with (
+        mnemobus.connect(**{**settings.model_dump(), **overrides}) as bus,
+        redis.asyncio.Redis.from_url(server.url) as client,
+    ):
+        await bus.write(said("0"))
+        # Given a call that the network holds, and that is repeated on another connection when Redis is full
+        await client.config_set("maxmemory", "1")
+        proxy.withhold(UP, new=False)
+        receipt = None
+        try:
+            receipt = await bus.write(said("1"))
+        except LogUnavailable as error:
+            # Then its writer is not told that nothing was written
+            assert "may or may not be in the log; when it was repeated: " in str(error)
+        assert (receipt is not None and receipt.outboxed) == (outbox == "auto")
+        # For when there is room, and the first copy arrives after all, it is in the log: once
+        await client.config_set("maxmemory", "0")
+        proxy.lift()
+        await eventually(lambda: has(server.url, settings, 2))
+        await bus.write(said("2"))
+        await eventually(lambda: bus.stats().outbox == 0)
+        assert await length(server.url, settings) == 3
+    await proxy.close()
+
+
+async def has(url: str, settings: Settings, events: int) -> bool:
+    return await length(url, settings) == events
