@@ -9,9 +9,12 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import aiosqlite
 import pytest
 import redis
+from aiosqlite.context import contextmanager
 
 import mnemobus
 from mnemobus import LogUnavailable, Memory, NotCommitted, OutboxError, OutboxFull, OutboxInUse, Settings
@@ -328,6 +331,40 @@ async def test_a_damaged_file_that_is_found_is_left_where_it_is(
         await bus.write(said("x"))
     assert "old.db can't be used: file is not a database" in caplog.text
     assert [path.name for path in files(settings)] == ["old.db"]
+
+
+async def test_a_file_that_its_owner_has_just_made_is_left_to_it(
+    connect: Callable[..., mnemobus.Bus],
+    settings: Settings,
+    server: RedisServer,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    # Given a bus whose outbox is made, step by step, while others open
+    steps = 0
+    execute = aiosqlite.Connection.execute
+
+    @contextmanager
+    async def others_open(database: aiosqlite.Connection, statement: str, *more: Any) -> Any:
+        nonlocal steps
+        if statement.startswith(("PRAGMA", "BEGIN EXCLUSIVE", "CREATE")) and files(settings):
+            monkeypatch.setattr(aiosqlite.Connection, "execute", execute)
+            async with connect():
+                steps += 1
+            monkeypatch.setattr(aiosqlite.Connection, "execute", others_open)
+        return await execute(database, statement, *more)
+
+    async with connect() as bus:
+        server.kill()
+        monkeypatch.setattr(aiosqlite.Connection, "execute", others_open)
+        # When it writes, then it has a file to write to
+        receipt = await bus.write(said("x"))
+        assert receipt.outboxed
+        assert steps >= 5
+        monkeypatch.undo()
+        assert len(files(settings)) == 1
+        server.start()
+        await eventually(lambda: bus.stats().outbox == 0)
+    assert logged(settings) == ["x"]
 
 
 async def test_a_copied_outbox_is_published_under_another_number(

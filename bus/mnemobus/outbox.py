@@ -299,6 +299,14 @@ class OutboxFile:
         return OutboxError(f"the outbox {self.path} can't be used: {error}")
 
 
+def _has_begun(path: Path) -> bool:
+    """Whether there is anything in a file, or was: one that is empty may be about to be locked by who made it."""
+    try:
+        return path.stat().st_size > 0
+    except FileNotFoundError:  # its owner has just removed it
+        return False
+
+
 def _retrieve(task: asyncio.Future[Any]) -> None:
     """Whoever waited for it may be gone; then nobody has to hear of it."""
     if not task.cancelled():
@@ -382,7 +390,8 @@ class Outbox:
         """Take up what an earlier process left. OutboxInUse, OutboxError if the configured file can't be had."""
         if self._auto:
             for path in sorted(self._folder.glob("*.db")) if self._folder.is_dir() else ():
-                await self._adopt(path)
+                if _has_begun(path):
+                    await self._adopt(path)
         else:
             await self._open_own()
         if self.waiting:
