@@ -7,7 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -114,9 +114,9 @@ asyncio.run(main())
 class Agent:
     """A process that writes what it is told."""
 
-    def __init__(self, settings: Settings, program: str = AGENT) -> None:
+    def __init__(self, settings: Settings, program: str = AGENT, before: Sequence[str] = ()) -> None:
         self.process = spawn(
-            [sys.executable, "-c", program],
+            [*before, sys.executable, "-c", program],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -128,11 +128,14 @@ class Agent:
         assert self.process.stdout is not None
         return str(self.process.stdout.readline()).strip()
 
-    def write(self, text: str) -> bool:
-        """Whether it went to the outbox."""
+    def tell(self, text: str) -> None:
         assert self.process.stdin is not None
         self.process.stdin.write(text + "\n")
         self.process.stdin.flush()
+
+    def write(self, text: str) -> bool:
+        """Whether it went to the outbox."""
+        self.tell(text)
         return self.hear() == "True"
 
     def kill(self) -> None:
@@ -269,9 +272,7 @@ asyncio.run(main())
 """
     agent = Agent(settings, program)
     server.kill()
-    assert agent.process.stdin is not None
-    agent.process.stdin.write("\n")
-    agent.process.stdin.flush()
+    agent.tell("")
     error, kept = agent.hear(), int(agent.hear())
     assert error.startswith(("OutboxError the outbox", "OutboxFull the disk of the outbox"))
     assert kept > 2
@@ -279,6 +280,73 @@ asyncio.run(main())
     server.start()
     await eventually(lambda: len(logged(settings)) == kept, timeout=20)
     assert logged(settings)[-1] == "last"
+    agent.kill()
+
+
+def on_a_small_disk(folder: Path, size: str) -> list[str]:
+    """What to put before a command so that a folder is a disk of this size to it."""
+    folder.mkdir(parents=True)
+    mount = f'mount -t tmpfs -o size={size} tmpfs "{folder}" && exec "$@"'
+    for user in ([], ["--user", "--map-root-user"]):
+        command = ["unshare", *user, "--mount", "sh", "-c", mount, "sh"]
+        if subprocess.run([*command, "true"], capture_output=True, check=False).returncode == 0:
+            return command
+    pytest.skip("can't mount a small disk here: that takes root, or user namespaces")
+
+
+async def test_g7_a_disk_that_is_full_does_not_keep_writes_from_getting_out(
+    settings: Settings, server: RedisServer
+) -> None:
+    program = """
+import asyncio, os
+import mnemobus
+from mnemobus import Memory, OutboxFull
+
+def said(text):
+    return Memory(table="messages", room="r1", content={"text": text})
+
+async def main():
+    async with mnemobus.connect() as bus:
+        print("ready", flush=True)
+        await asyncio.to_thread(input)
+        kept = 0
+        with open(os.environ["MNEMOBUS_DATA_DIR"] + "/others", "wb") as others:
+            for size in (3000, 100):
+                try:
+                    while True:
+                        await bus.write(said(f"{kept} " + "x" * size))
+                        kept += 1
+                except OutboxFull as error:
+                    print(error, flush=True)
+            try:
+                while True:
+                    others.write(bytes(512))
+                    others.flush()
+            except OSError:
+                print(kept, flush=True)
+            await asyncio.to_thread(input)
+            while bus.stats().outbox:
+                await asyncio.sleep(0.05)
+            receipt = await bus.write(said("last"))
+            print(receipt.outboxed, flush=True)
+            await asyncio.to_thread(input)
+
+asyncio.run(main())
+"""
+    # Given a disk that writes to the outbox have filled, and whatever else was there
+    agent = Agent(settings, program, before=on_a_small_disk(settings.data_dir, "8m"))
+    server.kill()
+    agent.tell("")
+    full = agent.hear()
+    assert full.startswith("the disk of the outbox ") and full.endswith(" is full; nothing was written")
+    assert agent.hear() == full
+    kept = int(agent.hear())
+    assert kept > 100
+    # When Redis is back, then all of it gets out, though the disk is as full as it was, and writes go on
+    server.start()
+    agent.tell("")
+    assert agent.hear() == "False"
+    assert [text.partition(" ")[0] for text in logged(settings)] == [*map(str, range(kept)), "last"]
     agent.kill()
 
 
