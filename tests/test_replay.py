@@ -645,6 +645,15 @@ def test_what_is_called_wrongly(settings: Settings, log: Log, command: Start) ->
     calls = {arguments: command("replay", *arguments, settings=settings) for arguments in expected}
     assert {arguments: call.status for arguments, call in calls.items()} == dict.fromkeys(expected, 2)
     assert {arguments: call.err for arguments, call in calls.items()} == expected
+    # The bus's own store is known however it is spelled: into it, agents would not hear what changed
+    own = settings.model_copy(update={"database_url": "postgresql://me:secret@127.0.0.1/x"})
+    for url in ("postgresql://localhost:5432/x?connect_timeout=3", "postgres://127.0.0.1/%78"):
+        refused = command("replay", "--into", url, settings=own)
+        assert refused.status == 2
+        assert refused.err == "mnemobus: --into names the store of the bus itself: leave it out\n"
+    failed = command("replay", "--into", "postgresql://localhost:port/x", settings=own)
+    assert failed.status == 2
+    assert failed.err.startswith("mnemobus: --into is not of the form postgresql://user:password@host:port/")
     # A store or a Redis that is not there is told at once
     for changed, words in (
         ({"redis_url": "redis://127.0.0.1:1"}, "mnemobus: Redis at redis://127.0.0.1:1 can't be reached: "),
