@@ -17,6 +17,7 @@ from mnemobus import (
     LogFull,
     LogUnavailable,
     Memory,
+    NotCommitted,
     Settings,
     Version,
     WriteFailed,
@@ -270,3 +271,35 @@ async def test_g1_a_refusal_is_not_believed_while_an_unanswered_copy_may_still_a
 
 async def has(url: str, settings: Settings, events: int) -> bool:
     return await length(url, settings) == events
+
+
+async def test_g1_an_answer_that_was_on_its_way_while_redis_lost_the_write_is_not_believed(
+    own_redis: Any, settings: Settings
+) -> None:
+    server: RedisServer = own_redis()
+    settings = settings.model_copy(update={"redis_url": server.url, "redis_timeout": 20})
+    proxy = Proxy("127.0.0.1", server.port)
+    await proxy.start()
+    async with (
+        mnemobus.connect(**{**settings.model_dump(), "redis_url": proxy.url}) as bus,
+        mnemobus.connect(**settings.model_dump()) as other,
+    ):
+        await bus.write(said("0"))
+        # Given a write that Redis has taken, and whose answer the network holds
+        trapped = proxy.trap(b"}:producers\r\n")
+        writing = asyncio.create_task(bus.write(said("1")))
+        await asyncio.wait_for(trapped, 5)
+        await eventually(lambda: has(server.url, settings, 2))
+        # When Redis comes back without it, the bus has looked for its writes, and what is newer is applied
+        epochs = bus.stats().epochs
+        server.kill()
+        await asyncio.to_thread(server.restart, empty=True)
+        await eventually(lambda: bus.stats().epochs > epochs and not bus._marks.in_doubt, timeout=20)
+        with worker_threads(settings):
+            await other.write(said("2"), durability="committed")
+            # Then the answer, when it comes at last, is not taken for what the log has now
+            proxy.lift()
+            receipt = await writing
+            with pytest.raises(NotCommitted, match="is no longer in the log"):
+                await receipt.committed(timeout=10)
+    await proxy.close()

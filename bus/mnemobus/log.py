@@ -69,6 +69,7 @@ async def append(
     May be repeated, and is answered the same then. Raises one of AWAY if the outcome is unknown; Unready, BacklogFull
     or LogFull if nothing was written; Overtaken if the producer has gone on to another call.
     """
+    epoch = link.epoch
     try:
         reply = await link.run("publish", *_call(link, partition, producer, sequence, events))
     except ResponseError as error:
@@ -78,6 +79,15 @@ async def append(
                 " or lower MNEMOBUS_RETENTION"
             ) from None
         raise _refusal(link, partition, producer, str(error)) from error
+    return _versions(link, epoch, reply)
+
+
+def _versions(link: Link, epoch: str, reply: Sequence[str | bytes]) -> list[Version]:
+    """What publish.lua answers to a call that was made in an epoch."""
+    if epoch and epoch != link.epoch:
+        # It may have been on its way since before Redis lost what it tells of.
+        for callback in link.on_late:
+            callback()
     return [Version.parse(id) for id in reply]
 
 
@@ -164,7 +174,8 @@ class Publisher:
         self._flying: list[_Pending] | None = None
         """What the call carries that is under way without a task."""
         self._made = 0.0
-        """When that was made."""
+        """When that was made, and in which epoch."""
+        self._epoch = ""
         self._landed = asyncio.Event()
         self._sequence = 0
         self.calls = 0
@@ -210,7 +221,7 @@ class Publisher:
             self._hand_over()
             return
         self._flying = self._take()
-        self._made = asyncio.get_running_loop().time()
+        self._made, self._epoch = asyncio.get_running_loop().time(), self._link.epoch
         self._sequence += 1
         self.calls += 1
         wire.call(
@@ -234,7 +245,7 @@ class Publisher:
         else:
             self._link.pool.give_back(wire)
             try:
-                self._tell(batch, [Version.parse(id) for id in outcome[0]])
+                self._tell(batch, _versions(self._link, self._epoch, outcome[0]))
             except Exception as error:  # every writer must hear of it, whatever it is
                 logger.exception("publishing to log partition %d failed", self._partition)
                 self._fail(batch, error)
