@@ -306,7 +306,7 @@ def test_a_small_campaign_with_all_faults_finds_nothing(tmp_path: Path) -> None:
     assert left_behind(folder) == []
 
 
-@pytestmark_servers
+@pytest.mark.skipif(not redis_binaries(), reason="there is no redis-server")
 def test_a_campaign_finds_what_is_broken_and_shows_it(tmp_path: Path) -> None:
     # Given agents that heed no invalidation
     (tmp_path / "sitecustomize.py").write_text(
