@@ -28,7 +28,7 @@ from mnemobus_workers.pool import make_broker
 from mnemobus_workers.replay import Replay
 from mnemobus_workers.upkeep import Upkeep
 from rows import rows
-from servers import RedisServer, eventually, wait_until
+from servers import RedisServer, Workers, eventually, wait_until
 
 Start = Callable[..., Command]
 PoolOf = Callable[[Settings], AbstractContextManager[Settings]]
@@ -262,6 +262,29 @@ async def test_g8_a_replay_while_writes_go_on(settings: Settings, log: Log, pool
         await applied(log)
     # When a last one has brought the rest, then all three ways lead to the same
     replay(settings, into=other(settings))
+    replay(settings, into=other(settings, "at-once"))
+    assert rows(other(settings)) == rows(settings.database_url) == rows(other(settings, "at-once"))
+
+
+async def test_g8_a_replay_while_workers_are_killed(
+    settings: Settings, log: Log, workers: Callable[..., Workers]
+) -> None:
+    events = history(log.rooms(), 600, 8)
+    # Given workers that are killed amid their batches, while the log is replayed into their store and another
+    for start in range(0, 600, 200):
+        pool = workers(settings, processes=1)
+        log.write(*events[start : start + 200])
+        replays = asyncio.gather(
+            asyncio.to_thread(replay, settings), asyncio.to_thread(replay, settings, into=other(settings))
+        )
+        await eventually(lambda: log.backlog() < 200)
+        pool.kill()
+        await replays
+    # When others have done what those left, then all ways lead to the same
+    workers(settings, processes=1)
+    await applied(log)
+    replay(settings, into=other(settings))
+    assert replay(settings).outcome.changed == 0
     replay(settings, into=other(settings, "at-once"))
     assert rows(other(settings)) == rows(settings.database_url) == rows(other(settings, "at-once"))
 
