@@ -106,14 +106,12 @@ async def test_backpressure_makes_writes_wait_then_fail(settings: Settings, conn
     async with connect(max_backlog=5, write_timeout=0.3) as bus:
         for n in range(5):
             await bus.write(said(str(n)))
-        # Then the sixth write waits, and fails
-        loop = asyncio.get_running_loop()
-        began = loop.time()
+        # Then the sixth write waits, tries again, and fails
         with pytest.raises(
             BacklogFull, match=r"holds 5 events that no worker has applied yet .*nothing was written"
         ):
             await bus.write(said("6"))
-        assert loop.time() - began > 0.1
+        assert bus.stats().publish_retries >= 1
         # while another partition takes writes as ever
         others = [
             r
