@@ -20,6 +20,7 @@ from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 
 from chaos import faults
+from chaos.campaign import Campaign, Options, parse
 from chaos.checker import check
 from chaos.history import Bounds, Fault, Final, History, Write
 from chaos.proxy import DOWN, UP, Proxy, _Frames, feed_message, frame_end
@@ -305,7 +306,7 @@ def test_a_small_campaign_with_all_faults_finds_nothing(tmp_path: Path) -> None:
     assert left_behind(folder) == []
 
 
-@pytestmark_servers
+@pytest.mark.skipif(not redis_binaries(), reason="there is no redis-server")
 def test_a_campaign_finds_what_is_broken_and_shows_it(tmp_path: Path) -> None:
     # Given agents that heed no invalidation
     (tmp_path / "sitecustomize.py").write_text(
@@ -351,7 +352,57 @@ def test_a_fault_that_there_is_none_of_is_named(tmp_path: Path) -> None:
     assert "there is no fault 'rain'; there are worker-killed, " in told
 
 
+@pytest.mark.parametrize(
+    "given, said",
+    [
+        (["--agents", "0"], "argument --agents: invalid number above 0 value: '0'"),
+        (["--workers", "x"], "argument --workers: invalid number above 0 value: 'x'"),
+        (["--minutes", "nan"], "argument --minutes: invalid number above 0 value: 'nan'"),
+        (["--pause", "-1"], "argument --pause: invalid number above 0 value: '-1'"),
+        (["--store", "mysql"], "argument --store: invalid choice: 'mysql'"),
+        (["--folder", str(TESTS)], "not an empty folder"),
+    ],
+)
+def test_what_is_called_wrongly(given: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        parse(given)
+    assert ended.value.code == 2
+    assert said in capsys.readouterr().err
+
+
+def test_a_fault_that_nobody_felt_is_not_counted_and_one_that_nobody_ever_feels_is_told(
+    tmp_path: Path,
+) -> None:
+    run = Campaign(Options(), tmp_path)
+    for number in range(3):
+        run.tried.update(["cut", "redis-full"])
+        with run.fault("cut", "a1"):
+            pass
+        with run.fault("redis-full", "redis", loses_log=True) as effect:
+            effect.felt = False
+        assert run.counts == {"cut": number + 1}
+    assert run.without_effect() == ["redis-full was tried 3 times, and had no effect"]
+    records = History.load(with_bounds(tmp_path / "history")).of(Fault)
+    assert [record.what for record in records] == ["cut"] * 3
+
+
+def with_bounds(folder: Path) -> Path:
+    (folder / "bounds.json").write_text('{"max_staleness": 1, "heartbeat": 0.2, "own_write_timeout": 1}')
+    return folder
+
+
 def test_every_fault_is_described() -> None:
-    """A kind's name is its function's, and each lane has some."""
+    """A kind's name is its function's, each lane has some, and each says what it does."""
     assert len(faults.names()) == len(set(faults.names())) >= 27
     assert all(kinds for kinds in faults.LANES.values())
+    assert [name for lane in faults.LANES.values() for name, kind in lane.items() if not kind.__doc__] == []
+
+
+def test_there_is_a_fault_of_each_kind_that_the_promises_speak_of() -> None:
+    assert set(faults.names()) >= {
+        *("worker-killed-before-commit", "worker-killed-after-commit", "worker-killed-before-ack"),
+        *("agent-killed-unanswered", "agent-paused", "feed-trimmed", "database-away", "redis-full"),
+        *("redis-killed-always", "redis-killed-everysec", "redis-emptied", "redis-flushed"),
+        *("delayed", "cut", "connections-reset", "half-open", "push-dropped", "clients-killed"),
+        *("agent-clock-ahead", "worker-clock-ahead"),
+    }

@@ -16,6 +16,7 @@ from typer.main import get_command
 import mnemobus
 from mnemobus import Settings
 from mnemobus.cli import app
+from mnemobus.stats import Health, Stats
 from servers import Workers
 
 ROOT = Path(__file__).parents[1]
@@ -113,6 +114,23 @@ def test_the_readme_names_every_promise_and_every_command() -> None:
         assert f"| G{number} |" in readme
     for name in get_command(app).commands:  # type: ignore[attr-defined]
         assert f"mnemobus {name}" in readme
+
+
+def test_each_promise_has_its_limits_its_tests_and_its_figures() -> None:
+    text = (ROOT / "docs" / "guarantees.md").read_text()
+    figures = {*Stats.__dataclass_fields__, *Health.__dataclass_fields__}
+    for number in range(1, 9):
+        [section] = re.findall(rf"^## G{number}: .*?$(.*?)(?=^## )", text, re.M | re.S)
+        for what in ("Kept by", "Does not cover", "Shown by", "A breach shows as"):
+            assert f"\n\n**{what}** " in section, f"G{number}: {what}"
+        # Tests that are named exist, and at least one in them is of this promise
+        tests = re.findall(r"`tests/(\w+\.py)`", section)
+        sources = [(ROOT / "tests" / test).read_text() for test in tests]
+        assert any(re.search(rf"def test_(g\d_)*g{number}_", source) for source in sources), f"G{number}"
+        # Figures that are named exist
+        shows = section.partition("**A breach shows as** ")[2]
+        named = set(re.findall(r"`([a-z_]+)`", shows))
+        assert named and named <= figures, f"G{number}: {named - figures}"
 
 
 def test_how_it_works_names_only_files_that_exist() -> None:

@@ -244,10 +244,22 @@ def test_the_codec_gives_back_what_it_was_given(**fields: object) -> None:
 
 @pytest.mark.parametrize(
     "spoiled",
-    [b"", b"[]", b"{}\n", b"[]\nx", b"\xff\n", b"[[1]]\n", b'[["i","t","r",null,null,null,3]]\nabc'],
+    [
+        b"",
+        b"[]",
+        b"{}\n",
+        b"[[],[]]\nx",
+        b"\xff\n",
+        b"[[1]]\n",
+        b'[[["t","r",null,null,null]],[["i",0,3]]]\nabc',
+        b'[[["t","r",null,null,null]],[["i",0,"3"]]]\nabc',
+        b'[[["t","r",null,null,null]],[["i",0,32]]]\nabc',
+        b'[[["t","r",null,null,null]],[["i",1,3]]]\nabc',
+        b'[[["t","r"]],[["i",0,-3]]]\nabc',
+    ],
 )
 def test_a_spoiled_result_is_a_value_error_and_nothing_else(spoiled: bytes) -> None:
-    with pytest.raises((ValueError, TypeError, KeyError)):
+    with pytest.raises((ValueError, TypeError, KeyError, IndexError)):
         unpack_memories(spoiled) or unpack_memories(spoiled + b"?")
 
 

@@ -153,6 +153,20 @@ MUTATIONS = [
         "test_outbox.py::test_g1_a_call_with_unknown_outcome_is_not_doubled_by_the_outbox",
     ),
     Mutation(
+        "an answer that comes in another epoch than it was asked in is not believed (G1)",
+        "bus/mnemobus/log.py",
+        "    if epoch and epoch != link.epoch:\n",
+        "    if False:\n",
+        "test_log.py::test_g1_an_answer_that_was_on_its_way_while_redis_lost_the_write_is_not_believed",
+    ),
+    Mutation(
+        "a refusal is not believed while an unanswered copy may still arrive (G1)",
+        "bus/mnemobus/log.py",
+        "            if not unanswered:\n",
+        "            if True:\n",
+        "test_log.py::test_g1_a_refusal_is_not_believed_while_an_unanswered_copy_may_still_arrive",
+    ),
+    Mutation(
         "newer writes wait behind the outbox (G7)",
         "bus/mnemobus/log.py",
         "return self._overflow is not None and self._overflow.waiting > 0",

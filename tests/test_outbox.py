@@ -7,11 +7,14 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
+import aiosqlite
 import pytest
 import redis
+from aiosqlite.context import contextmanager
 
 import mnemobus
 from mnemobus import LogUnavailable, Memory, NotCommitted, OutboxError, OutboxFull, OutboxInUse, Settings
@@ -111,9 +114,9 @@ asyncio.run(main())
 class Agent:
     """A process that writes what it is told."""
 
-    def __init__(self, settings: Settings, program: str = AGENT) -> None:
+    def __init__(self, settings: Settings, program: str = AGENT, before: Sequence[str] = ()) -> None:
         self.process = spawn(
-            [sys.executable, "-c", program],
+            [*before, sys.executable, "-c", program],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -125,11 +128,14 @@ class Agent:
         assert self.process.stdout is not None
         return str(self.process.stdout.readline()).strip()
 
-    def write(self, text: str) -> bool:
-        """Whether it went to the outbox."""
+    def tell(self, text: str) -> None:
         assert self.process.stdin is not None
         self.process.stdin.write(text + "\n")
         self.process.stdin.flush()
+
+    def write(self, text: str) -> bool:
+        """Whether it went to the outbox."""
+        self.tell(text)
         return self.hear() == "True"
 
     def kill(self) -> None:
@@ -266,9 +272,7 @@ asyncio.run(main())
 """
     agent = Agent(settings, program)
     server.kill()
-    assert agent.process.stdin is not None
-    agent.process.stdin.write("\n")
-    agent.process.stdin.flush()
+    agent.tell("")
     error, kept = agent.hear(), int(agent.hear())
     assert error.startswith(("OutboxError the outbox", "OutboxFull the disk of the outbox"))
     assert kept > 2
@@ -276,6 +280,73 @@ asyncio.run(main())
     server.start()
     await eventually(lambda: len(logged(settings)) == kept, timeout=20)
     assert logged(settings)[-1] == "last"
+    agent.kill()
+
+
+def on_a_small_disk(folder: Path, size: str) -> list[str]:
+    """What to put before a command so that a folder is a disk of this size to it."""
+    folder.mkdir(parents=True)
+    mount = f'mount -t tmpfs -o size={size} tmpfs "{folder}" && exec "$@"'
+    for user in ([], ["--user", "--map-root-user"]):
+        command = ["unshare", *user, "--mount", "sh", "-c", mount, "sh"]
+        if subprocess.run([*command, "true"], capture_output=True, check=False).returncode == 0:
+            return command
+    pytest.skip("can't mount a small disk here: that takes root, or user namespaces")
+
+
+async def test_g7_a_disk_that_is_full_does_not_keep_writes_from_getting_out(
+    settings: Settings, server: RedisServer
+) -> None:
+    program = """
+import asyncio, os
+import mnemobus
+from mnemobus import Memory, OutboxFull
+
+def said(text):
+    return Memory(table="messages", room="r1", content={"text": text})
+
+async def main():
+    async with mnemobus.connect() as bus:
+        print("ready", flush=True)
+        await asyncio.to_thread(input)
+        kept = 0
+        with open(os.environ["MNEMOBUS_DATA_DIR"] + "/others", "wb") as others:
+            for size in (3000, 100):
+                try:
+                    while True:
+                        await bus.write(said(f"{kept} " + "x" * size))
+                        kept += 1
+                except OutboxFull as error:
+                    print(error, flush=True)
+            try:
+                while True:
+                    others.write(bytes(512))
+                    others.flush()
+            except OSError:
+                print(kept, flush=True)
+            await asyncio.to_thread(input)
+            while bus.stats().outbox:
+                await asyncio.sleep(0.05)
+            receipt = await bus.write(said("last"))
+            print(receipt.outboxed, flush=True)
+            await asyncio.to_thread(input)
+
+asyncio.run(main())
+"""
+    # Given a disk that writes to the outbox have filled, and whatever else was there
+    agent = Agent(settings, program, before=on_a_small_disk(settings.data_dir, "8m"))
+    server.kill()
+    agent.tell("")
+    full = agent.hear()
+    assert full.startswith("the disk of the outbox ") and full.endswith(" is full; nothing was written")
+    assert agent.hear() == full
+    kept = int(agent.hear())
+    assert kept > 100
+    # When Redis is back, then all of it gets out, though the disk is as full as it was, and writes go on
+    server.start()
+    agent.tell("")
+    assert agent.hear() == "False"
+    assert [text.partition(" ")[0] for text in logged(settings)] == [*map(str, range(kept)), "last"]
     agent.kill()
 
 
@@ -328,6 +399,40 @@ async def test_a_damaged_file_that_is_found_is_left_where_it_is(
         await bus.write(said("x"))
     assert "old.db can't be used: file is not a database" in caplog.text
     assert [path.name for path in files(settings)] == ["old.db"]
+
+
+async def test_a_file_that_its_owner_has_just_made_is_left_to_it(
+    connect: Callable[..., mnemobus.Bus],
+    settings: Settings,
+    server: RedisServer,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    # Given a bus whose outbox is made, step by step, while others open
+    steps = 0
+    execute = aiosqlite.Connection.execute
+
+    @contextmanager
+    async def others_open(database: aiosqlite.Connection, statement: str, *more: Any) -> Any:
+        nonlocal steps
+        if statement.startswith(("PRAGMA", "BEGIN EXCLUSIVE", "CREATE")) and files(settings):
+            monkeypatch.setattr(aiosqlite.Connection, "execute", execute)
+            async with connect():
+                steps += 1
+            monkeypatch.setattr(aiosqlite.Connection, "execute", others_open)
+        return await execute(database, statement, *more)
+
+    async with connect() as bus:
+        server.kill()
+        monkeypatch.setattr(aiosqlite.Connection, "execute", others_open)
+        # When it writes, then it has a file to write to
+        receipt = await bus.write(said("x"))
+        assert receipt.outboxed
+        assert steps >= 5
+        monkeypatch.undo()
+        assert len(files(settings)) == 1
+        server.start()
+        await eventually(lambda: bus.stats().outbox == 0)
+    assert logged(settings) == ["x"]
 
 
 async def test_a_copied_outbox_is_published_under_another_number(

@@ -28,7 +28,7 @@ from mnemobus_workers.pool import make_broker
 from mnemobus_workers.replay import Replay
 from mnemobus_workers.upkeep import Upkeep
 from rows import rows
-from servers import RedisServer, eventually, wait_until
+from servers import RedisServer, Workers, eventually, wait_until
 
 Start = Callable[..., Command]
 PoolOf = Callable[[Settings], AbstractContextManager[Settings]]
@@ -262,6 +262,29 @@ async def test_g8_a_replay_while_writes_go_on(settings: Settings, log: Log, pool
         await applied(log)
     # When a last one has brought the rest, then all three ways lead to the same
     replay(settings, into=other(settings))
+    replay(settings, into=other(settings, "at-once"))
+    assert rows(other(settings)) == rows(settings.database_url) == rows(other(settings, "at-once"))
+
+
+async def test_g8_a_replay_while_workers_are_killed(
+    settings: Settings, log: Log, workers: Callable[..., Workers]
+) -> None:
+    events = history(log.rooms(), 600, 8)
+    # Given workers that are killed amid their batches, while the log is replayed into their store and another
+    for start in range(0, 600, 200):
+        pool = workers(settings, processes=1)
+        log.write(*events[start : start + 200])
+        replays = asyncio.gather(
+            asyncio.to_thread(replay, settings), asyncio.to_thread(replay, settings, into=other(settings))
+        )
+        await eventually(lambda: log.backlog() < 200)
+        pool.kill()
+        await replays
+    # When others have done what those left, then all ways lead to the same
+    workers(settings, processes=1)
+    await applied(log)
+    replay(settings, into=other(settings))
+    assert replay(settings).outcome.changed == 0
     replay(settings, into=other(settings, "at-once"))
     assert rows(other(settings)) == rows(settings.database_url) == rows(other(settings, "at-once"))
 
@@ -645,6 +668,15 @@ def test_what_is_called_wrongly(settings: Settings, log: Log, command: Start) ->
     calls = {arguments: command("replay", *arguments, settings=settings) for arguments in expected}
     assert {arguments: call.status for arguments, call in calls.items()} == dict.fromkeys(expected, 2)
     assert {arguments: call.err for arguments, call in calls.items()} == expected
+    # The bus's own store is known however it is spelled: into it, agents would not hear what changed
+    own = settings.model_copy(update={"database_url": "postgresql://me:secret@127.0.0.1/x"})
+    for url in ("postgresql://localhost:5432/x?connect_timeout=3", "postgres://127.0.0.1/%78"):
+        refused = command("replay", "--into", url, settings=own)
+        assert refused.status == 2
+        assert refused.err == "mnemobus: --into names the store of the bus itself: leave it out\n"
+    failed = command("replay", "--into", "postgresql://localhost:port/x", settings=own)
+    assert failed.status == 2
+    assert failed.err.startswith("mnemobus: --into is not of the form postgresql://user:password@host:port/")
     # A store or a Redis that is not there is told at once
     for changed, words in (
         ({"redis_url": "redis://127.0.0.1:1"}, "mnemobus: Redis at redis://127.0.0.1:1 can't be reached: "),

@@ -60,6 +60,14 @@ def test_keywords_override_the_environment_and_that_the_file(
     ("name", "value", "message"),
     [
         ("REDIS_URL", "http://x", "REDIS_URL: must begin with redis://, rediss:// or unix://"),
+        ("REDIS_URL", "redis://h:port/0", "REDIS_URL: the port must be a number from 1 to 65535"),
+        ("REDIS_URL", "redis://h:65536", "REDIS_URL: the port must be a number from 1 to 65535"),
+        ("REDIS_URL", "redis://h:0", "REDIS_URL: the port must be a number from 1 to 65535"),
+        (
+            "REDIS_URL",
+            "rediss://h/x",
+            "REDIS_URL: what follows the address must be a database's number, not '/x'",
+        ),
         ("REDIS_DB", "-1", "REDIS_DB: Input should be greater than or equal to 0 (it is '-1')"),
         ("REDIS_KEY_PREFIX", "a{b}", "REDIS_KEY_PREFIX: String should match pattern"),
         ("REDIS_MAX_MEMORY", "lots", "REDIS_MAX_MEMORY: must be a size as Redis has them: 100mb, 2gb"),

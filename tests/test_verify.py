@@ -244,6 +244,8 @@ async def test_who_could_not_hear_an_answer_does_not_call_an_agent_silent(
     # Then it is not known what the agent holds, and not said either
     assert verifier.unknown == 2
     assert verifier.silent == {}
+    # Nor is all said to be well: nothing was verified
+    assert verifier.report()["ok"] is False
 
 
 async def test_without_agents_or_writes_it_says_so(
@@ -348,6 +350,9 @@ def test_without_redis_or_a_schema_it_says_what_is_wrong(
     verify = command("verify", settings=settings.model_copy(update={"redis_url": "redis://127.0.0.1:1"}))
     assert verify.status == 1
     assert "Redis at redis://127.0.0.1:1 can't be asked" in verify.err
+    verify = command("verify", "--marks", "1,x", settings=settings)
+    assert verify.status == 2
+    assert "'1,x' are not seconds" in verify.err
 
 
 # What an agent answers

@@ -140,6 +140,8 @@ class _Link:
         """The epoch in force, as far as this process knows; empty before the first connection."""
         self.on_epoch: list[Callable[[str], None]] = []
         """Called, with the new epoch, whenever it changed; never for the first."""
+        self.on_late: list[Callable[[], None]] = []
+        """Called when the log answered a write in another epoch than it was asked in."""
 
     @property
     def address(self) -> str:

@@ -179,6 +179,7 @@ class Feed:
     async def start(self) -> None:
         """Begin to listen and to beat; returns after the first heartbeat, good or not."""
         self._link.on_epoch.append(self._on_epoch)
+        self._link.on_late.append(self._on_late)
         self._spawn("feed-listen", self._listen)
         await self._beat_once()
         self._spawn("feed-heartbeat", self._beat)
@@ -190,6 +191,7 @@ class Feed:
                 await self._connection.disconnect(nowait=True)
         with suppress(ValueError):
             self._link.on_epoch.remove(self._on_epoch)
+            self._link.on_late.remove(self._on_late)
 
     def _spawn(self, name: str, work: Callable[[], Awaitable[None]]) -> None:
         """Run a task for the life of the feed: if it dies, say so, and start it again."""
@@ -489,12 +491,13 @@ class Feed:
                     self._reset(partition, head)
             await self._catch_up([(partition, head) for partition, _, head in heads])
             if self._marks.in_doubt:
+                doubts = self._marks.doubts
                 missing = await self._marks.forget_missing()
                 if missing:
                     logger.error(
                         "Redis was flushed or lost data: %d writes may be lost with its log", missing
                     )
-                self._marks.in_doubt = epoch != self._link.epoch
+                self._marks.in_doubt = doubts != self._marks.doubts
             await self._marks.beat()
             await self._look_after_link()
             if epoch == self._link.epoch:
@@ -572,10 +575,14 @@ class Feed:
                 del self._by_channel[partition.channel]
                 await self._send("UNSUBSCRIBE", partition.channel)
 
+    def _on_late(self) -> None:
+        self._marks.doubt()
+        self._wake.set()
+
     def _on_epoch(self, epoch: str) -> None:
         """Everything may have changed without a word."""
         self._local.clear()
-        self._marks.in_doubt = True
+        self._marks.doubt()
         for partition in self._partitions.values():
             partition.position = None
             partition.early.clear()

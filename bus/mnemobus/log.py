@@ -69,6 +69,7 @@ async def append(
     May be repeated, and is answered the same then. Raises one of AWAY if the outcome is unknown; Unready, BacklogFull
     or LogFull if nothing was written; Overtaken if the producer has gone on to another call.
     """
+    epoch = link.epoch
     try:
         reply = await link.run("publish", *_call(link, partition, producer, sequence, events))
     except ResponseError as error:
@@ -78,6 +79,15 @@ async def append(
                 " or lower MNEMOBUS_RETENTION"
             ) from None
         raise _refusal(link, partition, producer, str(error)) from error
+    return _versions(link, epoch, reply)
+
+
+def _versions(link: Link, epoch: str, reply: Sequence[str | bytes]) -> list[Version]:
+    """What publish.lua answers to a call that was made in an epoch."""
+    if epoch and epoch != link.epoch:
+        # It may have been on its way since before Redis lost what it tells of.
+        for callback in link.on_late:
+            callback()
     return [Version.parse(id) for id in reply]
 
 
@@ -164,7 +174,8 @@ class Publisher:
         self._flying: list[_Pending] | None = None
         """What the call carries that is under way without a task."""
         self._made = 0.0
-        """When that was made."""
+        """When that was made, and in which epoch."""
+        self._epoch = ""
         self._landed = asyncio.Event()
         self._sequence = 0
         self.calls = 0
@@ -208,7 +219,7 @@ class Publisher:
             self._hand_over()
             return
         self._flying = self._take()
-        self._made = asyncio.get_running_loop().time()
+        self._made, self._epoch = asyncio.get_running_loop().time(), self._link.epoch
         self._sequence += 1
         self.calls += 1
         wire.call(
@@ -225,14 +236,14 @@ class Publisher:
         if isinstance(outcome, Exception):
             self._link.pool.drop(wire)
             self._again(1, outcome)
-            self._hand_over(batch)
+            self._hand_over(batch, unanswered=True)
         elif isinstance(outcome[0], Exception):
             self._link.pool.give_back(wire)
             self._hand_over(batch)  # which hears the same, and knows what to do about it
         else:
             self._link.pool.give_back(wire)
             try:
-                self._tell(batch, [Version.parse(id) for id in outcome[0]])
+                self._tell(batch, _versions(self._link, self._epoch, outcome[0]))
             except Exception as error:  # every writer must hear of it, whatever it is
                 logger.exception("publishing to log partition %d failed", self._partition)
                 self._fail(batch, error)
@@ -245,23 +256,23 @@ class Publisher:
         """Whether newer writes have to wait behind others in the outbox."""
         return self._overflow is not None and self._overflow.waiting > 0
 
-    def _hand_over(self, batch: list[_Pending] | None = None) -> None:
+    def _hand_over(self, batch: list[_Pending] | None = None, *, unanswered: bool = False) -> None:
         """Have a task publish what is queued; before that ``batch``, whose call has been made in vain."""
-        work = self._drain(batch)
+        work = self._drain(batch, unanswered)
         self._task = asyncio.get_running_loop().create_task(work, name=f"mnemobus-publish-{self._partition}")
 
-    async def _drain(self, batch: list[_Pending] | None) -> None:
+    async def _drain(self, batch: list[_Pending] | None, unanswered: bool) -> None:
         made = None if batch is None else self._made
         try:
             while batch or self._queue:
                 batch = batch or self._take()
                 try:
-                    await self._publish(batch, made)
+                    await self._publish(batch, made, unanswered)
                 except Exception as error:  # every writer must hear of it, whatever it is
                     if not isinstance(error, MnemobusError):
                         logger.exception("publishing to log partition %d failed", self._partition)
                     self._fail(batch, error)
-                batch = made = None
+                batch, made, unanswered = None, None, False
         finally:
             self._task = None
             # Only if the loop is shutting down and cancelled this task is anything left.
@@ -287,15 +298,18 @@ class Publisher:
                 pending.done.set_exception(error)
                 pending.done.exception()  # a writer that was cancelled won't fetch it
 
-    async def _publish(self, batch: list[_Pending], made: float | None) -> None:
-        """Publish, or keep in the outbox, and tell the writers; ``made``: when the call was made already, in vain."""
+    async def _publish(self, batch: list[_Pending], made: float | None, unanswered: bool) -> None:
+        """Publish, or keep in the outbox, and tell the writers.
+
+        made, unanswered: when the call was made already, in vain, and whether nothing came of that
+        """
         overflow = self._overflow
         call = unavailable = None
         if made is not None or not self._behind_outbox:
             if made is None:
                 self._sequence += 1
             try:
-                self._tell(batch, await self._insist(batch, made))
+                self._tell(batch, await self._insist(batch, made, unanswered))
                 return
             except LogUnavailable as error:
                 if overflow is None:
@@ -331,7 +345,7 @@ class Publisher:
         events = (fields for pending in batch for fields in pending.fields)
         return _call(self._link, self._partition, self._producer, self._sequence, events)
 
-    async def _insist(self, batch: list[_Pending], made: float | None) -> list[Version]:
+    async def _insist(self, batch: list[_Pending], made: float | None, unanswered: bool) -> list[Version]:
         """Make the call until it is answered, or it makes no sense any more; ``made``: the first time, in vain."""
         deadline = batch[0].deadline
         loop = asyncio.get_running_loop()
@@ -369,9 +383,22 @@ class Publisher:
             async for attempt in retrying:
                 with attempt:
                     self.calls += 1
-                    return await append(self._link, self._partition, self._producer, self._sequence, events)
+                    try:
+                        return await append(
+                            self._link, self._partition, self._producer, self._sequence, events
+                        )
+                    except AWAY:
+                        unanswered = True
+                        raise
         except AWAY as error:
             raise self._unreachable(error) from error
+        except (BacklogFull, LogFull) as error:
+            if not unanswered:
+                raise
+            # A first copy of the call may be on its way yet, and arrive when there is room again.
+            raise LogUnavailable(
+                f"the write was not answered, and may or may not be in the log; when it was repeated: {error}"
+            ) from error
         raise AssertionError("unreachable")
 
     def _unreachable(self, reason: object) -> LogUnavailable:

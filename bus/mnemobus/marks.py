@@ -125,6 +125,8 @@ class Marks:
         self.in_doubt = False
         """Whether Redis may have lost writes of this bus. Until `forget_missing` has looked, it is not believed when it
         says what is applied: what is not in the log any more looks as if it had been."""
+        self.doubts = 0
+        """How often that came up: to have looked settles only what came up before."""
         self._poller: asyncio.Task[None] | None = None
         self._pause = _POLL[0]
 
@@ -363,6 +365,11 @@ class Marks:
         letters = self._letters.get(partition)
         known = letters.last if letters is not None else ""
         return (script("applied"), keys, (APPLY_GROUP, known, LETTERS, *(str(w.version) for w in writes)))
+
+    def doubt(self) -> None:
+        """Redis may have lost writes of this bus, those included that it is about to hear of."""
+        self.in_doubt = True
+        self.doubts += 1
 
     async def forget_missing(self) -> int:
         """Drop the marks of writes that the log no longer has, because Redis lost it; how many they were.

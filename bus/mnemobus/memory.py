@@ -626,35 +626,38 @@ def _kind(value: object) -> str:
     return {"FrozenDict": "dict", "FrozenList": "list"}.get(name, name)
 
 
-# How query results travel to and from L2: a JSON header with names and the lengths of the records, a newline, then the
-# records end to end. Nothing large is decoded or escaped on the way.
+# How query results travel to and from L2: a JSON header, [[dimensions], ...], [[id, which of them, bytes of its record],
+# ...], a newline, then the records end to end. Nothing large is decoded or escaped on the way.
 
 
 def pack_memories(memories: Sequence[Memory]) -> bytes:
     """Stored memories as one value for L2."""
-    header, records = [], [b"", b"\n"]
+    known: dict[Dimensions, int] = {}
+    items, records = [], [b"", b"\n"]
     for memory in memories:
         record = memory._record
         assert record is not None, "a memory that was read from a store"
-        header.append((memory.id, *memory.dimensions, len(record)))
+        items.append((memory.id, known.setdefault(memory.dimensions, len(known)), len(record)))
         records.append(record)
-    records[0] = orjson.dumps(header)
+    records[0] = orjson.dumps((tuple(map(tuple, known)), items))
     return b"".join(records)
 
 
 def unpack_memories(packed: bytes) -> list[Memory]:
-    """What :meth:`pack_memories` packed; ValueError if it is anything else."""
+    """What :meth:`pack_memories` packed; ValueError or TypeError if it is anything else."""
     at = packed.find(b"\n") + 1
     if not at:
         raise ValueError("a cached result without a header")
+    named, items = orjson.loads(packed[: at - 1])
+    dimensions = [shared_dimensions(*names) for names in named]
+    stored, least = Memory._stored, _HEAD.size
     memories = []
-    stored, known, size = Memory._stored, _dimensions.get, _HEAD.size
-    for id, *names, length in orjson.loads(packed[: at - 1]):
-        record = packed[at : at + length]
-        at += length
-        if not isinstance(length, int) or len(record) < size:
+    for id, which, size in items:
+        end = at + size
+        if size < least:
             raise ValueError("a cached result with a record that is cut short")
-        memories.append(stored(id, known(tuple(names)) or shared_dimensions(*names), record))
+        memories.append(stored(id, dimensions[which], packed[at:end]))
+        at = end
     if at != len(packed):
         raise ValueError("a cached result of another length than its header says")
     return memories

@@ -10,6 +10,9 @@ reach the log once, whoever dies when:
 - A call that was on its way when the log went away, its outcome unknown, enters the file with the number it had.
 - Writes leave the file when their call was answered, not before.
 
+A disk that is full takes no more writes. But those that are in the file must still get out once the log is back, and to
+take them out takes some space, too: so a second file beside it keeps some, and is given up then.
+
 One process at a time has the file: SQLite's exclusive lock goes with the process, however that ends.
 
 Usually (MNEMOBUS_OUTBOX=auto) each bus has a file of its own in MNEMOBUS_DATA_DIR/outbox, made when it is first needed
@@ -20,7 +23,9 @@ left, it publishes before anything of its own.
 from __future__ import annotations
 
 import asyncio
+import errno
 import logging
+import os
 import secrets
 import sqlite3
 import struct
@@ -46,6 +51,12 @@ _SCHEMA = 1
 _OVERHEAD = 64
 """Bytes that a write takes in the file besides its own, roughly."""
 _LENGTH = struct.Struct(">I")
+_SPARE = 1 << 20
+"""Bytes of disk that are kept to take writes out; to them comes room for the largest one."""
+_SPARE_CALL = 1 << 17
+"""What a call carries at most when these are in use."""
+_CHECKPOINT = 64
+"""Pages of SQLite's WAL after which it is gone through, so that it stays smaller than that space."""
 
 T = TypeVar("T")
 
@@ -67,8 +78,10 @@ class Call:
 class OutboxFile:
     """One file. All its calls raise OutboxError if the file can't be used."""
 
-    def __init__(self, path: Path, owner: str, max_bytes: int, *, own: bool = True) -> None:
+    def __init__(self, path: Path, owner: str, max_bytes: int, *, own: bool = True, largest: int = 0) -> None:
         self.path = path
+        self._spare = path.with_name(path.name + "-spare")
+        self._spare_bytes = _SPARE + 3 * largest
         self._owner = owner
         self._max_bytes = max_bytes
         self._own = own
@@ -104,6 +117,7 @@ class OutboxFile:
         await database.execute("PRAGMA locking_mode=EXCLUSIVE")
         await database.execute("PRAGMA journal_mode=WAL")
         await database.execute("PRAGMA synchronous=FULL")
+        await database.execute(f"PRAGMA wal_autocheckpoint={_CHECKPOINT}")
         await database.execute("BEGIN EXCLUSIVE")
         [version] = await self._one("PRAGMA user_version") or [0]
         if version not in (0, _SCHEMA):
@@ -150,6 +164,8 @@ class OutboxFile:
         """Let go of the file; ``remove`` it if it is empty."""
         async with self._lock:  # a transaction may still be under way, though its caller was cancelled
             remove = remove and not self.entries
+            if not self.entries and self._database is not None:
+                self._spare.unlink(missing_ok=True)
             if remove:
                 # Before the lock on it is gone: nobody else can have put anything in it.
                 self.path.unlink(missing_ok=True)
@@ -176,6 +192,7 @@ class OutboxFile:
                 f"the outbox {self.path} is full ({self.entries:,} writes; MNEMOBUS_OUTBOX_MAX_BYTES is"
                 f" {self._max_bytes:,}), and the log can't be reached; nothing was written"
             )
+        await self._keep_spare()
         producer, sequence = call or (None, None)
 
         async def insert() -> list[int]:
@@ -194,7 +211,7 @@ class OutboxFile:
 
     async def next_call(self) -> Call | None:
         """The call to make next; None if the file is empty. It is the same one until `answered` or `renumber`."""
-        return await self._transaction(self._next_call)
+        return await self._insist(self._next_call)
 
     async def _next_call(self) -> Call | None:
         assert self._database is not None
@@ -233,7 +250,7 @@ class OutboxFile:
             (partition, CALL_EVENTS),
         ):
             size += length
-            if rows and size > CALL_BYTES:
+            if rows and size > (CALL_BYTES if self._spare.exists() else _SPARE_CALL):
                 break
             rows.append(number)
         return rows
@@ -246,7 +263,7 @@ class OutboxFile:
             await self._database.executemany("DELETE FROM writes WHERE n = ?", [(n,) for n in call.rows])
 
         size = sum(sum(len(field) + _LENGTH.size for field in event) + _OVERHEAD for event in call.events)
-        await self._transaction(delete, -len(call.rows), -size)
+        await self._insist(delete, -len(call.rows), -size)
 
     async def renumber(self, call: Call) -> None:
         """Its number is used up: give its writes a new one, of a producer that nobody has been."""
@@ -262,7 +279,39 @@ class OutboxFile:
                 "UPDATE writes SET producer = NULL, sequence = NULL WHERE n = ?", [(n,) for n in call.rows]
             )
 
-        await self._transaction(update)
+        await self._insist(update)
+
+    async def _keep_spare(self) -> None:
+        """Have some space on the disk for the way out. OutboxFull if there is none."""
+        if self._spare.exists():
+            return
+
+        def allocate() -> None:
+            try:
+                with self._spare.open("wb") as file:
+                    if hasattr(os, "posix_fallocate"):
+                        os.posix_fallocate(file.fileno(), 0, self._spare_bytes)
+                    else:
+                        file.write(bytes(self._spare_bytes))
+            except OSError as error:
+                self._spare.unlink(missing_ok=True)
+                if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+                    raise OutboxFull(
+                        f"the disk of the outbox {self.path} is full; nothing was written"
+                    ) from None
+                raise OutboxError(f"the outbox {self.path} can't be used: {error}") from error
+
+        await asyncio.to_thread(allocate)
+
+    async def _insist(self, work: Callable[[], Awaitable[T]], entries: int = 0, size: int = 0) -> T:
+        """A transaction that a full disk must not keep from happening: the space that was kept is for it."""
+        try:
+            return await self._transaction(work, entries, size)
+        except OutboxFull:
+            if not self._spare.exists():
+                raise
+            self._spare.unlink(missing_ok=True)
+            return await self._transaction(work, entries, size)
 
     async def _transaction(self, work: Callable[[], Awaitable[T]], entries: int = 0, size: int = 0) -> T:
         """Do something in a transaction, on disk once this returns; a cancellation does not cut it in two.
@@ -297,6 +346,14 @@ class OutboxFile:
         if "full" in str(error):
             return OutboxFull(f"the disk of the outbox {self.path} is full; nothing was written")
         return OutboxError(f"the outbox {self.path} can't be used: {error}")
+
+
+def _has_begun(path: Path) -> bool:
+    """Whether there is anything in a file, or was: one that is empty may be about to be locked by who made it."""
+    try:
+        return path.stat().st_size > 0
+    except FileNotFoundError:  # its owner has just removed it
+        return False
 
 
 def _retrieve(task: asyncio.Future[Any]) -> None:
@@ -350,6 +407,7 @@ class Outbox:
         keys = link.keys
         self._owner = f"{keys.prefix}, {keys.log_partitions} log partitions"
         self._max_bytes = settings.outbox_max_bytes
+        self._largest = settings.max_memory_bytes
         self._auto = settings.outbox == "auto"
         folder = settings.data_dir / "outbox"
         self._folder = folder
@@ -367,7 +425,7 @@ class Outbox:
         self.kept = 0
 
     def _file(self, path: Path, *, own: bool = True) -> OutboxFile:
-        return OutboxFile(path, self._owner, self._max_bytes, own=own)
+        return OutboxFile(path, self._owner, self._max_bytes, own=own, largest=self._largest)
 
     @property
     def waiting(self) -> int:
@@ -382,7 +440,8 @@ class Outbox:
         """Take up what an earlier process left. OutboxInUse, OutboxError if the configured file can't be had."""
         if self._auto:
             for path in sorted(self._folder.glob("*.db")) if self._folder.is_dir() else ():
-                await self._adopt(path)
+                if _has_begun(path):
+                    await self._adopt(path)
         else:
             await self._open_own()
         if self.waiting:

@@ -125,6 +125,15 @@ class Settings(BaseSettings):
         parts = urlsplit(value)
         if parts.scheme not in ("redis", "rediss", "unix"):
             raise ValueError("must begin with redis://, rediss:// or unix://")
+        if parts.scheme != "unix":
+            try:
+                fine = parts.port is None or parts.port > 0
+            except ValueError:
+                fine = False
+            if not fine:
+                raise ValueError("the port must be a number from 1 to 65535")
+            if not re.match(r"(/[0-9]*)?\Z", parts.path):
+                raise ValueError(f"what follows the address must be a database's number, not {parts.path!r}")
         return value
 
     @field_validator("database_url")

@@ -139,7 +139,7 @@ class Shadow:
         question = Question.shared(scope, field)
         try:
             copy = int(packed) if question.kind == "count" else versions_of(unpack_memories(packed))
-        except (ValueError, TypeError, KeyError):
+        except (ValueError, TypeError, LookupError):
             return  # the read that got it says so, and drops it
         breach = await self._older(question, copy, served)
         if breach:

@@ -186,7 +186,7 @@ class Tiers:
     async def _unpack(self, plan: Plan, packed: bytes) -> Any:
         try:
             return plan.kind.unpack(packed)
-        except (ValueError, TypeError, KeyError) as error:
+        except (ValueError, TypeError, LookupError) as error:
             logger.error("a shared result for %s makes no sense (%s): dropping it", plan.scope, error)
             await self._shared.discard(plan.scope)
             return MISS

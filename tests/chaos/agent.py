@@ -106,9 +106,10 @@ class Agent:
         async def answered(bus: Bus, plan: Any) -> Any:
             def show(found: Any, source: str, stale: bool) -> Any:
                 _how.set((source, stale))
-                return plan.show(found, source, stale)
+                return plan.kind.show(found, source, stale)
 
-            return await read(bus, dataclasses.replace(plan, show=show))
+            kind = dataclasses.replace(plan.kind, show=show)
+            return await read(bus, dataclasses.replace(plan, kind=kind))
 
         async def appended(link: Any, partition: int, producer: str, sequence: int, events: Any) -> Any:
             versions = await append(link, partition, producer, sequence, events)

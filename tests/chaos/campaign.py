@@ -14,6 +14,7 @@ import argparse
 import asyncio
 import contextlib
 import json
+import math
 import random
 import shutil
 import signal
@@ -54,6 +55,9 @@ FSYNC_SECONDS = 2.0
 QUIET_SECONDS = 60.0
 """How long it may take, once all faults are lifted, until nothing is under way."""
 
+TRIES = 3
+"""A kind of fault that has no effect however often it is tried, this often at least, is none."""
+
 EQUAL_SECONDS = 5.0
 """And until all agents see the same: several times what the bounds of a run allow."""
 
@@ -69,6 +73,13 @@ class Options:
     folder: Path | None = None
     pause: float = 0.05
     protocol: int = 3
+
+
+@dataclass
+class Effect:
+    """Whether a fault was one: somebody could feel it."""
+
+    felt: bool = True
 
 
 class Campaign:
@@ -91,6 +102,8 @@ class Campaign:
         """Those of them that were not known to be applied."""
         self._fsync = "everysec"
         self._lost_log = False
+        self.tried: Counter[str] = Counter()
+        """Faults that were to be injected, by kind; not all may be felt: `counts` has those that could be."""
         self.counts: Counter[str] = Counter()
         self.agents: list[AgentParty] = []
         self.workers: list[WorkerParty] = []
@@ -215,15 +228,25 @@ class Campaign:
         self.counts[what] += 1
 
     @contextlib.contextmanager
-    def fault(self, what: str, on: str, *, loses_log: bool = False) -> Iterator[None]:
-        """Record a fault that lasts."""
+    def fault(self, what: str, on: str, *, loses_log: bool = False) -> Iterator[Effect]:
+        """Record a fault that lasts, unless it turns out to be none."""
         began = time.monotonic()
-        self.counts[what] += 1
+        effect = Effect()
         try:
-            yield
+            yield effect
         finally:
-            self._recorder.record(Fault(what, on, began, time.monotonic(), loses_log))
-            self._lost_log |= loses_log
+            if effect.felt:
+                self.counts[what] += 1
+                self._recorder.record(Fault(what, on, began, time.monotonic(), loses_log))
+                self._lost_log |= loses_log
+
+    def without_effect(self) -> list[str]:
+        """What a run did not do, though it says so."""
+        return [
+            f"{kind} was tried {times} times, and had no effect"
+            for kind, times in self.tried.items()
+            if times >= TRIES and not self.counts[kind]
+        ]
 
     async def disturb(self, seconds: float) -> None:
         """Faults of all lanes that are wanted, one after the other in each, for about as long."""
@@ -247,6 +270,7 @@ class Campaign:
             if not deck:  # each kind once, in any order, and again
                 deck = rng.sample(kinds, len(kinds))
             inject, own = deck.pop(), random.Random(rng.random())
+            self.tried[faults.name_of(inject)] += 1
             try:
                 async with asyncio.timeout(30):
                     await inject(self, own)
@@ -311,30 +335,45 @@ class Campaign:
                 waiting = {_text(id) for id, *_ in pending}
             self._unapplied += [row for row in rows if Version.parse(row[0]) > last or row[0] in waiting]
 
-    async def trim_feed(self) -> None:
+    async def trim_feed(self) -> int:
+        """Leave one message in each partition; how many went."""
+        trimmed = 0
         for partition in range(self.settings.feed_partitions):
             with contextlib.suppress(redis.RedisError, *AWAY):
-                await self._client.xtrim(self.keys.feed(partition), maxlen=1, approximate=False)
+                trimmed += await self._client.xtrim(self.keys.feed(partition), maxlen=1, approximate=False)
+        return trimmed
 
-    async def kill_clients(self) -> None:
-        with contextlib.suppress(redis.RedisError):
-            await self._client.execute_command("CLIENT", "KILL", "TYPE", "pubsub")
+    async def kill_clients(self) -> int:
+        """How many there were."""
+        with contextlib.suppress(redis.RedisError, *AWAY):
+            return int(await self._client.execute_command("CLIENT", "KILL", "TYPE", "pubsub"))
+        return 0
+
+    async def refused_for_memory(self) -> int:
+        """How many commands Redis has refused for lack of memory since it started."""
+        stats = await self._client.info("errorstats")
+        return int(stats.get("errorstat_OOM", {}).get("count", 0))
 
     @contextlib.asynccontextmanager
-    async def without_database(self, *, at_once: bool) -> AsyncIterator[None]:
+    async def without_database(self, *, at_once: bool) -> AsyncIterator[bool]:
+        """Gives whether it is really away: SQLite may not have come free in time to be locked."""
         if self.options.store == "postgres":
             stop = self._postgres.kill if at_once else self._postgres.stop
             await asyncio.to_thread(stop)
             try:
-                yield
+                yield True
             finally:
                 await asyncio.to_thread(self._postgres.start)
             return
-        connection = sqlite3.connect(self.folder / "memories.db", timeout=5, isolation_level=None)
+        path = self.folder / "memories.db"
+        # In a thread: the proxies must not stand still while it waits for the lock.
+        connection = sqlite3.connect(path, timeout=5, isolation_level=None, check_same_thread=False)
         try:
+            locked = False
             with contextlib.suppress(sqlite3.OperationalError):
-                connection.execute("BEGIN EXCLUSIVE")
-            yield
+                await asyncio.to_thread(connection.execute, "BEGIN EXCLUSIVE")
+                locked = True
+            yield locked
         finally:
             connection.close()
 
@@ -452,6 +491,7 @@ class Campaign:
             left = [path.name for path in agent.outbox.glob("*.db")]
             if left:
                 self.problems.append(f"{agent.name} left {', '.join(left)} in its outbox")
+        self.problems += self.without_effect()
         history = History.load(self.history_folder)
         unwritten = self._lost_by_everysec(history, final)
         final.log += unwritten
@@ -546,9 +586,9 @@ def parse(arguments: list[str]) -> Options:
         "make chaos", description="Everything that can go wrong, and a judgement."
     )
     parser.add_argument("--seed", type=int, default=defaults.seed)
-    parser.add_argument("--minutes", type=float, default=defaults.minutes)
-    parser.add_argument("--agents", type=int, default=defaults.agents)
-    parser.add_argument("--workers", type=int, default=defaults.workers, help="pools of workers")
+    parser.add_argument("--minutes", type=_positive, default=defaults.minutes)
+    parser.add_argument("--agents", type=_some, default=defaults.agents)
+    parser.add_argument("--workers", type=_some, default=defaults.workers, help="pools of workers")
     parser.add_argument("--store", choices=("sqlite", "postgres"), default=defaults.store)
     parser.add_argument(
         "--faults",
@@ -559,11 +599,14 @@ def parse(arguments: list[str]) -> Options:
         "--protocol", type=int, choices=(2, 3), help="of RESP; else 3 for odd seeds, 2 for even"
     )
     parser.add_argument(
-        "--pause", type=float, default=defaults.pause, help="seconds between an agent's operations"
+        "--pause", type=_positive, default=defaults.pause, help="seconds between an agent's operations"
     )
     parser.add_argument("--folder", type=Path, help="an empty folder for everything; else a temporary one")
     given = parser.parse_args(arguments)
     kinds = _kinds(given.faults, parser)
+    folder = given.folder
+    if folder is not None and folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        parser.error(f"--folder {folder}: not an empty folder")
     return Options(
         seed=given.seed,
         minutes=given.minutes,
@@ -575,6 +618,24 @@ def parse(arguments: list[str]) -> Options:
         pause=given.pause,
         protocol=given.protocol or 2 + given.seed % 2,
     )
+
+
+def _positive(text: str) -> float:
+    value = float(text)
+    if not 0 < value < math.inf:
+        raise ValueError
+    return value
+
+
+def _some(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise ValueError
+    return value
+
+
+_positive.__name__, _some.__name__ = "number above 0", "number above 0"
+"""What argparse calls them when they refuse a value."""
 
 
 def _kinds(text: str, parser: argparse.ArgumentParser) -> list[str]:

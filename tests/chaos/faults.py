@@ -23,9 +23,13 @@ Inject = Callable[["Campaign", random.Random], Awaitable[None]]
 LANES: dict[str, dict[str, Inject]] = {"workers": {}, "agents": {}, "links": {}, "servers": {}}
 
 
+def name_of(inject: Inject) -> str:
+    return inject.__name__.replace("_", "-")
+
+
 def fault(lane: str) -> Callable[[Inject], Inject]:
     def register(inject: Inject) -> Inject:
-        LANES[lane][inject.__name__.replace("_", "-")] = inject
+        LANES[lane][name_of(inject)] = inject
         return inject
 
     return register
@@ -61,6 +65,7 @@ async def _die_at(run: Campaign, rng: random.Random, point: str, kind: str) -> N
 
 @fault("workers")
 async def worker_killed_before_commit(run: Campaign, rng: random.Random) -> None:
+    """SIGKILL of a worker in the transaction of a batch, before COMMIT."""
     await _die_at(run, rng, "transaction", "worker-killed-before-commit")
 
 
@@ -72,6 +77,7 @@ async def worker_killed_after_commit(run: Campaign, rng: random.Random) -> None:
 
 @fault("workers")
 async def worker_killed_in_fan_out(run: Campaign, rng: random.Random) -> None:
+    """When some of a batch's invalidations are sent, and some are not."""
     await _die_at(run, rng, "fan-out", "worker-killed-in-fan-out")
 
 
@@ -165,14 +171,14 @@ async def feed_trimmed(run: Campaign, rng: random.Random) -> None:
     """An agent hears nothing for a while, and then the feed no longer reaches back to where it was."""
     agent = rng.choice(run.agents)
     await agent.ready.wait()
-    with run.fault("feed-trimmed", agent.current):
+    with run.fault("feed-trimmed", agent.current) as effect:
         paused = rng.random() < 0.5
         if paused:
             agent.pause()
         else:
             agent.proxy.withhold(DOWN)
         await asyncio.sleep(rng.uniform(0.2, 1.5) * run.settings.max_staleness)
-        await run.trim_feed()
+        effect.felt = await run.trim_feed() > 0
         if paused:
             agent.resume()
         else:
@@ -213,6 +219,7 @@ async def mute(run: Campaign, rng: random.Random) -> None:
 
 @fault("links")
 async def delayed(run: Campaign, rng: random.Random) -> None:
+    """All that a party says or is told is late, a little."""
     party = rng.choice(run.parties)
     with run.fault("delayed", party.name):
         party.proxy.delay = rng.uniform(0.005, 0.15)
@@ -232,9 +239,11 @@ async def cut(run: Campaign, rng: random.Random) -> None:
 
 @fault("links")
 async def connections_reset(run: Campaign, rng: random.Random) -> None:
+    """Connections that are under way end with an RST."""
     party = rng.choice(run.parties)
     for _ in range(rng.randint(1, 3)):
-        run.injected("connections-reset", party.name)
+        if party.proxy.connections:
+            run.injected("connections-reset", party.name)
         party.proxy.reset()
         await asyncio.sleep(rng.uniform(0.02, 0.3))
 
@@ -303,22 +312,24 @@ async def redis_flushed(run: Campaign, rng: random.Random) -> None:
 @fault("servers")
 async def redis_full(run: Campaign, rng: random.Random) -> None:
     """At maxmemory, with nothing that it may evict."""
-    with run.fault("redis-full", "redis"):
-        await run.redis_config("maxmemory", "1mb")
+    with run.fault("redis-full", "redis") as effect:
+        before = await run.refused_for_memory()
+        await run.redis_config("maxmemory", "1")
         await asyncio.sleep(rng.uniform(0.3, 2))
         await run.redis_config("maxmemory", "0")
+        effect.felt = await run.refused_for_memory() > before
 
 
 @fault("servers")
 async def clients_killed(run: Campaign, rng: random.Random) -> None:
     """CLIENT KILL of all connections that listen to the feed."""
-    run.injected("clients-killed", "redis")
-    await run.kill_clients()
+    if await run.kill_clients():
+        run.injected("clients-killed", "redis")
 
 
 @fault("servers")
 async def database_away(run: Campaign, rng: random.Random) -> None:
     """PostgreSQL stopped, in order or not, and started again; SQLite locked against writing."""
-    with run.fault("database-away", "database"):
-        async with run.without_database(at_once=rng.random() < 0.5):
+    with run.fault("database-away", "database") as effect:
+        async with run.without_database(at_once=rng.random() < 0.5) as effect.felt:
             await asyncio.sleep(rng.uniform(0.3, 3))

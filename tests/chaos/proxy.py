@@ -234,10 +234,13 @@ class Proxy:
         for connection in list(self._connections):
             connection.close(reset=True)
 
-    def withhold(self, *directions: str) -> None:
-        """Hold what goes in these directions, or in both, until `lift`."""
+    def withhold(self, *directions: str, new: bool = True) -> None:
+        """Hold what goes in these directions, or in both, until `lift`; ``new``: also on connections to come."""
         for direction in directions or (UP, DOWN):
-            self.gates[direction].clear()
+            if new:
+                self.gates[direction].clear()
+            for connection in self._connections:
+                connection.own[direction].clear()
 
     def drop_pushes(self, count: int = 1) -> None:
         """Take the next messages of feed channels out, whichever connections they are on."""

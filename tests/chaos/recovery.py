@@ -158,4 +158,7 @@ if __name__ == "__main__":
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--rounds", type=int, default=10, help="how often each is measured (10)")
-    raise SystemExit(asyncio.run(main(parser.parse_args().rounds)))
+    rounds = parser.parse_args().rounds
+    if rounds < 1:
+        parser.error("--rounds must be above 0")
+    raise SystemExit(asyncio.run(main(rounds)))

@@ -42,8 +42,8 @@ def tell(campaign: Campaign, history: History) -> int:
 def _faults(campaign: Campaign) -> Table:
     table = Table("fault", "times")
     table.columns[1].justify = "right"
-    for kind, times in sorted(campaign.counts.items()):
-        table.add_row(kind, str(times))
+    for kind in sorted({*campaign.tried, *campaign.counts}):
+        table.add_row(kind, str(campaign.counts[kind]))
     table.add_row("all", str(sum(campaign.counts.values())), style="bold")
     return table
 

@@ -64,6 +64,8 @@ class State(NamedTuple):
     committed: bool = False
     """Whether our writer was told that the store has it."""
     in_doubt: bool = False
+    asked: int = 0
+    """The epoch that our agent knew when it sent its write."""
     epoch: int = 0
     """The epoch that our agent knows."""
     connected: bool = True
@@ -114,12 +116,8 @@ class Own(World):
         Rule("in-doubt", "the consumer group is believed before that look", "G1", 3),
         Rule("same-epoch", "an answer of the consumer group counts whatever the epoch is by then", "G1", 2),
         Rule("named-epoch", "a message lifts marks though it dropped buckets of another epoch only", "G6", 4),
+        Rule("late-answer", "an answer of the log is believed that was asked for in another epoch", "G1", 3),
     )  # fmt: skip
-    limits = (
-        Rule(
-            "late-answer", "the log's answer to a write is on its way for longer than Redis is away", "G1", 3
-        ),
-    )
 
     def start(self) -> State:
         budgets = {name: n for name, n in self.size.items() if name in State._fields and name != "workers"}
@@ -156,11 +154,15 @@ class Own(World):
         if s.write == UNSENT and s.connected:
             yield (
                 "our write is logged",
-                s._replace(write=SENT, redis=redis._replace(logged=(*redis.logged, 1))),
+                s._replace(write=SENT, asked=s.epoch, redis=redis._replace(logged=(*redis.logged, 1))),
             )
-        if s.write == SENT and (s.connected or not self.keeps("late-answer")):
-            told = s._replace(write=TOLD, marked=self.keeps("mark"))
+        if s.write == SENT:
+            # However late: the answer may have been on its way while Redis was away.
+            late = s.asked != s.epoch and self.keeps("late-answer")
+            told = s._replace(write=TOLD, marked=self.keeps("mark"), in_doubt=s.in_doubt or late)
             yield "the writer is told", self.drop(told) if self.keeps("drop") else told
+            if (not s.connected or late) and 1 not in redis.logged:
+                yield "the call breaks with its connection", s._replace(write=LOST)  # see "publish"
         if s.others and s.write != UNSENT:
             yield (
                 "somebody else's write is logged",
@@ -179,8 +181,6 @@ class Own(World):
     def listening(self, s: State) -> Iterator[tuple[str, State]]:
         redis = s.redis
         if not s.connected or s.epoch != redis.epoch:
-            if s.connected and s.write == SENT and self.keeps("late-answer"):
-                return  # the answer is on the same machine already
             if redis.epoch is None:
                 if s.epoch == s.epochs - 1:
                     yield (
@@ -210,10 +210,6 @@ class Own(World):
 
     def meet(self, s: State) -> State:
         assert s.redis.epoch is not None
-        if s.write == SENT and 1 not in s.redis.logged and self.keeps("late-answer"):
-            s = s._replace(
-                write=LOST
-            )  # the call broke with its connection; that it is repeated is another world
         return self.drop(s)._replace(
             epoch=s.redis.epoch, connected=True, in_doubt=s.write in (TOLD, SENT), heard=len(s.redis.feed)
         )

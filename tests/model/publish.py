@@ -2,7 +2,7 @@
 
 One agent, one partition of the log, some writes one after the other. Calls and answers may be lost; a copy of a call
 may arrive late, also after its repetition, and after its process was killed. The agent may be killed at any time and
-is started again; Redis may restart without what it had not saved yet.
+is started again; Redis may restart without what it had not saved yet, and be too full to take a call.
 
 Modelled after log.py (the publisher: one call in flight), outbox.py (the file) and lua/publish.lua.
 """
@@ -57,6 +57,8 @@ class State(NamedTuple):
     sequence: int = 0
     calls: tuple[Call, ...] = ()
     """The publisher's calls whose outcome is not known yet: one at most."""
+    repeated: bool = False
+    """Whether the last of them was made again, since its answer did not come."""
     file: tuple[Kept, ...] = ()
     file_producer: int = 11
     file_sequence: int = 0
@@ -69,15 +71,24 @@ class State(NamedTuple):
     repeats: int = 0
     kills: int = 0
     restarts: int = 0
+    full: int = 0
+    """How often Redis may refuse a call for lack of room."""
     lost: bool = False
     """Whether Redis has lost anything."""
 
 
 class Publish(World):
     name = "publish"
-    about = "repeated and late calls, the outbox, kills of the agent, restarts of Redis"
-    sizes: ClassVar = {"writes": 2, "repeats": 1, "kills": 0, "restarts": 0, "outbox": 1}
-    small = ({"outbox": 0}, {}, {"kills": 1, "restarts": 1}, {"kills": 1, "writes": 3})
+    about = "repeated and late calls, the outbox, kills of the agent, restarts of Redis, a full one"
+    sizes: ClassVar = {"writes": 2, "repeats": 1, "kills": 0, "restarts": 0, "full": 0, "outbox": 1}
+    small = (
+        {"outbox": 0},
+        {},
+        {"kills": 1, "restarts": 1},
+        {"kills": 1, "writes": 3},
+        {"full": 1, "outbox": 0},
+        {"full": 1},
+    )
     larger = (
         {"repeats": 2, "kills": 1},
         {"writes": 2, "repeats": 2, "kills": 1, "restarts": 1},
@@ -92,6 +103,7 @@ class Publish(World):
         Rule("number-first", "the outbox makes a call, and writes its number into the file afterwards", "G1", 3),
         Rule("remove-last", "writes leave the outbox when their call is made, not when it is answered", "G1", 2),
         Rule("same-call", "what joins the outbox later goes along when a call is repeated", "G1", 1),
+        Rule("refusal", "a refusal for lack of room is believed, though an earlier copy may arrive later", "G1", 4),
         Rule("producer-kept", "the log forgets a producer while a call of it may still be repeated", "G1"),
     )  # fmt: skip
 
@@ -155,6 +167,9 @@ class Publish(World):
                 yield f"{shown(call)} is {what}", answered
             if answered is not after and redis is not s.redis:
                 yield f"{shown(call)} is {what}; the answer is lost", after
+            if s.full and redis is not s.redis:
+                refused = after._replace(redis=s.redis, full=s.full - 1)
+                yield f"{shown(call)} is refused: Redis is full", self.refused(refused, call)
         if s.restarts and s.saved != s.redis:
             yield "Redis saves", s._replace(saved=s.redis)
             yield (
@@ -196,6 +211,25 @@ class Publish(World):
                 return self.tell(s._replace(calls=s.calls[:i] + s.calls[i + 1 :]), mine.writes, told)
         return s
 
+    def refused(self, s: State, call: Call) -> State:
+        """The agent hears that there was no room for a call. The outbox repeats what it is at."""
+        for mine in s.calls if s.up else ():
+            if mine[:2] != call[:2]:
+                continue
+            s = s._replace(calls=tuple(other for other in s.calls if other != mine))
+            if not s.repeated or not self.keeps("refusal"):
+                return self.tell(s, mine.writes, NOTHING)
+            return self.unknown(s, mine)
+        return s
+
+    def unknown(self, s: State, call: Call) -> State:
+        """The publisher gives up a call that may be in the log."""
+        if not self.size["outbox"]:
+            return self.tell(s, call.writes, UNKNOWN)
+        number = call[:2] if self.keeps("outbox-number") else (0, 0)
+        kept = s._replace(file=s.file + tuple(Kept(write, *number) for write in call.writes))
+        return self.tell(kept, call.writes, KEPT)
+
     def tell(self, s: State, writes: tuple[int, ...], what: str) -> State:
         told = list(s.told)
         for write in writes:
@@ -215,22 +249,24 @@ class Publish(World):
                 yield (
                     f"the publisher makes {shown(call)}",
                     s._replace(
-                        queue=(), sequence=call.sequence, calls=(*s.calls, call), network=self.sent(s, call)
+                        queue=(),
+                        sequence=call.sequence,
+                        calls=(*s.calls, call),
+                        repeated=False,
+                        network=self.sent(s, call),
                     ),
                 )
         for i, call in enumerate(s.calls):
             if s.repeats:
                 yield (
                     f"the publisher repeats {shown(call)}",
-                    s._replace(repeats=s.repeats - 1, network=self.sent(s, call)),
+                    s._replace(repeats=s.repeats - 1, repeated=True, network=self.sent(s, call)),
                 )
-            given_up = s._replace(calls=s.calls[:i] + s.calls[i + 1 :])
+            given_up = self.unknown(s._replace(calls=s.calls[:i] + s.calls[i + 1 :]), call)
             if self.size["outbox"]:
-                number = call[:2] if self.keeps("outbox-number") else (0, 0)
-                kept = given_up._replace(file=s.file + tuple(Kept(write, *number) for write in call.writes))
-                yield f"the log is away: {shown(call)} enters the outbox", self.tell(kept, call.writes, KEPT)
+                yield f"the log is away: {shown(call)} enters the outbox", given_up
             elif not s.repeats:
-                yield f"the publisher gives up {shown(call)}", self.tell(given_up, call.writes, UNKNOWN)
+                yield f"the publisher gives up {shown(call)}", given_up
 
     @staticmethod
     def sent(s: State, call: Call) -> tuple[Call, ...]:

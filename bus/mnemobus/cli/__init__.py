@@ -252,7 +252,7 @@ def _verify(
         float, typer.Option(min=0, help="How long to watch; it ends some 10 s later.", metavar="N")
     ] = 60.0,
     marks: Annotated[str, typer.Option(hidden=True)] = "1,5,10",
-    patience: Annotated[float, typer.Option(hidden=True)] = 2.0,
+    patience: Annotated[float, typer.Option(hidden=True, min=0)] = 2.0,
     json: Json = False,
 ) -> None:
     """Ask every agent, 1, 5 and 10 s after something was written, whether it still holds an older copy.
@@ -263,18 +263,20 @@ def _verify(
     answer is silent, not consistent. It writes nothing: let agents be at work.
 
     The exit status is 1 if any agent held an older copy at 10 s, or was silent
-    then. Ctrl-C ends it with the figures so far.
+    then, or if Redis or the store was away and nothing could be told. Ctrl-C ends it with the figures so far.
 
     \b
     Examples:
       mnemobus verify
       mnemobus verify --seconds 600 --json
     """
+    try:
+        seconds_of_marks = [float(mark) for mark in marks.split(",")]
+    except ValueError:
+        raise typer.BadParameter(f"{marks!r} are not seconds.", param_hint="--marks") from None
     from .verify import run
 
-    raise typer.Exit(
-        run(seconds=seconds, json=json, marks=[float(m) for m in marks.split(",")], patience=patience)
-    )
+    raise typer.Exit(run(seconds=seconds, json=json, marks=seconds_of_marks, patience=patience))
 
 
 @app.command("replay")

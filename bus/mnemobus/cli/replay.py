@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import socket
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
+from urllib.parse import unquote, urlsplit
 
 from redis.exceptions import RedisError
 
@@ -41,15 +44,21 @@ def run(
         from mnemobus_workers.replay import Replay
     except ImportError:
         raise SettingsError("mnemobus_workers is not installed here: pip install mnemobus") from None
-    replay = Replay(
-        settings,
-        since=None if since is None else parse_moment(since, "--since"),
-        until=None if until is None else parse_moment(until, "--until"),
-        partitions=partitions,
-        into=None if into is None else _other(settings, into),
-        partial=partial,
-        dry_run=dry_run,
-    )
+    other = None if into is None else _other(settings, into)
+    try:
+        replay = Replay(
+            settings,
+            since=None if since is None else parse_moment(since, "--since"),
+            until=None if until is None else parse_moment(until, "--until"),
+            partitions=partitions,
+            into=other,
+            partial=partial,
+            dry_run=dry_run,
+        )
+    except SettingsError as error:
+        if other is None:
+            raise
+        raise _about_into(error) from None
     return run_until_signal(_main(settings, replay, into, dry_run, json))
 
 
@@ -58,14 +67,27 @@ def _other(settings: Settings, into: str) -> str:
     try:
         url = Settings.load(database_url=into).database_url
     except SettingsError as error:
-        raise SettingsError(str(error).replace("MNEMOBUS_DATABASE_URL", "--into", 1)) from None
+        raise _about_into(error) from None
     if _place(url) == _place(settings.database_url):
         raise SettingsError("--into names the store of the bus itself: leave it out")
     return url
 
 
-def _place(url: str) -> str:
-    return str(Path(url.removeprefix("sqlite:///")).resolve()) if url.startswith("sqlite:///") else url
+def _about_into(error: SettingsError) -> SettingsError:
+    return SettingsError(str(error).replace("MNEMOBUS_DATABASE_URL", "--into", 1))
+
+
+def _place(url: str) -> tuple[str, int, str]:
+    """Where a store is, however its URL is spelled."""
+    if url.startswith("sqlite:///"):
+        return "", 0, str(Path(url.removeprefix("sqlite:///")).resolve())
+    parts = urlsplit(url)
+    host, port = parts.hostname or "localhost", 0
+    with suppress(OSError, UnicodeError):
+        host = socket.gethostbyname(host)
+    with suppress(ValueError):  # the store says what is wrong with it
+        port = parts.port or 5432
+    return host, port, unquote(parts.path)
 
 
 async def _main(settings: Settings, replay: Replay, into: str | None, dry_run: bool, json: bool) -> int:

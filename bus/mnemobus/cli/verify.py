@@ -428,9 +428,11 @@ class Verifier:
     def report(self) -> dict[str, Any]:
         """All of it, as it is printed with --json."""
         last = self.marks[-1]
+        # Where nothing could be told of what was followed, nothing was verified.
+        told = last.asked > 0 or self.unknown == 0
         watched = time.monotonic() - self._began if self._watched is None else self._watched
         return {
-            "ok": last.older == last.silent == 0,
+            "ok": last.older == last.silent == 0 and told,
             "seconds": round(watched, 1),
             "agents": len(self.seen),
             "scopes": self.scopes,
