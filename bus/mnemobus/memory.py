@@ -626,8 +626,8 @@ def _kind(value: object) -> str:
     return {"FrozenDict": "dict", "FrozenList": "list"}.get(name, name)
 
 
-# How query results travel to and from L2: a JSON header (a list of dimensions; for each memory its id, which of these it
-# has, and the bytes of its record), a newline, then the records end to end. Nothing large is decoded on the way.
+# How query results travel to and from L2: a JSON header (a list of dimensions; for each memory its id, which of these
+# it has, and the bytes of its record), a newline, then the records end to end. Nothing large is decoded on the way.
 
 
 def pack_memories(memories: Sequence[Memory]) -> bytes:
