@@ -125,6 +125,11 @@ def alive(pid: int) -> bool:
         return False
 
 
+def is_paused(pid: int) -> bool:
+    """Whether a process stands still, until it is told to continue."""
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "T"
+
+
 # Containers
 
 

@@ -94,7 +94,9 @@ async def test_g4_no_stale_fill_while_redis_evicts_what_is_being_filled(
 ) -> None:
     # Given a Redis that has room for the log and a few buckets, and evicts others at random while they are filled
     server = own_redis("--maxmemory-policy", "volatile-lru", "--maxmemory-samples", "1", "--appendonly", "no")
-    settings = settings.model_copy(update={"redis_url": server.url, "local_max_entries": 0, "feed_partitions": 4})
+    settings = settings.model_copy(
+        update={"redis_url": server.url, "local_max_entries": 0, "feed_partitions": 4}
+    )
     settings = settings.model_copy(update={"retention": 0.0, "feed_length": 50, "redis_pool_max": 6})
     rng = random.Random(12)
     rooms = [f"r{n}" for n in range(60)]

@@ -33,7 +33,7 @@ async def test_g2_g5_no_copy_differs_from_the_store_after_two_processes_wrote_at
     settings = settings.model_copy(update={"own_write_timeout": 20.0, "batch_size": 5})
     workers(settings)
     other = settings.model_copy(update={"redis_protocol": 2})
-    alice, bob, carol = players = [Player(s, tmp_path, "race") for s in (settings, other, other)]
+    alice, bob, _carol = players = [Player(s, tmp_path, "race") for s in (settings, other, other)]
     try:
         async with opened(settings, local_max_entries=0) as bus:
             memories = [said("nobody", f"r{n % ROOMS}") for n in range(KEYS)]
@@ -69,7 +69,10 @@ async def test_g2_g5_no_copy_differs_from_the_store_after_two_processes_wrote_at
                 assert row is not None
                 last = max(versions, key=lambda name: Version.parse(versions[name][id]))
                 stored[id] = [versions[last][id], {"text": last}]
-                assert [str(row.version), row.content] == [versions[last][id], b'{"text":"%s"}' % last.encode()]
+                assert [str(row.version), row.content] == [
+                    versions[last][id],
+                    b'{"text":"%s"}' % last.encode(),
+                ]
             assert {content["text"] for _, content in stored.values()} == {"alice", "bob"}
 
             # And so has every copy, in the writers, in the reader, and in Redis
