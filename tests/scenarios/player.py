@@ -3,6 +3,8 @@
 write    change one memory again and again, and read it after each write
 read     read one memory again and again
 race     change many memories, each at its moment, and read it right after
+look     say what is seen of some memories
+produce  write, under the name of a producer that is given
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ import time
 from typing import Any
 
 import mnemobus
+from mnemobus import Memory
 
 
 async def write(bus: mnemobus.Bus, id: str, until: float) -> dict[str, Any]:
@@ -66,7 +69,17 @@ async def look(bus: mnemobus.Bus, ids: list[str]) -> dict[str, Any]:
     return {"seen": seen, "held": bus.stats().hits_local, "waits": bus.stats().own_write_timeouts}
 
 
-PARTS = {"write": write, "read": read, "race": race, "look": look}
+async def produce(bus: mnemobus.Bus, producer: str, text: str) -> dict[str, Any]:
+    for publisher in bus._publishers:
+        publisher._producer = producer
+    try:
+        receipt = await bus.write(Memory(table="messages", room="r1", content={"text": text}))
+    except mnemobus.MnemobusError as error:
+        return {"error": type(error).__name__, "message": str(error)}
+    return {"version": str(receipt.version)}
+
+
+PARTS = {"write": write, "read": read, "race": race, "look": look, "produce": produce}
 
 
 async def main() -> None:
