@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import random
 import sys
 import time
 from typing import Any
@@ -20,14 +21,17 @@ from mnemobus import Memory
 
 
 async def write(bus: mnemobus.Bus, id: str, until: float) -> dict[str, Any]:
+    rng = random.Random(1)
     number, unread = 0, []
     while time.monotonic() < until:
-        number += 1
-        receipt = await bus.update(id, content={"n": number})
+        for _ in range(rng.randint(1, 3)):  # the next while readers still fetch the last
+            number += 1
+            receipt = await bus.update(id, content={"n": number})
+            await asyncio.sleep(rng.uniform(0, 0.008))
         memory = await bus.get(id)
         if memory is None or memory.version != receipt.version or memory.content["n"] != number:
             unread.append([number, memory and memory.content["n"]])
-        await asyncio.sleep(0.03)
+        await asyncio.sleep(rng.uniform(0, 0.05))
     return {"writes": number, "unread": unread}
 
 

@@ -62,7 +62,13 @@ async def test_g1_g2_g3_g5_g6_clocks_that_disagree_by_minutes_have_no_effect(
 
     def said(by: float, text: str) -> dict[str, Any]:
         at = (now + timedelta(minutes=by)).isoformat()
-        return {"id": new_id(), "table": "messages", "room": "r1", "created_at": at, "content": {"text": text}}
+        return {
+            "id": new_id(),
+            "table": "messages",
+            "room": "r1",
+            "created_at": at,
+            "content": {"text": text},
+        }
 
     async def text(reader: AgentProcess, id: str) -> Any:
         found = await reader.do("get", id=id)

@@ -11,7 +11,7 @@ import pytest
 import redis
 
 import mnemobus
-from mnemobus import Memory, Settings
+from mnemobus import LogFull, Memory, Settings
 from scenarios.telling import Connect, opened, said, texts
 from servers import RedisServer, eventually, worker_threads
 
@@ -109,10 +109,17 @@ async def test_g4_no_stale_fill_while_redis_evicts_what_is_being_filled(
                 dawdle(reader, rng)
             committed, older, reads, writing = [0] * len(rooms), [], 0, True
 
+            async def update(memory: Memory, number: int) -> None:
+                try:
+                    await writer.update(memory.id, metadata={"n": number}, durability="committed")
+                except LogFull:  # nothing was written, and there is room again in a moment
+                    await asyncio.sleep(0.01)
+                    await update(memory, number)
+
             async def write() -> None:
                 for number in range(1, 201):
                     n = rng.randrange(10)
-                    await writer.update(memories[n].id, metadata={"n": number}, durability="committed")
+                    await update(memories[n], number)
                     committed[n] = number  # and fanned out: who listens to nothing learns of it by the XACK
 
             async def read(reader: mnemobus.Bus) -> None:

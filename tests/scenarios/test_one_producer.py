@@ -76,7 +76,8 @@ async def test_g1_two_processes_with_one_producer_id_get_an_error_and_are_not_me
         acknowledged: dict[str, str] = {}
         refused: list[str] = []
         for n in range(6):
-            for name, player in (("alice", alice), ("bob", bob)) if n % 2 else (("bob", bob), ("alice", alice)):
+            turns = [("alice", alice), ("bob", bob)]
+            for name, player in turns if n % 2 else reversed(turns):
                 await player.tell(producer="same", text=f"{name} {n}")
                 answer = await player.hear()
                 if "version" in answer:
@@ -106,8 +107,9 @@ async def test_g1_g7_two_processes_with_a_copied_outbox_lose_neither_ones_writes
     # Given an outbox that was published up to some call, and a copy of it
     server = own_redis()
     path, copy = tmp_path / "outbox.db", tmp_path / "copy.db"
-    settings = settings.model_copy(update={"redis_url": server.url, "redis_timeout": 0.5, "outbox": str(path)})
-    texts = ["0"]
+    settings = settings.model_copy(
+        update={"redis_url": server.url, "redis_timeout": 0.5, "outbox": str(path)}
+    )
     with worker_threads(settings):
         alice = await asyncio.to_thread(agent, settings)
         await write(alice, "0")
@@ -116,7 +118,9 @@ async def test_g1_g7_two_processes_with_a_copied_outbox_lose_neither_ones_writes
         server.start()
         await empty(alice)
         alice.close()
-        shutil.copy(path, copy)
+        for suffix in ("", "-wal"):
+            if Path(f"{path}{suffix}").exists():
+                shutil.copy(f"{path}{suffix}", f"{copy}{suffix}")
 
         # When two processes use one each, Redis goes away, and both write
         alice = await asyncio.to_thread(agent, settings)
