@@ -37,7 +37,9 @@ def die() -> None:
     elif not paused:
         paused = True
         os.kill(os.getpid(), signal.SIGSTOP)
-        time.sleep(0.1)  # another thread may get the signal first, and this one must not go on until all stand still
+        time.sleep(
+            0.1
+        )  # another thread may get the signal first, and this one must not go on until all stand still
 
 
 def wrap(owner: Any, name: str, *, before: Any = None, after: Any = None) -> None:
