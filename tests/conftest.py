@@ -145,7 +145,7 @@ def agent(tmp_path: Path) -> Iterator[Callable[..., AgentProcess]]:
     """Starts agents as processes."""
     started: list[AgentProcess] = []
 
-    def start(settings: Settings, **options: str) -> AgentProcess:
+    def start(settings: Settings, **options: Any) -> AgentProcess:
         started.append(AgentProcess(settings, tmp_path, **options))
         return started[-1]
 

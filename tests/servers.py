@@ -25,7 +25,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -123,6 +123,11 @@ def alive(pid: int) -> bool:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except FileNotFoundError:
         return False
+
+
+def is_paused(pid: int) -> bool:
+    """Whether a process stands still, until it is told to continue."""
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "T"
 
 
 # Containers
@@ -492,13 +497,22 @@ def _command(pid: int) -> bytes:
 
 
 class AgentProcess:
-    """An agent in a process of its own, told what to do line by line (see agent_process.py)."""
+    """An agent in a process of its own, told what to do line by line (see agent_process.py).
 
-    def __init__(self, settings: Settings, folder: Path, program: str = "agent_process.py") -> None:
+    before: what goes before its command, to have it run in another way
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        folder: Path,
+        program: str = "agent_process.py",
+        before: Sequence[str] = (),
+    ) -> None:
         runner = Path(__file__).with_name(program)
         self._log = (folder / f"agent-{secrets.token_hex(3)}.log").open("wb")
         self._process = spawn(
-            [sys.executable, str(runner)],
+            [*before, sys.executable, str(runner)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._log,

@@ -82,7 +82,7 @@ class Worker:
 
     def publish(self, *texts: str) -> list[bytes]:
         """Events in the log, as a bus puts them there; their IDs."""
-        arguments: list[Any] = [secrets.token_hex(8), 1, 1_000_000]
+        arguments: list[Any] = [secrets.token_hex(8), 1, 1_000_000, "digest"]
         for text in texts:
             fields = event(text).fields()
             arguments += [len(fields), *fields]

@@ -163,6 +163,17 @@ async def test_exactly_one_message_of_the_feed_is_dropped(proxy: Proxy, protocol
         assert (proxy.to_drop, proxy.dropped) == (0, 1)
 
 
+def test_a_message_of_the_feed_may_come_twice_or_after_the_next() -> None:
+    proxy = Proxy("127.0.0.1", 0)
+    passing, one, two = _Frames(proxy), message(FEED), message(FEED.replace("f0", "f1"))
+    proxy.repeat_pushes()
+    assert passing.pass_on(one + two) == one + one + two
+    proxy.swap_pushes()
+    assert passing.pass_on(one[:9]) == b""
+    assert passing.pass_on(one[9:] + message(OTHER)) == message(OTHER)
+    assert passing.pass_on(two + one) == two + one + one
+
+
 async def test_a_cut_ends_connections_and_refuses_new_ones(proxy: Proxy) -> None:
     async with client_of(proxy) as client:
         assert await client.ping()
@@ -240,6 +251,18 @@ async def test_a_trap_withholds_one_answer(proxy: Proxy, redis_url: str, prefix:
         await eventually(lambda: direct.exists(key))
         assert await other.incr(key) == 2
         assert not answer.done()
+        proxy.lift()
+        assert await answer == 1
+
+
+async def test_a_trap_may_withhold_the_request_itself(proxy: Proxy, redis_url: str, prefix: str) -> None:
+    key = f"{{{prefix}}}:trapped"
+    async with client_of(proxy) as client, redis.asyncio.Redis.from_url(redis_url) as direct:
+        await client.ping()
+        caught = proxy.trap(b":trapped\r\n", UP)
+        answer = asyncio.create_task(client.incr(key))
+        await asyncio.wait_for(caught, 5)
+        assert not await direct.exists(key)
         proxy.lift()
         assert await answer == 1
 

@@ -51,7 +51,7 @@ async def test_g1_a_call_that_is_repeated_is_answered_and_not_done_again(setting
     keys = [link.keys.log(0), link.keys.producers(0), link.keys.meter(0)]
 
     async def publish(producer: str, sequence: int, events: int) -> Any:
-        return await link.run("publish", keys, [producer, sequence, 100, *event() * events])
+        return await link.run("publish", keys, [producer, sequence, 100, str(events), *event() * events])
 
     first = await publish("a", 1, 3)
     assert len(first) == 3

@@ -38,21 +38,21 @@ MUTATIONS = [
         "bus/mnemobus/lua/fill.lua",
         "if not lease or string.match(lease, '^(%S+) ') ~= ARGV[2] then",
         "if false then",
-        "test_feed.py::test_g4_a_load_that_an_invalidation_overtakes_enters_no_cache",
+        "scenarios/test_late_fills.py::test_g4_a_load_that_an_invalidation_overtakes_enters_no_cache",
     ),
     Mutation(
         "the fan-out takes the shared bucket away, leases and all (G4)",
         "bus/mnemobus/lua/fanout.lua",
         "  redis.call('UNLINK', KEYS[i])\n",
         "",
-        "test_feed.py::test_g4_a_load_that_an_invalidation_overtakes_enters_no_cache",
+        "scenarios/test_late_fills.py::test_g4_a_load_that_an_invalidation_overtakes_enters_no_cache",
     ),
     Mutation(
         "bucket identity: a late fill lands in the bucket that its read began with (G4)",
         "bus/mnemobus/local.py",
         "        if not bucket.live:\n            return\n",
         "        bucket = self._buckets.get(bucket.scope, bucket)\n        if not bucket.live:\n            return\n",
-        "test_feed.py::test_g4_a_load_that_an_invalidation_overtakes_enters_no_cache",
+        "scenarios/test_late_fills.py::test_g4_a_load_that_an_invalidation_overtakes_enters_no_cache",
     ),
     Mutation(
         "the predecessor check: a message that does not follow the position is a gap (G5)",
@@ -66,7 +66,7 @@ MUTATIONS = [
         "bus/mnemobus/feed.py",
         "            await self._catch_up([(partition, head) for partition, _, head in heads])\n",
         "",
-        "test_feed.py::test_g5_a_single_lost_message_is_found_and_repaired_within_the_bound",
+        "scenarios/test_messages.py::test_g5_exactly_one_lost_message_on_a_quiet_key_is_found_and_repaired_within_the_bound",
     ),
     Mutation(
         "a copy is served only while the feed is verified (G5)",
@@ -85,9 +85,16 @@ MUTATIONS = [
     Mutation(
         "the sequence number: a call that is repeated is answered and not done again (G1)",
         "bus/mnemobus/lua/publish.lua",
-        "  if last.seq == seq then\n    return last.ids\n  elseif",
-        "  if",
+        "  if last.seq == seq then\n",
+        "  if false then\n",
         "test_log.py::test_g1_a_call_that_is_repeated_is_answered_and_not_done_again",
+    ),
+    Mutation(
+        "the digest of a call: another process's answer is not taken for one's own (G1)",
+        "bus/mnemobus/lua/publish.lua",
+        "    if last.d and last.d ~= ARGV[4] then -- none",
+        "    if false then -- none",
+        "scenarios/test_one_producer.py::test_g1_two_processes_with_one_producer_id_get_an_error_and_are_not_merged",
     ),
     Mutation(
         "the version condition: an older write that comes later changes nothing (G2)",

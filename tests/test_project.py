@@ -210,7 +210,7 @@ def test_contributing_says_where_everything_is() -> None:
         }
     assert there <= named
     # And nothing that is not there
-    tops = {"tests/", "bench/", "compose/", "docs/", "env.template", "constraints.txt"}
+    tops = {"tests/", "tests/scenarios/", "bench/", "compose/", "docs/", "env.template", "constraints.txt"}
     assert named - there == tops
 
 

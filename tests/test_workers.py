@@ -2,7 +2,8 @@
 
 Most pools here are threads of the test's process (`pool_of`), on the broker that Dramatiq's command line would use.
 Where something is killed it is a process: `doomed`, which kills itself at a point that is given (worker_process.py), or
-Dramatiq's own (`workers`). Agents in processes of their own are in test_processes.py.
+Dramatiq's own (`workers`). Agents in processes of their own are in test_processes.py; one bad event among hundreds, and
+a store that is down for a minute, in scenarios/.
 """
 
 from __future__ import annotations
@@ -14,28 +15,25 @@ import sqlite3
 import subprocess
 import sys
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
-import orjson
 import psycopg
 import pytest
-import redis
 
 import mnemobus
 from mnemobus import Memory, Receipt, Settings, WriteRejected
 from mnemobus.connection import ThreadedLink
 from mnemobus.events import PUT, Event
-from mnemobus.feed import Invalidation, decode_entry
-from mnemobus.keys import APPLY_GROUP, Dimensions, Keyspace, Version
+from mnemobus.keys import APPLY_GROUP, Dimensions, Version
 from mnemobus.memory import encode, new_id
-from mnemobus.store import Query, open_reader, open_writer
+from mnemobus.store import open_writer
 from mnemobus.store.sqlite import SqliteWriter
 from mnemobus_workers.broker import ALONE_AFTER, DEAD_AFTER
-from servers import PostgresServer, RedisServer, Workers, alive, end, eventually, spawn
+from outside import Log, stored
+from servers import RedisServer, Workers, alive, end, eventually, is_paused, spawn
 
 Connect = Callable[..., mnemobus.Bus]
 PoolOf = Callable[[Settings], AbstractContextManager[Settings]]
@@ -90,17 +88,6 @@ async def committed(receipts: list[Receipt], timeout: float = 10) -> None:
     await asyncio.gather(*(receipt.committed(timeout) for receipt in receipts))
 
 
-async def stored(settings: Settings, room: str = "r1") -> list[str]:
-    """The texts that the store has of a room, sorted; past every cache."""
-    reader = open_reader(settings)
-    await reader.open()
-    try:
-        rows = await reader.recent(Query("messages", room=room), 10_000)
-    finally:
-        await reader.close()
-    return sorted(orjson.loads(row.content)["text"] for row in rows)
-
-
 def texts(count: int) -> list[str]:
     return sorted(f"text {n}" for n in range(count))
 
@@ -120,66 +107,6 @@ def locked(settings: Settings) -> Iterator[None]:
     finally:
         connection.execute("ROLLBACK")
         connection.close()
-
-
-class Log:
-    """What is to be seen of the log and the feed from outside."""
-
-    def __init__(self, settings: Settings) -> None:
-        self.client = redis.Redis.from_url(settings.redis_url)
-        self.keys = Keyspace(settings.redis_key_prefix, settings.log_partitions, settings.feed_partitions)
-
-    def pending(self) -> dict[str, tuple[str, int, int]]:
-        """Of each pending entry: whose it is, for how many ms it has been idle, how often it was delivered."""
-        with suppress(redis.ResponseError):  # there is no group yet
-            return {
-                e["message_id"].decode(): (
-                    e["consumer"].decode(),
-                    e["time_since_delivered"],
-                    e["times_delivered"],
-                )
-                for e in self.client.xpending_range(self.keys.log(0), APPLY_GROUP, "-", "+", 1000)
-            }
-        return {}
-
-    def forsake(self, *ids: str, deliveries: int) -> None:
-        """As if nobody had renewed these entries for long, after so many deliveries."""
-        pending = self.pending()
-        for id in ids:
-            self.client.xclaim(
-                self.keys.log(0), APPLY_GROUP, pending[id][0], 0, [id],
-                idle=86_400_000, retrycount=deliveries, justid=True,
-            )  # fmt: skip
-
-    def backlog(self) -> int:
-        added, applied = self.client.hmget(self.keys.meter(0), "added", "applied")
-        return int(added or 0) - int(applied or 0)
-
-    def letters(self) -> list[dict[str, str]]:
-        """The dead letters, their fields as text."""
-        return [
-            {name.decode(): value.decode("utf-8", "replace") for name, value in fields.items()}
-            for _, fields in self.client.xrange(self.keys.dead(0))
-        ]
-
-    def feed(self) -> list[list[Invalidation]]:
-        """All messages, by feed partition."""
-        found = []
-        for partition in range(self.keys.feed_partitions):
-            entries = self.client.xrange(self.keys.feed(partition))
-            found.append(
-                [decode_entry(id, [x for pair in fields.items() for x in pair]) for id, fields in entries]
-            )
-        return found
-
-    def named(self, scope: str) -> Counter[str]:
-        """How often the feed has named each version in the partition of a scope."""
-        messages = self.feed()[self.keys.feed_partition(scope)]
-        return Counter(str(version) for message in messages for version in message.versions)
-
-    def done(self) -> bool:
-        """Whether everything is applied and confirmed."""
-        return self.backlog() == 0 and not self.pending()
 
 
 # Killed
@@ -276,10 +203,6 @@ async def test_g1_a_paused_worker_holds_up_nobody_and_doubles_nothing_when_it_go
         await eventually(log.done)
 
 
-def is_paused(pid: int) -> bool:
-    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "T"
-
-
 async def test_g1_a_slow_worker_keeps_what_it_holds(both: Settings, pool_of: PoolOf) -> None:
     log = Log(both)
     # Given two worker processes' worth of pools, and a store that takes no commit for much longer than claim_idle
@@ -350,76 +273,6 @@ async def test_a_stop_while_the_store_is_away_hands_back_what_waits_for_it(
 
 
 # Events that can't be applied
-
-
-def refuse_poison(settings: Settings) -> str:
-    """Have the database refuse what has "poison" in it; what it will say then."""
-    url = settings.database_url
-    if url.startswith("sqlite"):
-        connection: Any = sqlite3.connect(url.removeprefix("sqlite:///"))
-        connection.execute(
-            "CREATE TRIGGER refuse BEFORE INSERT ON memories WHEN new.content LIKE '%poison%'"
-            " BEGIN SELECT RAISE(ABORT, 'no poison here'); END"
-        )
-        connection.commit()
-        connection.close()
-        return "refuses this data: no poison here"
-    with psycopg.connect(url) as connection:
-        connection.execute(
-            "ALTER TABLE memories ADD CONSTRAINT no_poison CHECK (content::text NOT LIKE '%poison%')"
-        )
-    return 'violates check constraint "no_poison"'
-
-
-@pytest.mark.parametrize("kind", ["undecodable", "refused"])
-async def test_one_bad_event_among_hundreds_becomes_a_dead_letter_and_the_rest_is_committed(
-    both: Settings, pool_of: PoolOf, kind: str, caplog: Any
-) -> None:
-    log = Log(both)
-    async with opened(both) as bus:
-        # Given 500 events in the log, of which one can't be decoded, or is refused by the database
-        events = [Event.put(encode(said(text), 1 << 20)) for text in texts(500)]
-        if kind == "undecodable":
-            reason, bad = "content: JSON, but no object", b'["text"]'
-        else:
-            reason, bad = refuse_poison(both), b'{"text":"poison"}'
-        id = new_id()
-        events[200] = Event(PUT, Dimensions("messages", "r1", entity="é"), id, bad, b"{}", created_us=7)
-        receipts = await bus._publish(events, None)
-        dead = receipts.pop(200)
-        with pool_of(both):
-            # Then all others are committed, the writer of that one is told why not, and the partition goes on
-            await committed(receipts)
-            with pytest.raises(WriteRejected) as caught:
-                await dead.committed()
-            assert (
-                f"the write of version {dead.version} could not be applied and is in the dead letters"
-                in str(caught.value)
-            )
-            assert reason in str(caught.value)
-            await committed(await write(bus, "last"))
-            await eventually(log.done)
-        expected = texts(500)
-        del expected[200]
-        assert await stored(both) == ["last", *expected]
-        # and there is one letter, which says all there is to know
-        [letter] = log.letters()
-        assert reason in letter.pop("reason")
-        assert letter == {
-            "version": str(dead.version),
-            "op": "put",
-            "table": "messages",
-            "room": "r1",
-            "id": id,
-            "entity": "é",
-            "at": "7",
-            "content": bad.decode(),
-            "metadata": "{}",
-        }
-        assert f"event {dead.version} of log partition 0 can't be applied: " in caplog.text
-        health = await bus.health()
-        assert health.dead_letters == 1
-        assert "1 dead letters: writes that no worker could apply" in health.problems
 
 
 def test_a_letter_is_written_once_however_often_its_batch_comes(settings: Settings) -> None:
@@ -509,31 +362,6 @@ async def test_an_exception_of_our_own_leaves_the_batch_pending_and_it_comes_bac
 
 
 # Away
-
-
-async def test_a_store_that_is_down_kills_no_event(
-    own_postgres: PostgresServer, settings: Settings, pool_of: PoolOf, caplog: Any
-) -> None:
-    log = Log(settings)
-    settings = settings.model_copy(update={"database_url": own_postgres.url})
-    async with opened(settings) as bus:
-        with pool_of(settings):
-            await committed(await write(bus, *texts(40)[:20]))
-            # When the store goes down, and stays so for longer than workers claim from each other
-            own_postgres.stop()
-            receipts = await write(bus, *texts(40)[20:])
-            await eventually(lambda: "trying again until it works" in caplog.text)
-            await asyncio.sleep(3 * CLAIM_IDLE)
-            # Then what is written waits, with whom it was given to
-            assert len(log.pending()) == 20
-            assert {n for _, _, n in log.pending().values()} == {1}
-            assert log.letters() == []
-            # When it is back, all is committed
-            own_postgres.start()
-            await committed(receipts, timeout=20)
-            await eventually(log.done)
-    assert await stored(settings) == texts(40)
-    assert log.letters() == []
 
 
 async def test_a_store_that_stays_locked_kills_no_event(

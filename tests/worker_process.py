@@ -1,5 +1,6 @@
 """A worker process that kills itself at a point that is given as its argument; with a second one, "pause", it pauses.
 
+batch        with a batch in hand, before it does anything with it
 transaction  in a batch's transaction, before COMMIT
 commit       between commit and fan-out
 fan-out      when some of a batch's invalidations are sent, and some are not
@@ -36,6 +37,9 @@ def die() -> None:
     elif not paused:
         paused = True
         os.kill(os.getpid(), signal.SIGSTOP)
+        time.sleep(
+            0.1
+        )  # another thread may get the signal first, and this one must not go on until all stand still
 
 
 def wrap(owner: Any, name: str, *, before: Any = None, after: Any = None) -> None:
@@ -60,7 +64,9 @@ def send_one_of_many(link: ThreadedLink, calls: list[Any]) -> None:
 
 
 def main(point: str) -> None:
-    if point == "transaction":
+    if point == "batch":
+        wrap(Applier, "_commit", before=lambda *_: die())
+    elif point == "transaction":
         wrap(merge, "apply", after=lambda *_: die())
     elif point == "commit":
         wrap(Applier, "_commit", after=lambda *_: die())

@@ -9,7 +9,9 @@ use) is seen to by a task, which repeats the same call, with the same number, as
 
 A call carries the producer's id and a sequence number, and the script answers a repeated one with the IDs that
 it gave the first time. So a call that timed out, its outcome unknown, is simply repeated (tenacity, exponential
-backoff with jitter); a late first copy of it, arriving after its repetition, finds that it was overtaken.
+backoff with jitter); a late first copy of it, arriving after its repetition, finds that it was overtaken. Two processes
+that go by one producer id (a copied outbox, a process that was forked) must not take each other's answers for their
+own: a repetition is known by a digest of its events, too.
 
 A log that can't be reached for a moment is waited for. Where that goes on, what the call carries, and everything after
 it, goes to the outbox (outbox.py) if there is one, which makes the same call once the log is back.
@@ -26,6 +28,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from hashlib import blake2b
 from typing import Any, Protocol
 
 from redis.exceptions import ResponseError
@@ -96,10 +99,15 @@ def _call(
 ) -> tuple[list[str], list[Field]]:
     """KEYS and ARGV of publish.lua."""
     keys = link.keys
-    arguments: list[Field] = [producer, sequence, link.settings.max_backlog]
+    arguments: list[Field] = [producer, sequence, link.settings.max_backlog, ""]
+    # The same whether the fields come from memory or from the outbox.
+    digest = blake2b(digest_size=8)
     for fields in events:
+        digest.update(b"\0".join([f if isinstance(f, bytes) else str(f).encode() for f in fields]))
+        digest.update(b"\n")
         arguments.append(len(fields))
         arguments += fields
+    arguments[3] = digest.hexdigest()
     return [keys.log(partition), keys.producers(partition), keys.meter(partition)], arguments
 
 
@@ -115,6 +123,10 @@ def _refusal(link: Link, partition: int, producer: str, text: str) -> WriteFaile
         return Overtaken(
             f"producer {producer} is in use by another process, or went on without this write: nothing was written"
         )
+    if word == "TAKEN":
+        return Overtaken(
+            f"producer {producer} is in use by another process, which has made call {number} of it: nothing was written"
+        )
     if text.startswith(_PASSING):
         return Unready(f"Redis at {link.address} does not take writes now: {text}")
     return WriteFailed(f"the log refuses the write: {text}")
@@ -125,7 +137,7 @@ class Unready(LogUnavailable):
 
 
 class Overtaken(WriteFailed):
-    """The producer has gone on to another call, so this one was answered, or given up."""
+    """The producer has made this call, or a later one, with other events."""
 
 
 class Overflow(Protocol):

@@ -9,8 +9,10 @@ hits every connection of that party, those under way and those to come, until it
     withhold       nothing arrives any more, and nobody is told: half open, in one direction or in both. What was held
                    is delivered when it is lifted, however late
     drop_pushes    single messages of feed channels are taken out of what the server sends; all else goes through
-    trap           the answer to the next request that contains some bytes is withheld, and all after it on that
-                   connection: the request itself gets through
+    repeat_pushes  single messages of feed channels come twice
+    swap_pushes    a message of a feed channel comes after the next one on that connection
+    trap           the next request that contains some bytes is withheld, or only the answer to it, and all after it on
+                   that connection
 
 To take out exactly one message the proxy has to know where it begins and ends: it reads the server's side frame by
 frame (RESP2 and RESP3), but never waits for a frame to be complete where nothing is to be dropped.
@@ -89,6 +91,8 @@ class _Connection:
         while chunk := await reader.read(_CHUNK):
             if self.proxy.delay:
                 await asyncio.sleep(self.proxy.delay)
+            if direction == UP:
+                self._look(chunk, UP)
             # One after the other, and again: one may be shut while the other is waited for.
             gates = (self.proxy.gates[direction], self.own[direction])
             while not all(gate.is_set() for gate in gates):
@@ -97,19 +101,20 @@ class _Connection:
             if frames is not None:
                 chunk = frames.pass_on(chunk)
             else:
-                self._look(chunk)
+                self._look(chunk, DOWN)
+                self._recent = chunk[-64:]
             if chunk:
                 writer.write(chunk)
                 await writer.drain()
 
-    def _look(self, chunk: bytes) -> None:
-        for pattern, caught in list(self.proxy.traps.items()):
-            if pattern in self._recent + chunk:
-                self.own[DOWN].clear()
+    def _look(self, chunk: bytes, held: str) -> None:
+        """Whether a request springs a trap that withholds what goes in this direction."""
+        for pattern, (direction, caught) in list(self.proxy.traps.items()):
+            if direction == held and pattern in self._recent + chunk:
+                self.own[direction].clear()
                 del self.proxy.traps[pattern]
                 if not caught.done():
                     caught.set_result(None)
-        self._recent = chunk[-64:]
 
     def close(self, *, reset: bool = False) -> None:
         for writer in (self.client, self.server):
@@ -129,6 +134,8 @@ class _Frames:
         """Of a frame that is not complete: what was not passed on."""
         self._passed = 0
         """Of the same frame: how many bytes of `_held` were."""
+        self._late = b""
+        """A message that waits for the next one to overtake it."""
 
     def pass_on(self, chunk: bytes) -> bytes:
         """What may go on of all that has come."""
@@ -139,18 +146,36 @@ class _Frames:
             end = frame_end(held, at)
             if end < 0:
                 break
-            if self._proxy.to_drop and not self._passed and feed_message(held[at:end]):
-                self._proxy.to_drop -= 1
-                self._proxy.dropped += 1
+            if not self._passed and feed_message(held[at:end]):
+                out += self._message(bytes(held[at:end]))
             else:
                 out += held[at + self._passed : end]
             self._passed = 0
             at = end
         del held[:at]
-        if not self._proxy.to_drop:  # nobody wants to see the rest of it first
+        proxy = self._proxy
+        # If nobody wants to see the rest of it first.
+        if not (proxy.to_drop or proxy.to_repeat or proxy.to_swap or self._late):
             out += held[self._passed :]
             self._passed = len(held)
         return bytes(out)
+
+    def _message(self, frame: bytes) -> bytes:
+        """What goes on in place of a message of the feed."""
+        proxy = self._proxy
+        if proxy.to_drop:
+            proxy.to_drop -= 1
+            proxy.dropped += 1
+            return b""
+        if proxy.to_repeat:
+            proxy.to_repeat -= 1
+            return frame + frame
+        if proxy.to_swap and not self._late:
+            proxy.to_swap -= 1
+            self._late = frame
+            return b""
+        late, self._late = self._late, b""
+        return frame + late
 
 
 class Proxy:
@@ -166,8 +191,8 @@ class Proxy:
         self.delay = 0.0
         """Seconds that each chunk is late."""
         self.gates = _open_gates()
-        self.traps: dict[bytes, asyncio.Future[None]] = {}
-        self.to_drop = 0
+        self.traps: dict[bytes, tuple[str, asyncio.Future[None]]] = {}
+        self.to_drop = self.to_repeat = self.to_swap = 0
         self.dropped = 0
         """Messages of the feed that were taken out so far."""
 
@@ -246,16 +271,27 @@ class Proxy:
         """Take the next messages of feed channels out, whichever connections they are on."""
         self.to_drop += count
 
-    def trap(self, pattern: bytes) -> asyncio.Future[None]:
-        """Withhold the answer to the next request with these bytes (64 at most); done once it has gone to Redis."""
-        return self.traps.setdefault(pattern, asyncio.get_running_loop().create_future())
+    def repeat_pushes(self, count: int = 1) -> None:
+        """Have the next messages of feed channels come twice."""
+        self.to_repeat += count
+
+    def swap_pushes(self, count: int = 1) -> None:
+        """Have the next message of a feed channel come after the one that follows it."""
+        self.to_swap += count
+
+    def trap(self, pattern: bytes, direction: str = DOWN) -> asyncio.Future[None]:
+        """Withhold the answer to the next request with these bytes (64 at most); done once it has gone to Redis.
+
+        With UP the request itself is withheld; done once it has come.
+        """
+        return self.traps.setdefault(pattern, (direction, asyncio.get_running_loop().create_future()))[1]
 
     def lift(self) -> None:
         """End all of it; what was held is delivered."""
         self._cut = False
         self.delay = 0.0
-        self.to_drop = 0
-        for caught in self.traps.values():
+        self.to_drop = self.to_repeat = self.to_swap = 0
+        for _, caught in self.traps.values():
             caught.cancel()
         self.traps.clear()
         for gate in self.gates.values():

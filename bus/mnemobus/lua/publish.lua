@@ -1,21 +1,26 @@
 -- Append a producer's events to the log, once, however often the call is repeated.
 --
 -- KEYS[1]  log: the stream of events
--- KEYS[2]  producers: a hash, producer id -> JSON {seq, ids, t}: its last call and what it was answered
+-- KEYS[2]  producers: a hash, producer id -> JSON {seq, d, ids, t}: its last call and what it was answered
 -- KEYS[3]  meter: a hash, added and applied; their difference is the backlog
 -- ARGV[1]  producer id
 -- ARGV[2]  sequence number of the call: one more than the producer's last
 -- ARGV[3]  backlog at which the log takes no more
--- ARGV[4..] for each event: how many arguments follow, then its field names and values, alternating
+-- ARGV[4]  digest of the call's events: a repetition has the same
+-- ARGV[5..] for each event: how many arguments follow, then its field names and values, alternating
 -- Returns  the ID of each event, in order; those of the first time if the call is a repetition
 -- Errors   BACKLOG n      the backlog stands at n; nothing was written
 --          SUPERSEDED n   the producer has gone on to call n; nothing was written
+--          TAKEN n        call n of this producer was another one: two go by the same id; nothing was written
 
 local seq = tonumber(ARGV[2])
 local record = redis.call('HGET', KEYS[2], ARGV[1])
 if record then
   local last = cjson.decode(record)
   if last.seq == seq then
+    if last.d and last.d ~= ARGV[4] then -- none where an older mnemobus made the call
+      return redis.error_reply('TAKEN ' .. ARGV[2])
+    end
     return last.ids
   elseif last.seq > seq then
     return redis.error_reply('SUPERSEDED ' .. string.format('%d', last.seq))
@@ -29,7 +34,7 @@ if backlog >= tonumber(ARGV[3]) then
 end
 
 local ids = {}
-local at = 4
+local at = 5
 while at <= #ARGV do
   local last = at + tonumber(ARGV[at])
   ids[#ids + 1] = redis.call('XADD', KEYS[1], '*', unpack(ARGV, at + 1, last))
@@ -39,5 +44,6 @@ redis.call('HINCRBY', KEYS[3], 'added', #ids)
 local time = redis.call('TIME')
 local now = tonumber(time[1]) * 1000 + math.floor(tonumber(time[2]) / 1000)
 redis.call('HSET', KEYS[2], ARGV[1],
-  '{"seq":' .. ARGV[2] .. ',"t":' .. string.format('%d', now) .. ',"ids":' .. cjson.encode(ids) .. '}')
+  '{"seq":' .. ARGV[2] .. ',"d":"' .. ARGV[4] .. '","t":' .. string.format('%d', now)
+    .. ',"ids":' .. cjson.encode(ids) .. '}')
 return ids
