@@ -10,15 +10,17 @@ import resource
 import socket
 import struct
 from collections import Counter
+from collections.abc import Iterator
 from contextlib import AsyncExitStack, suppress
+from itertools import chain, cycle, islice
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
 from redis.asyncio import Redis
 
 import mnemobus
-from mnemobus import Settings
+from mnemobus import Memory, Settings
 from mnemobus.keys import room_scope
 
 from .party import moment, serve, tell
@@ -26,6 +28,8 @@ from .world import message, until
 
 _TICK = 0.005
 """Seconds between the writes of a load that is given by its rate."""
+_MADE = 5_000
+T = TypeVar("T")
 _TCP_BYTES_RECEIVED = 128
 """Where in Linux's ``struct tcp_info``."""
 
@@ -100,38 +104,37 @@ class Agents:
 
     # Load
 
-    async def flood(self, rooms: list[str], writers: int) -> None:
-        """Write as fast as so many concurrent writers can."""
+    async def flood(self, rooms: list[str], backlog: int) -> None:
+        """Write so fast that the pool always has about so many events before it."""
+        bus = self._buses[0]
+        memories = _made(rooms)
 
         async def write() -> None:
             while True:
-                self._written += 1
-                await self._buses[0].write(message(rooms[self._written % len(rooms)], self._written))
+                while (await bus.health()).backlog > backlog:
+                    await asyncio.sleep(_TICK)
+                await self._send(bus, memories, backlog // 4)
 
-        async def all() -> None:
-            async with asyncio.TaskGroup() as group:
-                for _ in range(writers):
-                    group.create_task(write())
-
-        self._load = asyncio.create_task(all())
+        self._load = asyncio.create_task(write())
 
     async def load(self, rooms: list[str], rate: float) -> None:
         """Write at a rate."""
+        bus = self._buses[0]
+        memories = _made(rooms)
 
         async def write() -> None:
-            bus, began, sent = self._buses[0], moment(), 0
+            began, sent = moment(), 0
             while True:
                 due = int((moment() - began) / 1e9 * rate)
-                memories = [
-                    message(rooms[n % len(rooms)], n)
-                    for n in range(self._written, self._written + due - sent)
-                ]
-                self._written += len(memories)
+                await self._send(bus, memories, due - sent)
                 sent = due
-                await asyncio.gather(*(bus.write(memory) for memory in memories))
                 await asyncio.sleep(_TICK)
 
         self._load = asyncio.create_task(write())
+
+    async def _send(self, bus: mnemobus.Bus, memories: list[Memory], count: int) -> None:
+        await bus.write_many(list(islice(_around(memories, self._written), count)))
+        self._written += count
 
     async def load_by_hand(self, log: str, rooms: list[str], rate: float) -> None:
         """XADD at a rate."""
@@ -139,6 +142,7 @@ class Agents:
 
         client: Redis = Redis.from_url(self._settings.redis_url)
         self._stack.push_async_callback(client.aclose)
+        entries = [fields(memory) for memory in _made(rooms)]
 
         async def write() -> None:
             began, sent = moment(), 0
@@ -146,8 +150,8 @@ class Agents:
                 due = int((moment() - began) / 1e9 * rate)
                 if due > sent:
                     async with client.pipeline(transaction=False) as pipe:
-                        for n in range(self._written, self._written + due - sent):
-                            pipe.xadd(log, fields(message(rooms[n % len(rooms)], n)))
+                        for entry in islice(_around(entries, self._written), due - sent):
+                            pipe.xadd(log, entry)
                         await pipe.execute()
                 self._written += due - sent
                 sent = due
@@ -162,6 +166,16 @@ class Agents:
         with suppress(asyncio.CancelledError):
             await self._load
         return self._written
+
+
+def _made(rooms: list[str]) -> list[Memory]:
+    """What a load writes, over and over: made ahead, so that the load takes little of the machine."""
+    return [message(rooms[n % len(rooms)], n) for n in range(_MADE)]
+
+
+def _around(items: list[T], start: int) -> Iterator[T]:
+    start %= len(items)
+    return chain(items[start:], cycle(items))
 
 
 def _received(port: int) -> int:

@@ -73,12 +73,17 @@ class Party:
             if number == 0:
                 if self.on_told is not None:
                     self.on_told(answer)
-            elif error:
-                self._asked.pop(number).set_exception(PartyFailed(error))
+                continue
+            asked = self._asked.pop(number)
+            if asked.done():  # whoever asked has given up
+                continue
+            if error:
+                asked.set_exception(PartyFailed(error))
             else:
-                self._asked.pop(number).set_result(answer)
+                asked.set_result(answer)
         for asked in self._asked.values():
-            asked.set_exception(PartyFailed(f"{' '.join(self._command[1:])} is gone"))
+            if not asked.done():
+                asked.set_exception(PartyFailed(f"{' '.join(self._command[1:])} is gone"))
 
     async def ask(self, call: str, *arguments: Any) -> Any:
         """Have the process call a method; its answer."""

@@ -12,6 +12,6 @@ Task = Callable[[World], Awaitable[list[Result]]]
 
 def tasks() -> dict[str, Task]:
     """Every task by name, in the order of the table."""
-    from . import hot, propagation
+    from . import hot, interest, propagation
 
-    return {"hot": hot.run, "propagation": propagation.run}
+    return {"hot": hot.run, "propagation": propagation.run, "interest": interest.run}
