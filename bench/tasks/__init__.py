@@ -12,6 +12,6 @@ Task = Callable[[World], Awaitable[list[Result]]]
 
 def tasks() -> dict[str, Task]:
     """Every task by name, in the order of the table."""
-    from . import hot, interest, propagation
+    from . import agents, hot, interest, propagation
 
-    return {"hot": hot.run, "propagation": propagation.run, "interest": interest.run}
+    return {"hot": hot.run, "propagation": propagation.run, "interest": interest.run, "agents": agents.run}
