@@ -87,7 +87,7 @@ class Agents:
         return newest
 
     async def figures(self) -> dict[str, float]:
-        """Of all agents of this process together, so far: what they received from Redis, the CPU seconds of the process."""
+        """Of all agents of this process, so far: bytes that came from Redis, the process's CPU seconds, counters."""
         usage = resource.getrusage(resource.RUSAGE_SELF)
         stats = [bus.stats() for bus in self._buses]
         return {
@@ -111,8 +111,9 @@ class Agents:
 
         async def write() -> None:
             while True:
-                while (await bus.health()).backlog > backlog:
+                if (await bus.health()).backlog > backlog:
                     await asyncio.sleep(_TICK)
+                    continue
                 await self._send(bus, memories, backlog // 4)
 
         self._load = asyncio.create_task(write())

@@ -1,8 +1,8 @@
 """Programs in processes of their own, asked line by line.
 
-The parent's side is a `Party`. A program answers with the methods of an object (`serve`), as many calls at once as it is
-asked, and may tell the parent something that it was not asked (`tell`). It ends when its input does: with the parent,
-however that ends.
+The parent's side is a `Party`. A program answers with the methods of an object (`serve`), as many calls at once as it
+is asked, and may tell the parent something that it was not asked (`tell`). It ends when its input does: with the
+parent, however that ends.
 
 Moments are nanoseconds of CLOCK_MONOTONIC, which the processes of a machine share.
 """

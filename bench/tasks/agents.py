@@ -96,14 +96,13 @@ async def run(world: World) -> list[Result]:
     counts = [1, 10, 50] if world.quick else [1, 10, 100, 500]
     reach = Result("agents", "acknowledged to dropped by each agent that holds the room, p99", "ms")
     cost = Result("agents", "CPU of Redis for one write", "us")
+    quiet = 0.4 if world.quick else 2.0
     settings = world.settings(local_max_entries=1_000)
     with world.workers(settings):
         async with AsyncExitStack() as stack:
             bus = await stack.enter_async_context(connect(**settings.model_dump()))
             server = await stack.enter_async_context(redis.asyncio.Redis.from_url(settings.redis_url))
-            parties = [
-                await stack.enter_async_context(Party(**started(settings))) for _ in range(PROCESSES)
-            ]
+            parties = [await stack.enter_async_context(Party(**started(settings))) for _ in range(PROCESSES)]
             crowd = Crowd(parties, [0] * PROCESSES)
             variants = _variants(Places(bus))
             for count in counts:
@@ -115,7 +114,7 @@ async def run(world: World) -> list[Result]:
                     name = f"{count} agents, {variant.name}" if count > 1 else "1 agent, holds the room"
                     tails, costs = reach.samples[name], cost.samples[name] = [], []
                     for _ in range(world.rounds(3, 2)):
-                        tail, used = await _round(bus, server, crowd, variant, listeners, world.some(2, 1))
+                        tail, used = await _round(bus, server, crowd, variant, listeners, quiet)
                         tails.append(tail)
                         costs.append(used)
                     for result in (reach, cost):

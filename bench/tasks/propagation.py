@@ -76,7 +76,7 @@ async def run(world: World) -> list[Result]:
     settings = world.settings("postgres")
     by_hand = world.database()
     prepare(by_hand)
-    probes = world.some(150, 40)
+    probes = world.some(150, 30)
     with world.workers(settings, PROCESSES):
         async with (
             connect(**settings.model_dump()) as bus,
@@ -97,8 +97,8 @@ async def run(world: World) -> list[Result]:
                     found = await chain.delays()
                 return [seconds * 1e3 for seconds in found]
 
-            idle = await _compare("idle", world.rounds(7), probes, ours.delays, chained)
-            saturated = await _saturate(settings.redis_url, bus, loading, world.some(4, 2))
+            idle = await _compare("idle", world.rounds(7, 2), probes, ours.delays, chained)
+            saturated = await _saturate(settings.redis_url, bus, loading, world.some(4, 1))
             rate = saturated / 2
 
             async def loaded(count: int) -> list[float]:
@@ -119,7 +119,7 @@ async def run(world: World) -> list[Result]:
                     await loading.ask("unload")
                     await _caught_up(settings.redis_url, chain._log)
 
-            half = await _compare("at half load", world.rounds(7), probes, loaded, chained_loaded)
+            half = await _compare("at half load", world.rounds(7, 2), probes, loaded, chained_loaded)
             figures = await listening.ask("figures")
     for result in idle:
         result.notes.append(
