@@ -12,6 +12,12 @@ Task = Callable[[World], Awaitable[list[Result]]]
 
 def tasks() -> dict[str, Task]:
     """Every task by name, in the order of the table."""
-    from . import hot
+    from . import agents, conversation, hot, interest, propagation
 
-    return {"hot": hot.run}
+    return {
+        "hot": hot.run,
+        "propagation": propagation.run,
+        "interest": interest.run,
+        "agents": agents.run,
+        "conversation": conversation.run,
+    }

@@ -1,0 +1,212 @@
+"""A process with any number of agents, each a bus of its own: what the tasks with several processes run.
+
+`python -m bench.agents`, with the settings in the environment; asked through party.py.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import resource
+import socket
+import struct
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import AsyncExitStack, suppress
+from itertools import chain, cycle, islice
+from pathlib import Path
+from typing import Any, TypeVar
+from urllib.parse import urlsplit
+
+from redis.asyncio import Redis
+
+import mnemobus
+from mnemobus import Memory, Settings
+from mnemobus.keys import room_scope
+
+from .party import moment, serve, tell
+from .world import message, until
+
+_TICK = 0.005
+"""Seconds between the writes of a load that is given by its rate."""
+_MADE = 5_000
+T = TypeVar("T")
+_TCP_BYTES_RECEIVED = 128
+"""Where in Linux's ``struct tcp_info``."""
+
+
+class Agents:
+    def __init__(self, stack: AsyncExitStack) -> None:
+        self._stack = stack
+        self._settings = Settings.load()
+        self._port = urlsplit(self._settings.redis_url).port or 6379
+        self._buses: list[mnemobus.Bus] = []
+        self._holders: Counter[str] = Counter()
+        """How many of the agents hold a scope; 0 again once all of them have dropped it."""
+        self._drops: dict[str, list[int]] = {}
+        self._load: asyncio.Task[None] | None = None
+        self._written = 0
+
+    async def open(self, count: int) -> None:
+        """So many agents more."""
+        for _ in range(count):
+            bus = await self._stack.enter_async_context(mnemobus.connect())
+            bus.on_drop = self._dropped
+            self._buses.append(bus)
+
+    def _dropped(self, scope: str) -> None:
+        at = moment()
+        if scope not in self._holders:
+            return
+        drops = self._drops.setdefault(scope, [])
+        drops.append(at)
+        if len(drops) == self._holders[scope]:
+            del self._holders[scope], self._drops[scope]
+            tell([scope, drops])
+
+    async def hold(self, first: int, last: int, rooms: list[str]) -> list[list[int]]:
+        """Have agents read rooms until they have them; for each room the numbers of the newest message they got.
+
+        All of them having dropped a room is told: [scope, moments].
+        """
+        newest: list[list[int]] = []
+        for room in rooms:
+            scope = room_scope("messages", room)
+            read = await asyncio.gather(*(self._hold(bus, room) for bus in self._buses[first:last]))
+            self._holders[scope] = self._holders[scope] + last - first
+            newest.append(read)
+        return newest
+
+    async def _hold(self, bus: mnemobus.Bus, room: str) -> int:
+        found = await bus.recent("messages", room=room, limit=5)
+        newest = max((memory.content["n"] for memory in found), default=-1)
+
+        async def held() -> bool:
+            return (await bus.recent("messages", room=room, limit=5)).source == "local"
+
+        await until(held, 30)
+        return newest
+
+    async def figures(self) -> dict[str, float]:
+        """Of all agents of this process, so far: bytes that came from Redis, the process's CPU seconds, counters."""
+        usage = resource.getrusage(resource.RUSAGE_SELF)
+        stats = [bus.stats() for bus in self._buses]
+        return {
+            "bytes": _received(self._port),
+            "cpu": usage.ru_utime + usage.ru_stime,
+            "beats": sum(bus._feed._beats for bus in self._buses),
+            "invalidations": sum(s.invalidations for s in stats),
+            "gaps": sum(s.gaps for s in stats),
+            "replays": sum(s.replays for s in stats),
+            "resets": sum(s.resets for s in stats),
+            "failed_heartbeats": sum(s.failed_heartbeats for s in stats),
+            "stale_reads": sum(s.stale_reads for s in stats),
+        }
+
+    # Load
+
+    async def flood(self, rooms: list[str], backlog: int) -> None:
+        """Write so fast that the pool always has about so many events before it."""
+        bus = self._buses[0]
+        memories = _made(rooms)
+
+        async def write() -> None:
+            while True:
+                if (await bus.health()).backlog > backlog:
+                    await asyncio.sleep(_TICK)
+                    continue
+                await self._send(bus, memories, backlog // 4)
+
+        self._load = asyncio.create_task(write())
+
+    async def load(self, rooms: list[str], rate: float) -> None:
+        """Write at a rate."""
+        bus = self._buses[0]
+        memories = _made(rooms)
+
+        async def write() -> None:
+            began, sent = moment(), 0
+            while True:
+                due = int((moment() - began) / 1e9 * rate)
+                await self._send(bus, memories, due - sent)
+                sent = due
+                await asyncio.sleep(_TICK)
+
+        self._load = asyncio.create_task(write())
+
+    async def _send(self, bus: mnemobus.Bus, memories: list[Memory], count: int) -> None:
+        await bus.write_many(list(islice(_around(memories, self._written), count)))
+        self._written += count
+
+    async def load_by_hand(self, log: str, rooms: list[str], rate: float) -> None:
+        """XADD at a rate."""
+        from .floors.writes import fields
+
+        client: Redis = Redis.from_url(self._settings.redis_url)
+        self._stack.push_async_callback(client.aclose)
+        entries = [fields(memory) for memory in _made(rooms)]
+
+        async def write() -> None:
+            began, sent = moment(), 0
+            while True:
+                due = int((moment() - began) / 1e9 * rate)
+                if due > sent:
+                    async with client.pipeline(transaction=False) as pipe:
+                        for entry in islice(_around(entries, self._written), due - sent):
+                            pipe.xadd(log, entry)
+                        await pipe.execute()
+                self._written += due - sent
+                sent = due
+                await asyncio.sleep(_TICK)
+
+        self._load = asyncio.create_task(write())
+
+    async def unload(self) -> int:
+        """End the load; how many writes it has made so far."""
+        assert self._load is not None
+        self._load.cancel()
+        with suppress(asyncio.CancelledError):
+            await self._load
+        return self._written
+
+
+def _made(rooms: list[str]) -> list[Memory]:
+    """What a load writes, over and over: made ahead, so that the load takes little of the machine."""
+    return [message(rooms[n % len(rooms)], n) for n in range(_MADE)]
+
+
+def _around(items: list[T], start: int) -> Iterator[T]:
+    start %= len(items)
+    return chain(items[start:], cycle(items))
+
+
+def _received(port: int) -> int:
+    """Bytes that the connections of this process to a port have received, as the kernel counts them."""
+    total = 0
+    for entry in Path("/proc/self/fd").iterdir():
+        try:
+            mine = socket.socket(fileno=int(entry.name))
+        except OSError:
+            continue  # no socket, or closed meanwhile
+        try:
+            if mine.family in (socket.AF_INET, socket.AF_INET6) and mine.getpeername()[1] == port:
+                info = mine.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 256)
+                total += struct.unpack_from("Q", info, _TCP_BYTES_RECEIVED)[0]
+        except OSError:
+            continue  # not connected
+        finally:
+            mine.detach()
+    return total
+
+
+async def main() -> None:
+    async with AsyncExitStack() as stack:
+        await serve(Agents(stack))
+
+
+def started(settings: Settings) -> dict[str, Any]:
+    """What a `Party` of such a process is made with."""
+    return {"module": "bench.agents", "environment": settings.environment()}
+
+
+if __name__ == "__main__":
+    asyncio.run(main())
