@@ -11,7 +11,7 @@ import socket
 import struct
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import AsyncExitStack, suppress
+from contextlib import AsyncExitStack
 from itertools import chain, cycle, islice
 from pathlib import Path
 from typing import Any, TypeVar
@@ -44,6 +44,7 @@ class Agents:
         """How many of the agents hold a scope; 0 again once all of them have dropped it."""
         self._drops: dict[str, list[int]] = {}
         self._load: asyncio.Task[None] | None = None
+        self._unloading = False
         self._written = 0
 
     async def open(self, count: int) -> None:
@@ -110,7 +111,7 @@ class Agents:
         memories = _made(rooms)
 
         async def write() -> None:
-            while True:
+            while not self._unloading:
                 if (await bus.health()).backlog > backlog:
                     await asyncio.sleep(_TICK)
                     continue
@@ -125,7 +126,7 @@ class Agents:
 
         async def write() -> None:
             began, sent = moment(), 0
-            while True:
+            while not self._unloading:
                 due = int((moment() - began) / 1e9 * rate)
                 await self._send(bus, memories, due - sent)
                 sent = due
@@ -147,7 +148,7 @@ class Agents:
 
         async def write() -> None:
             began, sent = moment(), 0
-            while True:
+            while not self._unloading:
                 due = int((moment() - began) / 1e9 * rate)
                 if due > sent:
                     async with client.pipeline(transaction=False) as pipe:
@@ -163,9 +164,9 @@ class Agents:
     async def unload(self) -> int:
         """End the load; how many writes it has made so far."""
         assert self._load is not None
-        self._load.cancel()
-        with suppress(asyncio.CancelledError):
-            await self._load
+        self._unloading = True  # not by cancelling: a call under way could swallow that
+        await self._load
+        self._load, self._unloading = None, False
         return self._written
 
 

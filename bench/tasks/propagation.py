@@ -76,7 +76,7 @@ async def run(world: World) -> list[Result]:
     settings = world.settings("postgres")
     by_hand = world.database()
     prepare(by_hand)
-    probes = world.some(150, 30)
+    probes = world.some(120, 25)
     with world.workers(settings, PROCESSES):
         async with (
             connect(**settings.model_dump()) as bus,
