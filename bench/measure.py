@@ -101,6 +101,10 @@ class Result:
         if other in self.samples:
             self.targets.append(Target(f"{other} / {name}", self.ratio(other, name), times, "at least"))
 
+    def within(self, bound: float, name: str = OURS) -> None:
+        """Our figure itself is to be at most this: for what does not depend on the machine."""
+        self.targets.append(Target(f"{name}, {self.unit}", self.spread(name), bound))
+
     def to_json(self) -> dict[str, Any]:
         out = asdict(self)
         out["targets"] = [asdict(target) | {"met": target.met} for target in self.targets]

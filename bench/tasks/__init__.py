@@ -12,6 +12,16 @@ Task = Callable[[World], Awaitable[list[Result]]]
 
 def tasks() -> dict[str, Task]:
     """Every task by name, in the order of the table."""
-    from . import hot
+    from . import cold, dropping, footprint, hot, start, warm, write, write_many, writers
 
-    return {"hot": hot.run}
+    return {
+        "hot": hot.run,
+        "warm": warm.run,
+        "cold": cold.run,
+        "write": write.run,
+        "writers": writers.run,
+        "write_many": write_many.run,
+        "dropping": dropping.run,
+        "footprint": footprint.run,
+        "start": start.run,
+    }

@@ -1,0 +1,154 @@
+"""What a memory takes in the process that has it cached, beyond the record's own content."""
+
+from __future__ import annotations
+
+import gc
+import tracemalloc
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Any
+
+import orjson
+
+from mnemobus import Memory, connect
+
+from ..alternatives import Item, Place, Unfit, load
+from ..alternatives.survey import call
+from ..inside import TABLE, fill
+from ..measure import OURS, Result
+from ..world import World, message, vector
+
+PER_ROOM = 20
+ROOMS = 100
+BOUND = 400
+OTHERS = ("cashews", "redis-py", "aiocache", "ccs-store")
+
+
+async def run(world: World) -> list[Result]:
+    one = Result("footprint", "bytes beyond its content that a memory takes, cached by itself", "bytes")
+    many = Result(
+        "footprint", f"bytes beyond its content that a memory takes, in a room's newest {PER_ROOM}", "bytes"
+    )
+    vectors = Result("footprint", "bytes beyond its content that a memory with 384 floats takes", "bytes")
+    plain = [message(f"room-{n // PER_ROOM}", n) for n in range(PER_ROOM * ROOMS)]
+    embedded = [
+        message(f"room-{n // PER_ROOM}", n, embedding=vector(n)) for n in range(PER_ROOM * ROOMS // 4)
+    ]
+
+    one.samples[OURS] = [await _ours(world, plain, listed=False)]
+    many.samples[OURS] = [await _ours(world, plain, listed=True)]
+    vectors.samples[OURS] = [await _ours(world, embedded, listed=False)]
+    for name in OTHERS:
+        cls = load(name)
+        for result, listed in ((one, False), (many, True)):
+            if listed and "recent" in cls.cannot:
+                result.absent[cls.name] = cls.cannot["recent"]
+                continue
+            try:
+                result.samples[cls.name] = [await _other(world, cls, plain, listed=listed)]
+            except Unfit as error:
+                result.absent[cls.name] = str(error)
+        vectors.absent[cls.name] = cls.cannot["embeddings"]
+    for result in (one, many, vectors):
+        result.within(BOUND)
+        result.notes.append(
+            "exact (tracemalloc), so one round; content: the UTF-8 of names, id, content and metadata as JSON, and"
+            " the floats"
+        )
+    return [one, many, vectors]
+
+
+def content(memory: Memory) -> int:
+    """Bytes of what the record says."""
+    names = (memory.table, memory.room, memory.agent, memory.entity, memory.world)
+    return (
+        len(memory.id)
+        + sum(len(name.encode()) for name in names if name)
+        + len(orjson.dumps(dict(memory.content)))
+        + len(orjson.dumps(dict(memory.metadata)))
+        + 4 * len(memory.embedding or ())
+    )
+
+
+def value(memory: Memory) -> dict[str, Any]:
+    """The record without its vector, for an alternative: the names that mnemobus keeps apart are in it."""
+    return {name: part for name, part in memory.to_dict().items() if name not in ("embedding", "id")}
+
+
+def copy(text: str) -> str:
+    """The same as a string of its own, as it is when it comes from elsewhere."""
+    return text.encode().decode()
+
+
+async def grown(
+    memories: Sequence[Memory], read: Callable[[str], Awaitable[Any]], keys: Sequence[str]
+) -> float:
+    """Bytes beyond its content by which this process grows per memory, when all of them are read."""
+    gc.collect()
+    tracemalloc.start()
+    try:
+        before, _ = tracemalloc.get_traced_memory()
+        for key in keys:
+            await read(copy(key))
+        gc.collect()
+        after, _ = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    return (after - before - sum(content(memory) for memory in memories)) / len(memories)
+
+
+async def _ours(world: World, memories: Sequence[Memory], *, listed: bool) -> float:
+    settings = world.settings()
+    warm = [message("warm", n) for n in range(PER_ROOM)]
+    fill(settings, [*memories, *warm])
+    async with connect(**settings.model_dump()) as bus:
+
+        async def newest(room: str) -> None:
+            await bus.recent(TABLE, room=room, limit=PER_ROOM)
+
+        read: Callable[[str], Awaitable[Any]] = newest if listed else bus.get
+        # Connections, listeners and the codec are there before what is counted.
+        for one in warm:
+            await read(one.room if listed else one.id)
+        keys = list(dict.fromkeys(m.room for m in memories)) if listed else [m.id for m in memories]
+        took = await grown(memories, read, keys)
+        if bus.stats().entries < len(keys):
+            raise RuntimeError("not everything that was read is cached")
+    return took
+
+
+async def _other(world: World, cls: Any, memories: Sequence[Memory], *, listed: bool) -> float:
+    place = Place(redis_url=world.redis_url, size=2 * len(memories), prefix=f"footprint{listed}")
+    items = [Item(memory.room, memory.id, value(memory)) for memory in memories]
+    warm = Item("warm", "00000000-0000-7000-8000-000000000000", items[0].value)
+    reader = cls(place)
+    await call(reader.open)
+    try:
+        if (
+            cls.name == load("ccs-store").name
+        ):  # all of it is in this process, so it is filled in what is counted
+            fresh = {item.id: item for item in items}
+
+            async def put(id: str) -> None:
+                one = fresh[id]
+                reader.put(Item(copy(one.room), id, orjson.loads(orjson.dumps(one.value))))
+                reader.get(reader.address(copy(one.room), id))
+
+            reader.put(warm)
+            return await grown(memories, put, [memory.id for memory in memories])
+        writer = cls(place)
+        await call(writer.open)
+        await call(writer.write_many, [*items, warm])
+        await call(writer.close)
+        rooms = {memory.id: memory.room for memory in memories}
+
+        async def read(key: str) -> None:
+            if listed:
+                await call(reader.recent, key, PER_ROOM)
+            else:
+                await call(reader.get, reader.address(rooms.get(key, "warm"), key))
+
+        await read("warm" if listed else warm.id)
+        keys = list(dict.fromkeys(m.room for m in memories)) if listed else [m.id for m in memories]
+        return await grown(memories, read, keys)
+    finally:
+        await call(reader.close)
