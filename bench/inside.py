@@ -84,7 +84,7 @@ class Rolling(Generic[T]):
 
 def item(memory: Memory) -> Item:
     """A memory as an alternative takes it."""
-    embedding = memory.embedding
+    embedding = None if memory.embedding is None else list(memory.embedding)
     return Item(memory.room, memory.id, dict(memory.content), embedding)
 
 
