@@ -97,7 +97,8 @@ async def alternative(world: World, name: str, task: Task, results: Sequence[Res
     else:
         if name.startswith("postgres"):
             place["database_url"] = world.database()
-        made = cls(Place(redis_url=world.redis_url, **place))
+        # A prefix of its own: redis-py would hear of what the others write, and walk through its cache each time.
+        made = cls(Place(redis_url=world.redis_url, prefix=f"bench-{name}", **place))
         try:
             await call(made.open)
             return made
