@@ -12,6 +12,7 @@ import sys
 import tempfile
 import time
 import traceback
+from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -44,31 +45,42 @@ PACKAGES = (
 
 async def run(names: list[str], quick: bool) -> tuple[list[Result], dict[str, str], dict[str, str]]:
     """The results; the servers' versions; and what became of the tasks that failed."""
-    results: list[Result] = []
-    failed: dict[str, str] = {}
+    every = tasks()
     with tempfile.TemporaryDirectory(prefix="mnemobus-bench-", ignore_cleanup_errors=True) as made:
         folder = Path(made)
         with redis_server(folder / "redis") as (url, redis), postgres_server() as (database, postgres):
-            world = World(url, redis, database, postgres, folder, quick)
             print(f"Redis {redis}, PostgreSQL {postgres}", flush=True)
-            for number, name in enumerate(names, 1):
-                began = time.monotonic()
-                print(f"[{number}/{len(names)}] {name} ...", end=" ", flush=True)
+            world = World(url, redis, database, postgres, folder, quick)
+
+            async def one(name: str) -> list[Result]:
                 world.flush()
-                try:
-                    async with asyncio.timeout(PATIENCE):
-                        found = await tasks()[name](world)
-                except Exception as error:  # noqa: BLE001 - it is reported, and the others are run
-                    failed[name] = f"{type(error).__name__}: {error}"[:300]
-                    print(f"failed: {failed[name]}", flush=True)
-                    traceback.print_exception(error, limit=-3)
-                    continue
-                results += found
-                missed = sum(not target.met for result in found for target in result.targets)
-                print(
-                    f"{time.monotonic() - began:.0f} s{f', {missed} not met' if missed else ''}", flush=True
-                )
+                async with asyncio.timeout(PATIENCE):
+                    return await every[name](world)
+
+            results, failed = await each(names, one)
     return results, {"Redis": redis, "PostgreSQL": postgres}, failed
+
+
+async def each(
+    names: list[str], one: Callable[[str], Awaitable[list[Result]]]
+) -> tuple[list[Result], dict[str, str]]:
+    """Run tasks, one after the other: the results of those that end well, and what became of the others."""
+    results: list[Result] = []
+    failed: dict[str, str] = {}
+    for number, name in enumerate(names, 1):
+        began = time.monotonic()
+        print(f"[{number}/{len(names)}] {name} ...", end=" ", flush=True)
+        try:
+            found = await one(name)
+        except Exception as error:  # noqa: BLE001 - it is reported, and the others are run
+            failed[name] = f"{type(error).__name__}: {error}"[:300]
+            print(f"failed: {failed[name]}", flush=True)
+            traceback.print_exception(error, limit=-3, file=sys.stderr)
+            continue
+        results += found
+        missed = sum(not target.met for result in found for target in result.targets)
+        print(f"{time.monotonic() - began:.0f} s{f', {missed} not met' if missed else ''}", flush=True)
+    return results, failed
 
 
 def machine(servers: dict[str, str], seconds: float) -> dict[str, str]:

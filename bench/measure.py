@@ -129,10 +129,16 @@ async def interleave(turns: Mapping[str, Turn], rounds: int) -> dict[str, list[f
     names = list(turns)
     for name in names:  # a turn that does not count: connections, caches, the interpreter's own
         await turns[name]()
-    for round in range(rounds):
-        first = round % len(names)
-        for name in names[first:] + names[:first]:
-            samples[name].append(await turns[name]())
+    # What was made ahead stays for all rounds: it is not looked through before each turn.
+    gc.collect()
+    gc.freeze()
+    try:
+        for round in range(rounds):
+            first = round % len(names)
+            for name in names[first:] + names[:first]:
+                samples[name].append(await turns[name]())
+    finally:
+        gc.unfreeze()
     return samples
 
 

@@ -1,10 +1,11 @@
-"""The plots of docs/benchmarks.md, drawn from results: PNG for the page, SVG beside it; the same results, the same bytes.
+"""The plots of docs/benchmarks.md: PNG for the page, SVG beside it; from the same results, the same bytes.
 
 A colour never says something alone: what is ours, what is a floor and what was missed have markers and words, too.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,6 @@ import matplotlib
 matplotlib.use("Agg")
 
 import matplotlib.pyplot as plt
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLocator
@@ -254,8 +254,6 @@ def agents(results: Sequence[Result]) -> Figure | None:
 
 
 def _floor(value: float) -> int:
-    import math
-
     return math.floor(math.log10(value))
 
 
@@ -299,5 +297,3 @@ PLOTS: dict[str, Callable[[Sequence[Result]], Figure | None]] = {
     "propagation": propagation,
     "agents": agents,
 }
-
-__all__ = ["PLOTS", "Axes", "draw"]

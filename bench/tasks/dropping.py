@@ -66,7 +66,6 @@ async def run(world: World) -> list[Result]:
     try:
         large, many = Local(size), [Local(SMALL) for _ in range(size // SMALL)]
         redis_py = RedisPy(SMALL)
-        gc.freeze()
         draw = random.Random(1)
 
         def turn(caches: Sequence[Local | RedisPy], count: int) -> Turn:
@@ -85,7 +84,6 @@ async def run(world: World) -> list[Result]:
             world.rounds(21, 5),
         )
     finally:
-        gc.unfreeze()
         gc.enable()
     result.at_most(1.5, f"{OURS}, {SMALL:,}", f"{OURS}, {size:,}")
     result.notes.append(
