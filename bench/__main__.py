@@ -149,7 +149,8 @@ def main() -> int:
     if unknown:
         parser.error(f"there is no task {sorted(unknown)[0]!r}; there are {', '.join(every)}")
     began = time.monotonic()
-    # SIGTERM ends it as Ctrl-C does: what was started is stopped.
+    # SIGTERM ends it as Ctrl-C does, in the background too, where a shell has SIGINT ignored: all is stopped.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
     try:
         results, servers, failed = asyncio.run(run(names, options.quick))

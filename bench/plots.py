@@ -6,6 +6,7 @@ A colour never says something alone: what is ours, what is a floor and what was 
 from __future__ import annotations
 
 import math
+import textwrap
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ import matplotlib
 matplotlib.use("Agg")
 
 import matplotlib.pyplot as plt
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLocator
@@ -88,6 +90,17 @@ def _plain(axis: Any) -> None:
     axis.set_minor_locator(NullLocator())
 
 
+def _steps(axes: Axes) -> None:
+    """Ticks at 1, 2 and 5 where that leaves room, else at powers of ten, on a horizontal axis by powers of ten."""
+    low, high = axes.get_xlim()
+    decades = range(_floor(low), _floor(high) + 1)
+    steps = (1, 2, 5) if len(decades) <= 3 else (1,)
+    ticks = [step * 10.0**decade for decade in decades for step in steps]
+    axes.set_xticks([tick for tick in ticks if low <= tick <= high])
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.xaxis.set_minor_locator(NullLocator())
+
+
 # Every target
 
 
@@ -110,9 +123,7 @@ def overview(results: Sequence[Result]) -> Figure | None:
             shown = result
         labels.append(f"{_upper(result.title)}: {_against(target)}")
     axes.set_xscale("log")
-    _plain(axes.xaxis)
-    axes.xaxis.set_major_locator(LogLocator(10, subs=(1.0, 2.0, 5.0)))
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    _steps(axes)
     axes.axvline(1, color=INK, linewidth=0.9)
     axes.set_yticks(range(len(rows)), labels)
     axes.set_ylim(len(rows) - 0.4, -0.6)
@@ -175,7 +186,7 @@ def hot(results: Sequence[Result]) -> Figure | None:
             axes.text(spread.median * 1.15, y, short(spread.median), va="center")
         axes.set_xscale("log")
         _plain(axes.xaxis)
-        axes.set_title(_upper(result.title), wrap=True)
+        axes.set_title(textwrap.fill(_upper(result.title), 40))
         axes.set_xlabel("µs a call")
         axes.set_yticks(range(len(names)), names)
     low = min(result.spread(n).median for result in found for n in result.samples)
@@ -187,7 +198,7 @@ def hot(results: Sequence[Result]) -> Figure | None:
 
 
 def propagation(results: Sequence[Result]) -> Figure | None:
-    return _dots(_of(results, "propagation"), "ms, by the logarithm (median, with quartiles)")
+    return _dots(_of(results, "propagation"), "ms (median, with quartiles)")
 
 
 def drain(results: Sequence[Result]) -> Figure | None:
@@ -198,21 +209,25 @@ def drain(results: Sequence[Result]) -> Figure | None:
         return None
     figure, axes = plt.subplots(figsize=(5.2, 3.0))
     for number, result in enumerate(curves):
-        store = "PostgreSQL" if "PostgreSQL" in result.title else "SQLite" if "SQLite" in result.title else ""
-        hand = next(
-            (r for r in found if store in r.title and not r.curves and "by hand" in " ".join(r.samples)), None
-        )
+        store = next((name for name in ("PostgreSQL", "SQLite") if name in result.title), result.title)
+        colour, marker = COLOURS[number], MARKERS[number]
         for points in result.curves.values():
             xs, ys = zip(*points, strict=True)
-            colour, marker = COLOURS[number], MARKERS[number]
-            axes.plot(xs, ys, marker + "-", color=colour, markersize=5, label=store or result.title)
+            axes.plot(xs, ys, marker + "-", color=colour, markersize=5, label=store)
             axes.set_xticks(xs, [f"{x:g}" for x in xs])
-        if hand is not None:
-            name = next(name for name in hand.samples if "by hand" in name)
-            level = hand.spread(name).median
-            axes.axhline(level, color=COLOURS[number], linewidth=1, linestyle=":")
-            axes.text(
-                xs[-1], level, f"{store} by hand, 1 process", ha="right", va="bottom", color=COLOURS[number]
+        beside = next((r for r in found if store in r.title and len(r.targets) and not r.curves), None)
+        if beside is not None:
+            hand = next(name for name in beside.samples if not name.startswith(OURS))
+            level = beside.spread(hand).median
+            axes.plot(
+                1,
+                level,
+                marker,
+                color=colour,
+                markersize=6,
+                fillstyle="none",
+                label=f"{store}, {hand}",
+                clip_on=False,
             )
     axes.set_ylim(0)
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
@@ -220,7 +235,7 @@ def drain(results: Sequence[Result]) -> Figure | None:
     axes.set_axisbelow(True)
     axes.set_xlabel("worker processes")
     axes.set_ylabel("events a second")
-    axes.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=2, borderpad=0)
+    axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), borderpad=0)
     return figure
 
 
@@ -244,7 +259,7 @@ def agents(results: Sequence[Result]) -> Figure | None:
         axes.set_ylim(10 ** _floor(min(ys)), 10 ** (_floor(max(ys)) + 1))
         axes.grid(axis="y")
         axes.set_axisbelow(True)
-        axes.set_title(_upper(result.title), wrap=True)
+        axes.set_title(textwrap.fill(_upper(result.title), 40))
         axes.set_xlabel("agents")
         axes.set_ylabel("µs" if result.unit == "us" else result.unit)
     handles, labels = row[0][0].get_legend_handles_labels()
@@ -274,9 +289,7 @@ def _dots(found: Sequence[Result], label: str) -> Figure | None:
             axes.plot([spread.low, spread.high], [at, at], color=colour, linewidth=1.4, alpha=0.5)
             axes.plot(spread.median, at, MARKERS[number % len(MARKERS)], color=colour, markersize=5)
     axes.set_xscale("log")
-    axes.xaxis.set_major_locator(LogLocator(10, subs=(1.0, 2.0, 5.0)))
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    axes.xaxis.set_minor_locator(NullLocator())
+    _steps(axes)
     axes.set_yticks(range(len(found)), [_upper(result.title) for result in found])
     axes.set_ylim(len(found) - 0.4, -0.6)
     axes.grid(axis="x")
