@@ -123,17 +123,19 @@ def show(results: list[Result]) -> None:
 
 def keep(results: list[Result], about: dict[str, str], failed: dict[str, str], quick: bool) -> None:
     """Write the results down; of a full run, draw the plots and fill docs/benchmarks.md as well."""
-    RESULTS.mkdir(exist_ok=True)
-    path = RESULTS / ("quick.json" if quick else "full.json")
     record: dict[str, Any] = {"machine": about, "results": [r.to_json() for r in results], "failed": failed}
-    path.write_text(json.dumps(record, indent=1) + "\n")
-    print(f"written: bench/results/{path.name}")
     if not quick:
         from . import plots  # matplotlib takes a second to load
 
         drawn = plots.draw(results, page.FOLDER)
+        record["plots"] = sorted({path.stem for path in drawn})
+    RESULTS.mkdir(exist_ok=True)
+    path = RESULTS / ("quick.json" if quick else "full.json")
+    path.write_text(json.dumps(record, indent=1) + "\n")
+    print(f"written: bench/results/{path.name}")
+    if not quick:
         page.write(record)
-        print(f"written: docs/benchmarks.md, and {len(drawn)} plots")
+        print("written: docs/benchmarks.md and its plots")
 
 
 def main() -> int:

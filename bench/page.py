@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from .measure import Result, Spread, Target, short
+from .measure import Result, Spread, short
 
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "benchmarks.md"
@@ -18,6 +18,15 @@ FOLDER = ROOT / "docs" / "benchmarks"
 SOURCE = Path(__file__).parent / "results" / "full.json"
 BEGIN = "<!-- begin: written by `make bench` from bench/results/full.json -->"
 END = "<!-- end -->"
+
+CAPTIONS = {
+    "overview": "Every target: how much of what is allowed is taken up. Left of the line it is met.",
+    "hot": "Hot reads, microseconds a call, by powers of ten.",
+    "drain": "Workers moving a full log into the store: events a second by processes, and one process by hand.",
+    "propagation": "From a write's acknowledgement to the drop of the copy in another process.",
+    "agents": "The same, and what Redis pays for a write, as agents are added.",
+}
+"""What is said of each plot."""
 
 
 def results(record: Mapping[str, Any]) -> list[Result]:
@@ -29,10 +38,13 @@ def text(record: Mapping[str, Any]) -> str:
     found = results(record)
     targets = [target for result in found for target in result.targets]
     met = sum(target.met for target in targets)
+    plots = [name for name in CAPTIONS if name in record.get("plots", ())]
     parts = [
         _machine(record["machine"]),
         f"{met} of {len(targets)} targets are met.",
+        *(_plot(name) for name in plots[:1]),
         _table(("task", "to reach", "reached: median (quartiles)", ""), list(_reached(found))),
+        *(_plot(name) for name in plots[1:]),
         "## Every figure",
         "Medians of the rounds, with their quartiles.",
         _table(("task", "who", "median", "quartiles"), list(_figures(found))),
@@ -47,6 +59,10 @@ def text(record: Mapping[str, Any]) -> str:
             _table(("task", "error"), [(name, why) for name, why in record["failed"].items()]),
         ]
     return "\n\n".join(parts) + "\n"
+
+
+def _plot(name: str) -> str:
+    return f"![{CAPTIONS[name]}](benchmarks/{name}.png)\n\n{CAPTIONS[name]} ([SVG](benchmarks/{name}.svg))"
 
 
 def _machine(about: Mapping[str, str]) -> str:
@@ -148,8 +164,6 @@ def main() -> None:
     plots.draw(results(record), FOLDER)
     write(record)
 
-
-__all__ = ["BEGIN", "END", "FOLDER", "PAGE", "SOURCE", "Target", "results", "text", "write", "written"]
 
 if __name__ == "__main__":
     main()

@@ -121,6 +121,17 @@ def test_a_task_is_explained_on_the_page_and_in_its_module(name: str) -> None:
     assert importlib.import_module(f"bench.tasks.{name}").__doc__
 
 
+def test_a_plot_that_is_drawn_has_its_caption() -> None:
+    pytest.importorskip("matplotlib", reason="the extra `bench` is not installed")
+    from bench import plots
+
+    assert list(plots.PLOTS) == list(page.CAPTIONS)
+    text = page.text({"machine": {}, "results": [result().to_json()], "plots": ["hot"]})
+    assert "](benchmarks/hot.png)" in text
+    assert "(benchmarks/hot.svg)" in text
+    assert "drain.png" not in text
+
+
 def test_the_page_shows_every_plot_there_is() -> None:
     text = page.PAGE.read_text()
     for path in page.FOLDER.glob("*.png"):
