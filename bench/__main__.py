@@ -116,9 +116,10 @@ def show(results: list[Result]) -> None:
             table.add_row("", "", "", "", target)
         for name, why in result.absent.items():
             table.add_row("", name, "-", "", why)
-        for note in result.notes:
-            table.add_row("", "", "", "", note)
-    Console(width=None if sys.stdout.isatty() else 200).print(table)
+    console = Console(width=None if sys.stdout.isatty() else 200, highlight=False)
+    console.print(table)
+    for note, titles in page.notes(results).items():
+        console.print(f"{note} ({'; '.join(titles)})", style="dim")
 
 
 def keep(results: list[Result], about: dict[str, str], failed: dict[str, str], quick: bool) -> None:

@@ -50,9 +50,9 @@ def text(record: Mapping[str, Any]) -> str:
         _table(("task", "who", "median", "quartiles"), list(_figures(found))),
     ]
     parts += ["## What can't do a task", _table(("who", "task", "why"), list(_absent(found)))]
-    notes = [f"- *{_upper(title)}*: {'; '.join(notes)}." for title, notes in _notes(found).items()]
-    if notes:
-        parts += ["## To know about them", "\n".join(notes)]
+    said = [f"- {_upper(note)}. *{'; '.join(titles)}*" for note, titles in notes(found).items()]
+    if said:
+        parts += ["## To know about them", "\n".join(said)]
     if record.get("failed"):
         parts += [
             "## Failed",
@@ -118,13 +118,13 @@ def _absent(found: list[Result]) -> list[tuple[str, ...]]:
     return [(name, ", ".join(tasks), why) for (name, why), tasks in rows.items()]
 
 
-def _notes(found: list[Result]) -> dict[str, list[str]]:
-    """By title; those that have the same are said once."""
-    notes: dict[tuple[str, ...], list[str]] = {}
+def notes(found: list[Result]) -> dict[str, list[str]]:
+    """What is to be known, each once, and the titles of the results that it is about."""
+    said: dict[str, list[str]] = {}
     for result in found:
-        if result.notes:
-            notes.setdefault(tuple(result.notes), []).append(result.title)
-    return {"; ".join(titles): list(said) for said, titles in notes.items()}
+        for note in result.notes:
+            said.setdefault(note, []).append(result.title)
+    return said
 
 
 def spread(figure: Spread) -> str:

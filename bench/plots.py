@@ -178,7 +178,7 @@ def hot(results: Sequence[Result]) -> Figure | None:
     for axes, result in zip(rows[0], found, strict=True):
         for y, name in enumerate(names):
             if name not in result.samples:
-                why = "not cached" if name not in result.absent else "can't"
+                why = "can't" if name in result.absent else "no counterpart"
                 axes.text(0.02, y, why, va="center", color=GREY, transform=axes.get_yaxis_transform())
                 continue
             spread = result.spread(name)
@@ -191,7 +191,7 @@ def hot(results: Sequence[Result]) -> Figure | None:
         axes.set_yticks(range(len(names)), names)
     low = min(result.spread(n).median for result in found for n in result.samples)
     high = max(result.spread(n).median for result in found for n in result.samples)
-    rows[0][0].set_xlim(low / 2, high * 4)
+    rows[0][0].set_xlim(low / 2, high * 8)
     rows[0][0].set_ylim(len(names) - 0.5, -0.6)
     figure.subplots_adjust(wspace=0.08)
     return figure

@@ -16,9 +16,7 @@ from ..inside import TABLE, Rolling, all_of, alternative, fill, fresh, item, tim
 from ..measure import OURS, Result, Turn, interleave, per_call
 from ..world import World, message
 
-SCOPES = 10_000
-ROOMS = 1_000
-PER_ROOM = SCOPES // ROOMS
+PER_ROOM = 10
 DICT = "an awaited dict lookup"
 
 OTHERS = {"cashews": 2_000, "redis-py": 500, "aiocache": 2_000, "plain-redis": 200, "ccs-store": 100}
@@ -26,10 +24,11 @@ OTHERS = {"cashews": 2_000, "redis-py": 500, "aiocache": 2_000, "plain-redis": 2
 
 
 async def run(world: World) -> list[Result]:
-    get = Result("hot", f"hot read of one memory, {SCOPES:,} cached", "us")
-    recent = Result("hot", f"hot read of a room's newest {PER_ROOM}, {ROOMS:,} rooms cached", "us")
-    memories = [message(f"room-{n % ROOMS}", n) for n in range(SCOPES)]
-    rooms = [f"room-{n}" for n in range(ROOMS)]
+    scopes = world.some(10_000, 2_000)
+    rooms = [f"room-{n}" for n in range(scopes // PER_ROOM)]
+    get = Result("hot", f"hot read of one memory, {scopes:,} cached", "us")
+    recent = Result("hot", f"hot read of a room's newest {PER_ROOM}, {len(rooms):,} rooms cached", "us")
+    memories = [message(rooms[n % len(rooms)], n) for n in range(scopes)]
     random.Random(1).shuffle(memories)
     settings = world.settings()
     fill(settings, memories)
@@ -59,7 +58,7 @@ async def run(world: World) -> list[Result]:
         recents: dict[str, Turn] = {OURS: many}
         items = [item(memory) for memory in memories]
         for name, count in OTHERS.items():
-            other = await alternative(world, name, "get", [get, recent], size=2 * SCOPES)
+            other = await alternative(world, name, "get", [get, recent], size=2 * scopes)
             if other is None:
                 continue
             stack.push_async_callback(call, other.close)
@@ -78,7 +77,7 @@ async def run(world: World) -> list[Result]:
             recents[other.name] = partial(_turn, other, listed, Rolling(rooms), count)
 
         before = bus.stats()
-        rounds = world.rounds(15)
+        rounds = world.rounds(11)
         get.samples = await interleave(gets, rounds)
         recent.samples = await interleave(recents, rounds)
         after = bus.stats()

@@ -9,7 +9,7 @@ from contextlib import AsyncExitStack
 from functools import partial
 from typing import Any
 
-from mnemobus import Memory, connect
+from mnemobus import Bus, Memory, connect
 
 from ..alternatives import Item, load
 from ..alternatives.survey import call
@@ -24,10 +24,13 @@ STORES = ("postgres-store-sync", "postgres-store")
 
 
 async def run(world: World) -> list[Result]:
-    return [await _of(world, embeddings=False), await _of(world, embeddings=True)]
+    settings = world.settings("postgres")
+    with world.workers(settings):
+        async with connect(**settings.model_dump()) as bus:
+            return [await _of(world, bus, embeddings=False), await _of(world, bus, embeddings=True)]
 
 
-async def _of(world: World, *, embeddings: bool) -> Result:
+async def _of(world: World, bus: Bus, *, embeddings: bool) -> Result:
     what = f"with {EMBEDDING} floats each" if embeddings else "without embeddings"
     result = Result("write_many", f"{BATCH} memories at once, {what}", "ms")
     vectors = [vector(n) if embeddings else None for n in range(BATCH)]
@@ -39,20 +42,16 @@ async def _of(world: World, *, embeddings: bool) -> Result:
             for embedding, n in zip(vectors, numbers, strict=False)
         ]
 
-    settings = world.settings("postgres")
+    async def ours(*, committed: bool) -> float:
+        memories = batch()
+        gc.collect()
+        began = time.perf_counter()
+        receipts = await bus.write_many(memories)
+        logged = time.perf_counter()
+        await asyncio.gather(*(receipt.committed(30) for receipt in receipts))
+        return ((time.perf_counter() if committed else logged) - began) * 1e3
+
     async with AsyncExitStack() as stack:
-        stack.enter_context(world.workers(settings))
-        bus = await stack.enter_async_context(connect(**settings.model_dump()))
-
-        async def ours(*, committed: bool) -> float:
-            memories = batch()
-            gc.collect()
-            began = time.perf_counter()
-            receipts = await bus.write_many(memories)
-            logged = time.perf_counter()
-            await asyncio.gather(*(receipt.committed(30) for receipt in receipts))
-            return ((time.perf_counter() if committed else logged) - began) * 1e3
-
         turns: dict[str, Any] = {
             LOGGED: partial(ours, committed=False),
             COMMITTED: partial(ours, committed=True),
