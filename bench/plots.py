@@ -66,10 +66,10 @@ def draw(results: Sequence[Result], folder: Path) -> list[Path]:
             figure = plot(results)
             if figure is None:
                 continue
-            for suffix, metadata in (("png", {"Software": None}), ("svg", {"Date": None, "Creator": None})):
-                path = folder / f"{name}.{suffix}"
-                figure.savefig(path, metadata=metadata)
-                written.append(path)
+            png, svg = folder / f"{name}.png", folder / f"{name}.svg"
+            figure.savefig(png, metadata={"Software": None}, pil_kwargs={"optimize": True})
+            figure.savefig(svg, metadata={"Date": None, "Creator": None})
+            written += [png, svg]
             plt.close(figure)
     return written
 

@@ -47,9 +47,8 @@ async def run(world: World) -> list[Result]:
             await fresh(bus)
             return await per_call(newest, rooms * 5)
 
-        while (
-            bus.stats().entries < SCOPES + ROOMS
-        ):  # until it listens to a feed partition, it keeps nothing of it
+        # Until it listens to a feed partition, it keeps nothing of it.
+        while bus.stats().entries < scopes + len(rooms):
             await all_of(bus.get(id) for id in ids)
             await all_of(newest(room) for room in rooms)
 
