@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
+from importlib import import_module
 
 from ..measure import Result
 from ..world import World
@@ -10,18 +11,20 @@ from ..world import World
 Task = Callable[[World], Awaitable[list[Result]]]
 
 
+NAMES = (
+    "hot",
+    "warm",
+    "cold",
+    "write",
+    "writers",
+    "write_many",
+    "dropping",
+    "footprint",
+    "start",
+)
+"""The modules, in the order of the table."""
+
+
 def tasks() -> dict[str, Task]:
     """Every task by name, in the order of the table."""
-    from . import cold, dropping, footprint, hot, start, warm, write, write_many, writers
-
-    return {
-        "hot": hot.run,
-        "warm": warm.run,
-        "cold": cold.run,
-        "write": write.run,
-        "writers": writers.run,
-        "write_many": write_many.run,
-        "dropping": dropping.run,
-        "footprint": footprint.run,
-        "start": start.run,
-    }
+    return {name: import_module(f"{__name__}.{name}").run for name in NAMES}
