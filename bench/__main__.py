@@ -118,8 +118,8 @@ def show(results: list[Result]) -> None:
             table.add_row("", name, "-", "", why)
     console = Console(width=None if sys.stdout.isatty() else 200, highlight=False)
     console.print(table)
-    for note, titles in page.notes(results).items():
-        console.print(f"{note} ({'; '.join(titles)})", style="dim")
+    for note, about in page.notes(results).items():
+        console.print(f"{', '.join(about)}: {note}", style="dim")
 
 
 def keep(results: list[Result], about: dict[str, str], failed: dict[str, str], quick: bool) -> None:

@@ -50,7 +50,7 @@ def text(record: Mapping[str, Any]) -> str:
         _table(("task", "who", "median", "quartiles"), list(_figures(found))),
     ]
     parts += ["## What can't do a task", _table(("who", "task", "why"), list(_absent(found)))]
-    said = [f"- {_upper(note)}. *{'; '.join(titles)}*" for note, titles in notes(found).items()]
+    said = [f"- {_upper(note)}. *{', '.join(about)}*" for note, about in notes(found).items()]
     if said:
         parts += ["## To know about them", "\n".join(said)]
     if record.get("failed"):
@@ -62,7 +62,7 @@ def text(record: Mapping[str, Any]) -> str:
 
 
 def _plot(name: str) -> str:
-    return f"![{CAPTIONS[name]}](benchmarks/{name}.png)\n\n{CAPTIONS[name]} ([SVG](benchmarks/{name}.svg))"
+    return f"![{name}](benchmarks/{name}.png)\n\n{CAPTIONS[name]} ([SVG](benchmarks/{name}.svg))"
 
 
 def _machine(about: Mapping[str, str]) -> str:
@@ -119,11 +119,13 @@ def _absent(found: list[Result]) -> list[tuple[str, ...]]:
 
 
 def notes(found: list[Result]) -> dict[str, list[str]]:
-    """What is to be known, each once, and the titles of the results that it is about."""
+    """What is to be known, each once, and the tasks that it is about."""
     said: dict[str, list[str]] = {}
     for result in found:
         for note in result.notes:
-            said.setdefault(note, []).append(result.title)
+            about = said.setdefault(note, [])
+            if result.task not in about:
+                about.append(result.task)
     return said
 
 

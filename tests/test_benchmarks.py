@@ -86,7 +86,7 @@ def test_the_page_has_every_figure_and_what_became_of_each_target() -> None:
     assert "|  | a bare XADD / mnemobus: at least 4 | 0.67 (0.58 to 0.79) | **not met** |" in text
     assert f"| {first} | mnemobus | 220 us | 210 to 230 |" in text
     assert "| aiocache | write | it is a cache |" in text
-    assert "- No workers run meanwhile. *one write, until it is logged*" in text
+    assert "- No workers run meanwhile. *write*" in text
     assert "1 of 2 targets are met." in text
     assert "| x | y |" in text
 
