@@ -11,6 +11,7 @@ Its search for crashed agents, which is on by default, is half or more of what a
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from typing import Any, ClassVar, Literal
 
@@ -45,7 +46,9 @@ class CcsStore:
 
     def open(self) -> None:
         if self.store is None:
-            self.store = CCSStore(strategy="lazy")
+            with warnings.catch_warnings():  # that a default has changed since its version 0.8
+                warnings.simplefilter("ignore", RuntimeWarning)
+                self.store = CCSStore(strategy="lazy")
 
     def close(self) -> None:
         self.store = None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
+from importlib import import_module
 
 from ..measure import Result
 from ..world import World
@@ -10,14 +11,24 @@ from ..world import World
 Task = Callable[[World], Awaitable[list[Result]]]
 
 
+NAMES = (
+    "hot",
+    "warm",
+    "cold",
+    "write",
+    "writers",
+    "write_many",
+    "propagation",
+    "dropping",
+    "interest",
+    "agents",
+    "footprint",
+    "conversation",
+    "start",
+)
+"""The modules, in the order of the table."""
+
+
 def tasks() -> dict[str, Task]:
     """Every task by name, in the order of the table."""
-    from . import agents, conversation, hot, interest, propagation
-
-    return {
-        "hot": hot.run,
-        "propagation": propagation.run,
-        "interest": interest.run,
-        "agents": agents.run,
-        "conversation": conversation.run,
-    }
+    return {name: import_module(f"{__name__}.{name}").run for name in NAMES}

@@ -1,0 +1,171 @@
+"""The generated part of docs/benchmarks.md: every figure of bench/results/full.json, between two comments.
+
+`python -m bench.page` writes it anew from that file, and draws the plots.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from .measure import Result, Spread, short
+
+ROOT = Path(__file__).parents[1]
+PAGE = ROOT / "docs" / "benchmarks.md"
+FOLDER = ROOT / "docs" / "benchmarks"
+SOURCE = Path(__file__).parent / "results" / "full.json"
+BEGIN = "<!-- begin: written by `make bench` from bench/results/full.json -->"
+END = "<!-- end -->"
+
+CAPTIONS = {
+    "overview": "Every target: how much of what is allowed is taken up. Left of the line it is met.",
+    "hot": "Hot reads, microseconds a call, by powers of ten.",
+    "drain": "Workers moving a full log into the store: events a second by processes, and one process by hand.",
+    "propagation": "From a write's acknowledgement to the drop of the copy in another process.",
+    "agents": "The same, and what Redis pays for a write, as agents are added.",
+}
+"""What is said of each plot."""
+
+
+def results(record: Mapping[str, Any]) -> list[Result]:
+    return [Result.from_json(result) for result in record["results"]]
+
+
+def text(record: Mapping[str, Any]) -> str:
+    """What stands between the two comments."""
+    found = results(record)
+    targets = [target for result in found for target in result.targets]
+    met = sum(target.met for target in targets)
+    plots = [name for name in CAPTIONS if name in record.get("plots", ())]
+    parts = [
+        _machine(record["machine"]),
+        f"{met} of {len(targets)} targets are met.",
+        *(_plot(name) for name in plots[:1]),
+        _table(("task", "to reach", "reached: median (quartiles)", ""), list(_reached(found))),
+        *(_plot(name) for name in plots[1:]),
+        "## Every figure",
+        "Medians of the rounds, with their quartiles.",
+        _table(("task", "who", "median", "quartiles"), list(_figures(found))),
+    ]
+    parts += ["## What can't do a task", _table(("who", "task", "why"), list(_absent(found)))]
+    said = [f"- {_upper(note)}. *{', '.join(about)}*" for note, about in notes(found).items()]
+    if said:
+        parts += ["## To know about them", "\n".join(said)]
+    if record.get("failed"):
+        parts += [
+            "## Failed",
+            _table(("task", "error"), [(name, why) for name, why in record["failed"].items()]),
+        ]
+    return "\n\n".join(parts) + "\n"
+
+
+def _plot(name: str) -> str:
+    return f"![{name}](benchmarks/{name}.png)\n\n{CAPTIONS[name]} ([SVG](benchmarks/{name}.svg))"
+
+
+def _machine(about: Mapping[str, str]) -> str:
+    about = dict(about)
+    date, seconds = about.pop("date", "?"), about.pop("seconds", "?")
+    system, memory = about.pop("system", "?"), about.pop("memory", "?")
+    where = f"{about.pop('processors', '?')} processors, {memory}, {system}"
+    versions = ", ".join(f"{name} {version}" for name, version in about.items())
+    return f"One run of {seconds} s on {date}: {where}; {versions}."
+
+
+def _reached(found: list[Result]) -> list[tuple[str, ...]]:
+    rows: list[tuple[str, ...]] = []
+    for result in found:
+        for index, target in enumerate(result.targets):
+            rows.append(
+                (
+                    _upper(result.title) if index == 0 else "",
+                    f"{target.what}: {target.sense} {target.bound:g}",
+                    spread(target.figure),
+                    "met" if target.met else "**not met**",
+                )
+            )
+        if not result.targets:
+            rows.append((_upper(result.title), "-", "", ""))
+    return rows
+
+
+def _figures(found: list[Result]) -> list[tuple[str, ...]]:
+    rows: list[tuple[str, ...]] = []
+    for result in found:
+        for index, name in enumerate(result.samples):
+            figure = result.spread(name)
+            between = "" if figure.low == figure.high else f"{short(figure.low)} to {short(figure.high)}"
+            rows.append(
+                (
+                    _upper(result.title) if index == 0 else "",
+                    name,
+                    f"{short(figure.median)} {result.unit}",
+                    between,
+                )
+            )
+    return rows
+
+
+def _absent(found: list[Result]) -> list[tuple[str, ...]]:
+    rows: dict[tuple[str, str], list[str]] = {}
+    for result in found:
+        for name, why in result.absent.items():
+            tasks = rows.setdefault((name, why), [])
+            if result.task not in tasks:
+                tasks.append(result.task)
+    return [(name, ", ".join(tasks), why) for (name, why), tasks in rows.items()]
+
+
+def notes(found: list[Result]) -> dict[str, list[str]]:
+    """What is to be known, each once, and the tasks that it is about."""
+    said: dict[str, list[str]] = {}
+    for result in found:
+        for note in result.notes:
+            about = said.setdefault(note, [])
+            if result.task not in about:
+                about.append(result.task)
+    return said
+
+
+def spread(figure: Spread) -> str:
+    return short(figure.median) if figure.low == figure.high else str(figure)
+
+
+def _upper(title: str) -> str:
+    return title[:1].upper() + title[1:]
+
+
+def _table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
+    lines = [head, tuple("---" for _ in head), *rows]
+    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
+
+
+def written(page: str) -> str:
+    """The generated part of a page."""
+    _, begin, rest = page.partition(BEGIN + "\n")
+    inside, end, _ = rest.partition(END)
+    if not (begin and end):
+        raise ValueError("the page has not the two comments between which the figures are written")
+    return inside.strip("\n") + "\n"
+
+
+def write(record: Mapping[str, Any]) -> None:
+    """Put the figures into the page; what people wrote around them stays."""
+    page = PAGE.read_text()
+    head, _, rest = page.partition(BEGIN)
+    tail = rest.partition(END)[2]
+    PAGE.write_text(f"{head}{BEGIN}\n\n{text(record)}\n{END}{tail}")
+
+
+def main() -> None:
+    from . import plots
+
+    record = json.loads(SOURCE.read_text())
+    plots.draw(results(record), FOLDER)
+    write(record)
+
+
+if __name__ == "__main__":
+    main()
