@@ -11,6 +11,7 @@ Its search for crashed agents, which is on by default, is half or more of what a
 
 from __future__ import annotations
 
+import logging
 import warnings
 from collections.abc import Sequence
 from typing import Any, ClassVar, Literal
@@ -46,6 +47,7 @@ class CcsStore:
 
     def open(self) -> None:
         if self.store is None:
+            logging.getLogger("ccs").setLevel(logging.ERROR)  # it tells of the crashed agents that it finds
             with warnings.catch_warnings():  # that a default has changed since its version 0.8
                 warnings.simplefilter("ignore", RuntimeWarning)
                 self.store = CCSStore(strategy="lazy")

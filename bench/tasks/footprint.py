@@ -31,7 +31,8 @@ async def run(world: World) -> list[Result]:
         "footprint", f"bytes beyond its content that a memory takes, in a room's newest {PER_ROOM}", "bytes"
     )
     vectors = Result("footprint", "bytes beyond its content that a memory with 384 floats takes", "bytes")
-    rooms = world.some(100, 30)
+    rooms = world.some(100, 50)
+    others = PER_ROOM * world.some(50, 20)
     plain = [message(f"room-{n // PER_ROOM}", n) for n in range(PER_ROOM * rooms)]
     embedded = [message(f"room-{n // PER_ROOM}", n, embedding=vector(n)) for n in range(PER_ROOM * rooms)]
 
@@ -45,7 +46,7 @@ async def run(world: World) -> list[Result]:
                 result.absent[cls.name] = cls.cannot["recent"]
                 continue
             try:
-                result.samples[cls.name] = [await _other(world, cls, plain, listed=listed)]
+                result.samples[cls.name] = [await _other(world, cls, plain[:others], listed=listed)]
             except Unfit as error:
                 result.absent[cls.name] = str(error)
         vectors.absent[cls.name] = cls.cannot["embeddings"]
@@ -130,7 +131,7 @@ async def _other(world: World, cls: Any, memories: Sequence[Memory], *, listed: 
         if (
             cls.name == load("ccs-store").name
         ):  # all of it is in this process, so it is filled in what is counted
-            memories = memories[: world.some(1_000, 200)]  # and a read of it looks at all that there are
+            memories = memories[: world.some(500, 200)]  # and a read of it looks at all that there are
             fresh = {item.id: item for item in items}
 
             async def put(id: str) -> None:

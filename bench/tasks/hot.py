@@ -86,6 +86,10 @@ async def run(world: World) -> list[Result]:
     for result in (get, recent):
         result.faster(4, load("cashews").name)
         result.faster(25, load("redis-py").name)
+    get.notes.append(
+        f"{load('ccs-store').name} looks through all that it holds for crashed agents, and takes one that was silent"
+        " for a while for crashed: both are its defaults"
+    )
     get.notes.append(f"{load('plain-redis').name} keeps nothing in the process: it is what a cache saves")
     return [get, recent]
 

@@ -45,7 +45,7 @@ async def _of(world: World, store: str, title: str) -> Result:
         took = [await start(settings.redis_url, settings.database_url) for _ in range(times)]
         return statistics.median(took) * 1e3
 
-    result.samples = await interleave({OURS: ours, BARE: bare}, world.rounds(20, 4))
+    result.samples = await interleave({OURS: ours, BARE: bare}, world.rounds(15, 4))
     result.at_most(3, BARE)
     result.notes.append("modules are loaded already; each time another memory, which only the store has")
     return result

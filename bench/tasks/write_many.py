@@ -67,7 +67,7 @@ async def _of(world: World, bus: Bus, *, embeddings: bool) -> Result:
             if other is not None:
                 stack.push_async_callback(call, other.close)
                 turns[other.name] = partial(_batch, other, lambda: [item(memory) for memory in batch()])
-        result.samples = await interleave(turns, world.rounds(25, 5))
+        result.samples = await interleave(turns, world.rounds(15, 5))
     for name in STORES:
         result.at_most(1, load(name).name, LOGGED)
         result.at_most(2, load(name).name, COMMITTED)
