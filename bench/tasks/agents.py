@@ -20,7 +20,7 @@ from .interest import Places
 
 PROCESSES = 4
 FEW = 5
-WRITES = 20
+WRITES = 10
 ALL, SOME = "all hold the room", "5 hold the room"
 
 
