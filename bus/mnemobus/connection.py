@@ -168,7 +168,8 @@ class _Link:
 
     def handshake(self) -> Generator[Command, Any, None]:
         """The commands that open every connection, as a dialogue: yields one, is sent the reply."""
-        info = parse_info((yield ("INFO", "server")))
+        # Of the first one everything is asked at once: Redis before 7 can't be asked for a few sections.
+        info = parse_info((yield ("INFO",) if self.server is None else ("INFO", "server")))
         run_id = info.get("run_id", "")
         if not run_id:
             raise SettingsError(
@@ -180,9 +181,8 @@ class _Link:
 
     def meet(self, info: dict[str, str]) -> Generator[Command, Any, None]:
         """Check a server process that is new to this one, and agree with everyone on layout and epoch."""
-        info = info | parse_info((yield ("INFO", "memory")))
-        info |= parse_info((yield ("INFO", "persistence")))
-        info |= parse_info((yield ("INFO", "replication")))
+        if self.server is not None:
+            info = parse_info((yield ("INFO",)))
         try:
             reply = yield ("CONFIG", "GET", "appendfsync")
             fsync_always = b"always" in (reply.values() if isinstance(reply, dict) else reply)

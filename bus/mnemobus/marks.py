@@ -34,8 +34,10 @@ logger = logging.getLogger("mnemobus.marks")
 _EVERYWHERE = "*"
 """In place of a scope: the mark of a delete_room on all scopes but rooms."""
 
-_POLL = (0.003, 0.1)
+_POLL = (0.001, 0.1)
 """Seconds between questions to Redis while somebody waits: the first, and the longest."""
+_SLOWER = 1.25
+"""How much longer than the last each is."""
 
 _ASKED = 200
 """Versions above the low-water mark that one question names at most."""
@@ -299,7 +301,7 @@ class Marks:
                 if not self._wanted():
                     return
                 await asyncio.sleep(self._pause)
-                self._pause = min(self._pause * 1.5, _POLL[1])
+                self._pause = min(self._pause * _SLOWER, _POLL[1])
         finally:
             self._poller = None
 

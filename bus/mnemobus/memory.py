@@ -15,6 +15,7 @@ import uuid
 from array import array
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import UTC, datetime, timedelta
+from sys import intern
 from typing import Any, NamedTuple, NoReturn, overload
 
 import orjson
@@ -470,7 +471,9 @@ def shared_dimensions(*names: Any) -> Dimensions:
     if found is None:
         if len(_dimensions) >= _DIMENSIONS:
             _dimensions.clear()
-        found = _dimensions[names] = Dimensions(*names)
+        # Rooms and agents are in many of them.
+        found = Dimensions(*(intern(name) if type(name) is str else name for name in names))
+        _dimensions[found] = found
     return found
 
 

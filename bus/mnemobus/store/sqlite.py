@@ -69,6 +69,11 @@ class SqliteReader(SqlReader):
     async def open(self) -> None:
         self._closed = False
         await self._prepare()
+        try:
+            async with self._connection():
+                pass  # the first query finds it open
+        except (sqlite3.Error, OSError) as error:
+            raise _unavailable(self._path, error) from error
 
     async def close(self) -> None:
         self._closed = True
