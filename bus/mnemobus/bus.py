@@ -464,10 +464,10 @@ class Bus:
 
     def _logged(self, partition: int, event: Event, version: Version | None) -> Write:
         """A write of this bus is in the log: nothing that it touches may be answered without it."""
-        self._drop(event)
+        scopes = self._drop(event)
         deadline = asyncio.get_running_loop().time() + self.settings.own_write_timeout
         everywhere = event.op == DELETE_ROOM
-        write = self._marks.mark(partition, version, event.scopes(), deadline, everywhere=everywhere)
+        write = self._marks.mark(partition, version, scopes, deadline, everywhere=everywhere)
         if version is not None:
             self._saw(partition, version)
         if event.op == DELETE_ROOM:
@@ -490,13 +490,16 @@ class Bus:
     def _saw(self, partition: int, version: Version) -> None:
         self._seen[partition] = max(self._seen.get(partition, version), version)
 
-    def _drop(self, event: Event) -> None:
+    def _drop(self, event: Event) -> list[str]:
+        """Drop what a write touches; the scopes that are known from the event alone."""
         if event.op == DELETE_ROOM:
             for scope in list(self._local):
                 if not scope.startswith("room:"):
                     self._local.drop(scope)
-        for scope in event.scopes():
+        scopes = event.scopes()
+        for scope in scopes:
             self._local.drop(scope)
+        return scopes
 
     def _known_dimensions(self, id: str) -> Dimensions | None:
         known = self._dimensions.get(id)

@@ -57,26 +57,26 @@ class Event:
             return [room_scope(self.dimensions.table, self.dimensions.room)]
         return self.dimensions.scopes(self.id)
 
-    def fields(self) -> list[str | bytes | int]:
+    def fields(self) -> list[bytes]:
         """Names and values, alternating, as XADD takes them."""
         table, room, agent, entity, world = self.dimensions
-        out: list[str | bytes | int] = ["op", self.op, "table", table, "room", room]
+        out = [b"op", self.op.encode(), b"table", table.encode(), b"room", room.encode()]
         if self.id:
-            out += ("id", self.id)
+            out += (b"id", self.id.encode())
         if agent is not None:
-            out += ("agent", agent)
+            out += (b"agent", agent.encode())
         if entity is not None:
-            out += ("entity", entity)
+            out += (b"entity", entity.encode())
         if world is not None:
-            out += ("world", world)
+            out += (b"world", world.encode())
         if self.op == PUT:
-            out += ("at", self.created_us)
+            out += (b"at", b"%d" % self.created_us)
         if self.content is not None:
-            out += ("content", self.content)
+            out += (b"content", self.content)
         if self.metadata is not None:
-            out += ("metadata", self.metadata)
+            out += (b"metadata", self.metadata)
         if self.embedding is not None:
-            out += ("embedding", self.embedding)
+            out += (b"embedding", self.embedding)
         return out
 
 

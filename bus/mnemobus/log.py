@@ -65,7 +65,7 @@ Field = str | bytes | int
 
 
 async def append(
-    link: Link, partition: int, producer: str, sequence: int, events: Sequence[Sequence[Field]]
+    link: Link, partition: int, producer: str, sequence: int, events: Sequence[Sequence[bytes]]
 ) -> list[Version]:
     """One call: put events, as field names and values, into a log partition; their versions.
 
@@ -95,7 +95,7 @@ def _versions(link: Link, epoch: str, reply: Sequence[str | bytes]) -> list[Vers
 
 
 def _call(
-    link: Link, partition: int, producer: str, sequence: int, events: Iterable[Sequence[Field]]
+    link: Link, partition: int, producer: str, sequence: int, events: Iterable[Sequence[bytes]]
 ) -> tuple[list[str], list[Field]]:
     """KEYS and ARGV of publish.lua."""
     keys = link.keys
@@ -103,8 +103,7 @@ def _call(
     # The same whether the fields come from memory or from the outbox.
     digest = blake2b(digest_size=8)
     for fields in events:
-        digest.update(b"\0".join([f if isinstance(f, bytes) else str(f).encode() for f in fields]))
-        digest.update(b"\n")
+        digest.update(b"\0".join(fields))
         arguments.append(len(fields))
         arguments += fields
     arguments[3] = digest.hexdigest()
@@ -148,7 +147,7 @@ class Overflow(Protocol):
         """Writes that newer ones have to wait behind."""
 
     async def keep(
-        self, partition: int, events: Sequence[tuple[Event, Sequence[Field]]], call: tuple[str, int] | None
+        self, partition: int, events: Sequence[tuple[Event, Sequence[bytes]]], call: tuple[str, int] | None
     ) -> list[Write]:
         """Keep writes until it can; ``call``: producer and number under which they may be in the log already."""
 
@@ -158,7 +157,7 @@ class _Pending:
     """Writes of one caller that wait to be published, together."""
 
     events: list[Event]
-    fields: list[list[Field]]
+    fields: list[list[bytes]]
     size: int
     deadline: float
     done: asyncio.Future[list[Write]]
@@ -203,7 +202,7 @@ class Publisher:
         pending = None
         for event in events:
             fields = event.fields()
-            size = sum([len(field) for field in fields if not isinstance(field, int)])
+            size = sum(map(len, fields))
             if pending is None or pending.size + size > CALL_BYTES or len(pending.events) == CALL_EVENTS:
                 pending = _Pending([], [], 0, deadline, loop.create_future())
                 self._queue.append(pending)

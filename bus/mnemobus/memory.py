@@ -29,6 +29,7 @@ MAX_NAME_BYTES = 512
 """How long a room, agent, entity or world may be, in UTF-8 bytes: they are indexed."""
 
 _TABLE = re.compile(r"[A-Za-z0-9_.\-]{1,64}\Z")
+_CANONICAL = re.compile(r"[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}\Z")
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 _MICROSECOND = timedelta(microseconds=1)
 
@@ -43,13 +44,15 @@ def new_id() -> str:
 
 def canonical_id(id: object) -> str:
     """The one spelling of a UUID that is used in keys; InvalidMemory if it is none."""
-    if isinstance(id, uuid.UUID):
-        return str(id)
     if isinstance(id, str):
+        if _CANONICAL.match(id):
+            return id
         try:
             return str(uuid.UUID(id))
         except ValueError:
             pass
+    if isinstance(id, uuid.UUID):
+        return str(id)
     raise InvalidMemory("id", f"{id!r} is not a UUID")
 
 
@@ -503,6 +506,8 @@ def encode(memory: Memory, max_bytes: int) -> Row:
 def check_size(row: Row, max_bytes: int) -> None:
     """MemoryTooLarge if the record's content, metadata, embedding and names exceed ``max_bytes``."""
     size = len(row.content) + len(row.metadata) + len(row.embedding or b"") + len(row.id)
+    if size + 5 * MAX_NAME_BYTES <= max_bytes:
+        return
     size += sum(len(name.encode()) for name in row[1:6] if name)
     if size > max_bytes:
         raise MemoryTooLarge("memory", f"{size:,} bytes, which is more than max_memory_bytes ({max_bytes:,})")
@@ -510,6 +515,22 @@ def check_size(row: Row, max_bytes: int) -> None:
 
 def check_dimensions(dimensions: Dimensions) -> None:
     """InvalidMemory that names the dimension which can't be stored."""
+    try:
+        known = dimensions in _checked
+    except TypeError:  # a name that is a list, say
+        known = False
+    if not known:
+        _check_dimensions(dimensions)
+        if len(_checked) >= _DIMENSIONS:
+            _checked.clear()
+        _checked.add(dimensions)
+
+
+_checked: set[Dimensions] = set()
+"""Dimensions that are known to be fit: most writes have some that another had."""
+
+
+def _check_dimensions(dimensions: Dimensions) -> None:
     check_table(dimensions.table)
     check_name("room", dimensions.room)
     for field in ("agent", "entity", "world"):
@@ -544,18 +565,33 @@ def encode_object(field: str, value: object) -> bytes:
     """A JSON object as UTF-8."""
     if not isinstance(value, Mapping):
         raise InvalidMemory(field, f"a JSON object is needed, not {_kind(value)}")
-    _check_json(field, value, 1)
+    if not _is_plain(value):
+        _check_json(field, value, 1)
     try:
         return orjson.dumps(value if isinstance(value, dict) else dict(value))
     except (TypeError, ValueError) as error:  # a lone surrogate, an integer beyond 64 bits
         raise InvalidMemory(field, f"can't be encoded as JSON: {error}") from None
 
 
+def _is_plain(value: Mapping[Any, Any]) -> bool:
+    """Whether there is nothing in an object that would have to be looked into: what most are like."""
+    for key, item in value.items():
+        kind = type(item)
+        if type(key) is not str or not (
+            kind is str or (kind is int and -_LARGEST <= item < _LARGEST) or kind is bool or item is None
+        ):
+            return False
+    return True
+
+
+_LARGEST = 1 << 63
+
+
 def _check_json(path: str, value: object, depth: int) -> None:
     if value is None or isinstance(value, (str, bool)):
         return
     if isinstance(value, int):
-        if not -(1 << 63) <= value < 1 << 63:
+        if not -_LARGEST <= value < _LARGEST:
             raise InvalidMemory(path, "an integer beyond 64 bits")
         return
     if isinstance(value, float):
