@@ -50,8 +50,9 @@ MUTATIONS = [
     Mutation(
         "bucket identity: a late fill lands in the bucket that its read began with (G4)",
         "bus/mnemobus/local.py",
-        "        if not bucket.live:\n            return\n",
-        "        bucket = self._buckets.get(bucket.scope, bucket)\n        if not bucket.live:\n            return\n",
+        "        if not self.has(bucket):\n            return\n",
+        "        bucket = self._buckets.get(bucket.name, bucket)\n        if not self.has(bucket):\n"
+        "            return\n",
         "scenarios/test_late_fills.py::test_g4_a_load_that_an_invalidation_overtakes_enters_no_cache",
     ),
     Mutation(

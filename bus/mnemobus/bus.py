@@ -205,8 +205,6 @@ class Bus:
             for what, error in (("Redis", redis_error), ("the store", store_error)):
                 if error is not None:
                     logger.warning("%s is away, going on without it: %s", what, error)
-            await self._link.start()
-            await self._feed.start()
             if self._outbox is not None:
                 await self._outbox.open()
         except BaseException:
@@ -214,11 +212,14 @@ class Bus:
             raise
 
     async def _open_redis(self) -> Exception | None:
+        away = None
         try:
-            await self._link.command("PING")
+            self._link.pool.give_back(await self._link.pool.take())
         except AWAY as error:
-            return error
-        return None
+            away = error
+        await self._link.start()
+        await self._feed.start()
+        return away
 
     async def _open_store(self) -> Exception | None:
         try:

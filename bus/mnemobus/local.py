@@ -66,7 +66,6 @@ class Bucket:
 
     __slots__ = (
         "expires",
-        "live",
         "more",
         "name",
         "newer",
@@ -88,8 +87,6 @@ class Bucket:
         self.more: dict[Any, Any] | None = None
         """Results of other queries."""
         self.size = 0
-        self.live = False
-        """Whether it is in the dict; a bucket that was taken out never comes back."""
         self.visited = False
         self.older: Bucket | None = None
         self.newer: Bucket | None = None
@@ -177,6 +174,10 @@ class LocalCache:
             self.on_sample(bucket, query, value)
         return value
 
+    def has(self, bucket: Bucket) -> bool:
+        """Whether a bucket is live; one that was taken out never comes back."""
+        return self._buckets.get(bucket.name) is bucket
+
     def served(self, scope: str) -> Mapping[Any, Any]:
         """What hits on a scope would give now, by query; counts as no hit."""
         bucket = self._buckets.get(_name(scope))
@@ -208,7 +209,6 @@ class LocalCache:
         while len(self._buckets) >= self._max_entries:
             self._evict()
         bucket = Bucket(name, partition, self._expiry(now, ttl))
-        bucket.live = True
         self._buckets[name] = bucket
         self._held[partition] += 1
         bucket.older = self._newest
@@ -237,7 +237,7 @@ class LocalCache:
 
         size: bytes of the result's encoded form
         """
-        if not bucket.live:
+        if not self.has(bucket):
             return
         units = -(-(size + OVERHEAD) // _UNIT)
         if units > self._max_units:
@@ -292,7 +292,6 @@ class LocalCache:
         return (bucket.scope for bucket in self._buckets.values())
 
     def _remove(self, bucket: Bucket) -> None:
-        bucket.live = False
         del self._buckets[bucket.name]
         self._held[bucket.partition] -= 1
         if self._hand is bucket:

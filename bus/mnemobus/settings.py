@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 from urllib.parse import quote, urlsplit, urlunsplit
 
 from pydantic import AliasChoices, Field, ValidationError, field_validator, model_validator
-from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+from pydantic_settings import BaseSettings, NoDecode, PydanticBaseSettingsSource, SettingsConfigDict
 
 from .errors import SettingsError
 
@@ -54,6 +54,18 @@ class Settings(BaseSettings):
         validate_default=False,
         allow_inf_nan=False,  # a time without end is none that anything can be planned by
     )
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        """Keywords, the environment, and ``.env`` where there is one: to look for each setting in none takes time."""
+        return init_settings, env_settings, *([dotenv_settings] if Path(".env").exists() else [])
 
     # Redis
     redis_url: str = _redis("REDIS_URL", "redis://127.0.0.1:6379/0", repr=False)

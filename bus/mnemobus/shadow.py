@@ -123,7 +123,7 @@ class Shadow:
     async def _check_local(self, bucket: Bucket, key: Any, value: Any) -> None:
         async def served() -> bool:
             # The same object in the same bucket: what was dropped and filled again is another copy.
-            return bucket.live and self._local.served(bucket.scope).get(key, MISS) is value
+            return self._local.has(bucket) and self._local.served(bucket.scope).get(key, MISS) is value
 
         question = Question.local(bucket.scope, key)
         breach = await self._older(question, versions_of(value), served)
