@@ -56,7 +56,7 @@ events = st.one_of(
         st.just(0),
         st.just(V),
     ),
-    st.builds(Event, st.just(DELETE), dimensions, st.just(ID), version=st.just(V)),
+    st.builds(lambda d: Event(DELETE, d, ID, version=V), dimensions),
     st.builds(lambda t, r: Event(DELETE_ROOM, Dimensions(t, r), version=V), st.just("messages"), names),
 )
 

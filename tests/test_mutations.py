@@ -43,7 +43,7 @@ MUTATIONS = [
     Mutation(
         "the fan-out takes the shared bucket away, leases and all (G4)",
         "bus/mnemobus/lua/fanout.lua",
-        "  redis.call('UNLINK', KEYS[i])\n",
+        "redis.call('UNLINK', unpack(KEYS, 2))\n",
         "",
         "scenarios/test_late_fills.py::test_g4_a_load_that_an_invalidation_overtakes_enters_no_cache",
     ),
@@ -121,8 +121,8 @@ MUTATIONS = [
     Mutation(
         "the tombstone of a room (G3)",
         "bus/mnemobus/store/sqlite.py",
-        "(SELECT version FROM room_tombstones WHERE tbl = ?2 AND room = ?3)",
-        "(SELECT version FROM room_tombstones WHERE tbl = ?2 AND room = ?3 AND FALSE)",
+        "WHERE t.tbl = n.tbl AND t.room = n.room)",
+        "WHERE t.tbl = n.tbl AND t.room = n.room AND FALSE)",
         "test_store.py::test_g3_a_deleted_room_stays_deleted",
     ),
     Mutation(

@@ -16,9 +16,11 @@ Bytes go straight through: what `write` encoded is what the database driver is g
 
 from __future__ import annotations
 
+import re
 import uuid
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import NamedTuple
 
 import orjson
 
@@ -29,8 +31,7 @@ from .memory import MAX_DEPTH, Row, check_dimensions
 PUT, UPDATE, DELETE, DELETE_ROOM = "put", "update", "delete", "delete_room"
 
 
-@dataclass(frozen=True, slots=True)
-class Event:
+class Event(NamedTuple):
     """One write. What an op has no use for is None; see the module's table.
 
     embedding: float32 bytes; ``b""`` in an update removes it; None leaves it (update) or is none (put).
@@ -80,26 +81,27 @@ class Event:
         return out
 
 
-Pairs = Sequence[bytes] | Mapping[bytes, bytes]
-"""An entry's field names and values: alternating, or as a mapping."""
+Pairs = Sequence[bytes] | dict[bytes, bytes]
+"""An entry's field names and values: alternating, or by name."""
 
-_KNOWN = frozenset(
-    ("op", "table", "room", "id", "agent", "entity", "world", "at", "content", "metadata", "embedding", "as")
-)
+_OPS = {op.encode(): op for op in (PUT, UPDATE, DELETE, DELETE_ROOM)}
+_KNOWN = frozenset(b"op table room id agent entity world at content metadata embedding as".split())
+_UUID = re.compile(rb"[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}\Z")
+_DIMENSIONS = 4_096
+"""Combinations of names that are remembered as checked: events repeat them."""
 
 
 def version_of(id: Version, pairs: Pairs) -> Version:
     """The version of a log entry's event: the entry's ID, or, where a dead letter was requeued, the version that
     the event had before. So it still loses against what was written since (G2). Also for what `decode` refuses."""
     try:
-        return _version(id, _mapping(pairs).get(b"as"))
+        had = _mapping(pairs).get(b"as")
+        return id if had is None else _version(id, had)
     except BadEvent:
         return id
 
 
-def _version(id: Version, had: bytes | None) -> Version:
-    if had is None:
-        return id
+def _version(id: Version, had: bytes) -> Version:
     try:
         version = Version.parse(had)
     except ValueError as error:
@@ -109,62 +111,82 @@ def _version(id: Version, had: bytes | None) -> Version:
     return version
 
 
-def _mapping(pairs: Pairs) -> Mapping[bytes, bytes]:
-    return pairs if isinstance(pairs, Mapping) else dict(zip(pairs[::2], pairs[1::2], strict=True))
+def _mapping(pairs: Pairs) -> dict[bytes, bytes]:
+    if isinstance(pairs, dict):
+        return pairs
+    each = iter(pairs)
+    return dict(zip(each, each, strict=True))
 
 
 def decode(version: Version, pairs: Pairs) -> Event:
     """The event of a log entry, whose ID is ``version``; BadEvent, with a reason for people, for anything that is
     none."""
-    pairs = _mapping(pairs)
-    version = _version(version, pairs.get(b"as"))
-    try:
-        names = {key.decode(): value for key, value in pairs.items()}
-        if not names.keys() <= _KNOWN:
-            raise BadEvent(
-                f"unknown field {sorted(names.keys() - _KNOWN)[0]!r}: written by a newer mnemobus?"
-            )
-        text = {
-            key: names[key].decode()
-            for key in ("op", "table", "room", "id", "agent", "entity", "world")
-            if key in names
-        }
-    except UnicodeDecodeError as error:
-        raise BadEvent(f"a name is not UTF-8: {error}") from None
-    for field in ("op", "table", "room"):
-        if field not in text:
-            raise BadEvent(f"the field {field!r} is missing")
-    op = text["op"]
-    dimensions = Dimensions(
-        text["table"], text["room"], text.get("agent"), text.get("entity"), text.get("world")
-    )
-    try:
-        check_dimensions(dimensions)
-    except InvalidMemory as error:
-        raise BadEvent(str(error)) from None
+    fields = _mapping(pairs)
+    get = fields.get
+    if b"as" in fields:
+        version = _version(version, fields[b"as"])
+    if not fields.keys() <= _KNOWN:
+        name = _text(min(fields.keys() - _KNOWN))
+        raise BadEvent(f"unknown field {name!r}: written by a newer mnemobus?")
+    written = get(b"op")
+    if written is None:
+        raise BadEvent("the field 'op' is missing")
+    dimensions = _dimensions(get(b"table"), get(b"room"), get(b"agent"), get(b"entity"), get(b"world"))
+    op = _OPS.get(written)
+    if op is None:
+        raise BadEvent(f"unknown op {_text(written)!r}: written by a newer mnemobus?")
     if op == DELETE_ROOM:
         return Event(op, dimensions, version=version)
-    if op not in (PUT, UPDATE, DELETE):
-        raise BadEvent(f"unknown op {op!r}: written by a newer mnemobus?")
-    try:
-        id = str(uuid.UUID(text.get("id", "")))
-    except ValueError:
-        raise BadEvent(f"id: {text.get('id')!r} is not a UUID") from None
+    id = _id(get(b"id"))
     if op == DELETE:
         return Event(op, dimensions, id, version=version)
-    content, metadata, embedding = names.get("content"), names.get("metadata"), names.get("embedding")
+    content, metadata, embedding = get(b"content"), get(b"metadata"), get(b"embedding")
     created_us = 0
     if op == PUT:
         if content is None or metadata is None:
             raise BadEvent("a put without content or metadata")
-        created_us = _micros(names.get("at"))
+        created_us = _micros(get(b"at"))
         if embedding == b"":
             embedding = None
-    _check_object("content", content)
-    _check_object("metadata", metadata)
+    if content is not None:
+        _check_object("content", content)
+    if metadata is not None:
+        _check_object("metadata", metadata)
     if embedding is not None and len(embedding) % 4:
         raise BadEvent(f"embedding: {len(embedding)} bytes are no whole number of float32")
     return Event(op, dimensions, id, content, metadata, embedding, created_us, version)
+
+
+def _text(name: bytes) -> str:
+    try:
+        return name.decode()
+    except UnicodeDecodeError as error:
+        raise BadEvent(f"a name is not UTF-8: {error}") from None
+
+
+@lru_cache(_DIMENSIONS)
+def _dimensions(table: bytes | None, room: bytes | None, *others: bytes | None) -> Dimensions:
+    if table is None:
+        raise BadEvent("the field 'table' is missing")
+    if room is None:
+        raise BadEvent("the field 'room' is missing")
+    agent, entity, world = (None if name is None else _text(name) for name in others)
+    dimensions = Dimensions(_text(table), _text(room), agent, entity, world)
+    try:
+        check_dimensions(dimensions)
+    except InvalidMemory as error:
+        raise BadEvent(str(error)) from None
+    return dimensions
+
+
+def _id(written: bytes | None) -> str:
+    if written is not None and _UUID.match(written):
+        return written.decode()
+    text = None if written is None else _text(written)
+    try:
+        return str(uuid.UUID(text or ""))
+    except ValueError:
+        raise BadEvent(f"id: {text!r} is not a UUID") from None
 
 
 _LATEST = 253_402_300_800_000_000  # the year 10000, where datetime ends
@@ -181,9 +203,7 @@ def _micros(text: bytes | None) -> int:
     return micros
 
 
-def _check_object(field: str, value: bytes | None) -> None:
-    if value is None:
-        return
+def _check_object(field: str, value: bytes) -> None:
     try:
         decoded = orjson.loads(value)
     except ValueError as error:

@@ -27,14 +27,14 @@ class Version(NamedTuple):
     @classmethod
     def parse(cls, text: str | bytes) -> Version:
         """The version written as ``"<ms>-<seq>"``; ValueError for anything else."""
-        if isinstance(text, bytes):
-            text = text.decode("ascii", "replace")
-        ms, dash, seq = text.partition("-")
-        if not (dash and ms.isascii() and ms.isdigit() and seq.isascii() and seq.isdigit()):
-            raise ValueError(f"{text!r} is not a version of the form <milliseconds>-<sequence>")
+        written = text if isinstance(text, bytes) else text.encode("utf-8", "replace")
+        ms, _, seq = written.partition(b"-")
+        if not (ms.isdigit() and seq.isdigit()):
+            shown = text.decode("ascii", "replace") if isinstance(text, bytes) else text
+            raise ValueError(f"{shown!r} is not a version of the form <milliseconds>-<sequence>")
         version = cls(int(ms), int(seq))
         if version.ms >= _LIMIT or version.seq >= _LIMIT:
-            raise ValueError(f"{text!r} is out of range for a version")
+            raise ValueError(f"{written.decode()!r} is out of range for a version")
         return version
 
     def before(self) -> Version:
@@ -91,8 +91,12 @@ class Dimensions(NamedTuple):
 
     def scopes(self, id: str) -> list[str]:
         """The scopes, at most five, that a write to memory ``id`` with these dimensions touches."""
+        return [f"id:{id}", *self.shared_scopes()]
+
+    def shared_scopes(self) -> list[str]:
+        """Those of them that a memory shares with others of the same dimensions."""
         table = self.table
-        scopes = [f"id:{id}", f"room:{table}:{self.room}"]
+        scopes = [f"room:{table}:{self.room}"]
         if self.entity is not None:
             scopes.append(f"entity:{table}:{self.entity}")
         if self.agent is not None:

@@ -21,7 +21,9 @@ from __future__ import annotations
 import logging
 import threading
 import time
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
+from functools import lru_cache
 from typing import TypeVar
 
 import orjson
@@ -33,7 +35,7 @@ from tenacity.stop import stop_when_event_set
 from mnemobus.connection import AWAY, Call, Script, ThreadedLink, script
 from mnemobus.errors import BadEvent, MnemobusError, Rejected
 from mnemobus.events import DELETE_ROOM, Event, decode, version_of
-from mnemobus.keys import Dimensions, Version
+from mnemobus.keys import Dimensions, Version, id_scope
 from mnemobus.settings import Settings
 from mnemobus.store import Applied, Refused, Writer
 from mnemobus.wire import Command
@@ -45,8 +47,13 @@ logger = logging.getLogger("mnemobus.apply")
 SCOPES_PER_CALL = 500
 """Scopes that one fan-out names at most: a script blocks the server while it runs."""
 _REPORT_EVERY = 30.0
+_PLACES = 4_096
+"""Combinations of names whose scopes are remembered: events repeat them."""
 
 T = TypeVar("T")
+
+Touched = defaultdict[int, tuple[dict[str, None], dict[str, None]]]
+"""By feed partition: scopes and versions, each once and in order."""
 
 
 def _passes(error: BaseException) -> bool:
@@ -78,6 +85,7 @@ class Applier:
         self._open = False
         self._opening = threading.Lock()
         self._stopping = stopping
+        self._shared_places = lru_cache(_PLACES)(self._find_places)
         self._figures = threading.Lock()
         self._events = 0
         self._batches = 0
@@ -138,6 +146,12 @@ class Applier:
 
     def insist(self, what: str, work: Callable[[], T]) -> T:
         """Do something that a database or Redis may be in no state for, until it is done or we shut down."""
+        try:
+            return work()  # tenacity takes as long as a round trip, and is hardly ever needed
+        except Exception as error:
+            if not _passes(error):
+                raise
+            logger.debug("%s: %s; trying again at once", what, error)
 
         def before_sleep(state: RetryCallState) -> None:
             error = state.outcome.exception() if state.outcome else None
@@ -228,18 +242,22 @@ class Applier:
         dead: dict[Version, str],
     ) -> Iterator[tuple[int, list[str], bytes]]:
         """Feed partition, scopes and payload of each message; those of deleted rooms themselves come last."""
-        touched: dict[int, tuple[dict[str, None], dict[str, None]]] = {}
-        rooms: dict[int, tuple[dict[str, None], dict[str, None]]] = {}
+        touched: Touched = defaultdict(lambda: ({}, {}))
+        rooms: Touched = defaultdict(lambda: ({}, {}))
         partition_of = self._link.keys.feed_partition
         for event in events:
             version = str(event.version)
-            into = rooms if event.op == DELETE_ROOM else touched
-            for scope in event.scopes():
-                scopes, versions = into.setdefault(partition_of(scope), ({}, {}))
+            if event.op == DELETE_ROOM:
+                [scope] = event.scopes()
+                scopes, versions = rooms[partition_of(scope)]
+                scopes[scope] = versions[version] = None
+                continue
+            for scope, partition in self._places(event.id, event.dimensions):
+                scopes, versions = touched[partition]
                 scopes[scope] = versions[version] = None
         for id, dimensions in cleared:
-            for scope in dimensions.scopes(id):
-                touched.setdefault(partition_of(scope), ({}, {}))[0][scope] = None
+            for scope, partition in self._places(id, dimensions):
+                touched[partition][0][scope] = None
         reasons = {str(version): reason for version, reason in dead.items()}
         for group in (touched, rooms):
             for partition, (scopes, versions) in group.items():
@@ -258,6 +276,15 @@ class Applier:
                     if letters:
                         body["d"] = letters
                     yield partition, part, orjson.dumps(body)
+
+    def _places(self, id: str, dimensions: Dimensions) -> list[tuple[str, int]]:
+        """The scopes that a write touches, and the feed partition of each."""
+        scope = id_scope(id)
+        return [(scope, self._link.keys.feed_partition(scope)), *self._shared_places(dimensions)]
+
+    def _find_places(self, dimensions: Dimensions) -> list[tuple[str, int]]:
+        """Those that memories of these dimensions share."""
+        return [(scope, self._link.keys.feed_partition(scope)) for scope in dimensions.shared_scopes()]
 
     def _report(self, events: int) -> None:
         with self._figures:

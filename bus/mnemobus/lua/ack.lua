@@ -7,8 +7,9 @@
 -- Returns  how many were pending until now; another worker may have confirmed the others
 
 local removed = 0
-for i = 2, #ARGV do
-  removed = removed + redis.call('XACK', KEYS[1], ARGV[1], ARGV[i])
+for first = 2, #ARGV, 1000 do -- Lua unpacks some thousands at most
+  local last = math.min(first + 999, #ARGV)
+  removed = removed + redis.call('XACK', KEYS[1], ARGV[1], unpack(ARGV, first, last))
 end
 if removed > 0 then
   redis.call('HINCRBY', KEYS[2], 'applied', removed)

@@ -74,16 +74,22 @@ class _Array(bytes):
 
     @classmethod
     def of(cls, items: Sequence[bytes | None]) -> Self:
-        parts = [_ARRAY_HEAD.pack(1, 1, cls.element, len(items), 1)]
+        head = _ARRAY_HEAD.pack(1, 1, cls.element, len(items), 1)
+        sizes = {_NULL if item is None else len(item) for item in items}
+        if len(sizes) == 1:  # ids, versions, vectors: put together without a step for each
+            (size,) = sizes
+            before = _SIZE.pack(size)
+            return cls(head + (before * len(items) if size == _NULL else before + before.join(items)))  # type: ignore[arg-type]
+        parts = [head]
         for item in items:
-            if item is None:
-                parts.append(b"\xff\xff\xff\xff")
-            else:
-                parts += (len(item).to_bytes(4, "big"), item)
+            parts += (_SIZE.pack(_NULL),) if item is None else (_SIZE.pack(len(item)), item)
         return cls(b"".join(parts))
 
 
 _ARRAY_HEAD = struct.Struct(">iiIii")  # dimensions, may hold NULL, type of elements, length, first index
+_SIZE = struct.Struct(">i")
+_NULL = -1
+"""The size of a NULL."""
 _INT8 = struct.Struct(">q")
 
 
@@ -434,10 +440,19 @@ class PostgresWriter:
 
 
 def _apply(connection: Connection[Any], events: Sequence[Event]) -> Applied:
-    # What returns nothing goes along with what follows it, in one round trip.
+    # What returns nothing goes along with what follows it: a batch takes two round trips, for its upsert and for
+    # COMMIT. psycopg's own transaction() would take two more.
     pipeline = connection.pipeline() if psycopg.Pipeline.is_supported() else nullcontext()
-    with pipeline as sending, connection.transaction():
-        return merge.apply(_Transaction(connection, sending), events)
+    try:
+        with pipeline as sending:
+            connection.execute(b"BEGIN")
+            applied = merge.apply(_Transaction(connection, sending), events)
+            connection.execute(b"COMMIT")
+        return applied
+    except BaseException:
+        if not connection.closed:
+            connection.rollback()
+        raise
 
 
 class _Transaction:
@@ -540,7 +555,9 @@ def _slot(room: Room) -> int:
 
 
 def _uuids(ids: Iterable[str]) -> _Uuids:
-    return _Uuids.of([bytes.fromhex(id.replace("-", "")) for id in ids])  # several times faster than UUID
+    return _Uuids.of(
+        list(map(bytes.fromhex, "|".join(ids).replace("-", "").split("|")))
+    )  # much faster than UUID
 
 
 def _texts(items: Sequence[str | None]) -> _Texts:

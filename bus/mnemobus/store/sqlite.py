@@ -13,6 +13,7 @@ import time
 import uuid
 from collections.abc import AsyncIterator, Collection, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -29,25 +30,41 @@ from .reader import SqlReader
 _READERS = 4
 """Reading connections, each a thread, that a process has at most: a slow query then holds up few others."""
 
-_UPSERT = f"""
-    INSERT INTO memories AS m (
-        id, tbl, room, agent, entity, world, created_us, content, metadata, embedding,
-        put_version, content_version, metadata_version, embedding_version, deleted_version
-    )
-    SELECT
-        ?1, ?2, ?3, ?4, ?5, ?6, ?7,
-        CASE WHEN max(?11, ?12) > deleted THEN ?8 END,
-        CASE WHEN max(?11, ?13) > deleted THEN ?9 END,
-        CASE WHEN max(?11, ?14) > deleted THEN ?10 END,
-        ?11, ?12, ?13, ?14, deleted
-    FROM (
-        SELECT max(?15, coalesce(
-            (SELECT version FROM room_tombstones WHERE tbl = ?2 AND room = ?3), x''
-        )) AS deleted
-    )
-    WHERE true
-    {merge.merging("max", "IS")}
-"""
+_ROWS = 250
+"""Rows of a statement that merges many at once."""
+
+
+def _upsert(rows: int) -> str:
+    """The statement that merges so many deltas."""
+    row = f"({', '.join('?' * 15)})"
+    return f"""
+        INSERT INTO memories AS m (
+            id, tbl, room, agent, entity, world, created_us, content, metadata, embedding,
+            put_version, content_version, metadata_version, embedding_version, deleted_version
+        )
+        WITH n (
+            id, tbl, room, agent, entity, world, created_us, content, metadata, embedding,
+            put, content_version, metadata_version, embedding_version, own_deleted
+        ) AS (VALUES {", ".join([row] * rows)})
+        SELECT
+            id, tbl, room, agent, entity, world, created_us,
+            CASE WHEN max(put, content_version) > deleted THEN content END,
+            CASE WHEN max(put, metadata_version) > deleted THEN metadata END,
+            CASE WHEN max(put, embedding_version) > deleted THEN embedding END,
+            put, content_version, metadata_version, embedding_version, deleted
+        FROM (
+            SELECT n.*, max(own_deleted, coalesce(
+                (SELECT version FROM room_tombstones AS t WHERE t.tbl = n.tbl AND t.room = n.room), x''
+            )) AS deleted
+            FROM n
+        )
+        WHERE true
+        {merge.merging("max", "IS")}
+    """
+
+
+_UPSERT = _upsert(1)
+_UPSERT_MANY = _upsert(_ROWS)
 
 
 class SqliteReader(SqlReader):
@@ -283,28 +300,27 @@ class _Transaction:
         return found
 
     def upsert(self, deltas: Sequence[Delta]) -> list[str]:
-        execute = self._execute
-        won = []
-        for d in deltas:
-            cursor = execute(
-                _UPSERT,
-                (
-                    bytes.fromhex(d.id.replace("-", "")),  # several times faster than a UUID
-                    *d.dimensions,
-                    d.created_us,
-                    None if d.content is None else d.content.decode(),
-                    None if d.metadata is None else d.metadata.decode(),
-                    d.embedding,
-                    d.put,
-                    d.content_version,
-                    d.metadata_version,
-                    d.embedding_version,
-                    d.deleted,
-                ),
-            )
-            if cursor.rowcount:
-                won.append(d.id)
+        won: list[str] = []
+        many = len(deltas) // _ROWS * _ROWS
+        for first in range(0, many, _ROWS):
+            won += self._upsert_many(deltas[first : first + _ROWS])
+        return won + self._upsert_each(deltas[many:])
+
+    def _upsert_many(self, deltas: Sequence[Delta]) -> list[str]:
+        """All of them in one statement: while it runs, the process's other threads do. It tells how many rows it
+        changed, not which; where that was not every one, it is taken back, and done again row by row."""
+        self._execute("SAVEPOINT many")
+        rows = chain.from_iterable(map(_row, deltas))
+        if self._execute(_UPSERT_MANY, tuple(rows)).rowcount == len(deltas):
+            won = [delta.id for delta in deltas]
+        else:
+            self._execute("ROLLBACK TO many")
+            won = self._upsert_each(deltas)
+        self._execute("RELEASE many")
         return won
+
+    def _upsert_each(self, deltas: Sequence[Delta]) -> list[str]:
+        return [delta.id for delta in deltas if self._execute(_UPSERT, _row(delta)).rowcount]
 
     def clear(self, room: Room, last: bytes, versions: Collection[bytes]) -> list[tuple[str, Dimensions]]:
         for statement in merge.clearing("max"):
@@ -318,6 +334,22 @@ class _Transaction:
                 (*room, version),
             )
         ]
+
+
+def _row(d: Delta) -> tuple[Any, ...]:
+    return (
+        bytes.fromhex(d.id.replace("-", "")),  # several times faster than a UUID
+        *d.dimensions,
+        d.created_us,
+        None if d.content is None else d.content.decode(),
+        None if d.metadata is None else d.metadata.decode(),
+        d.embedding,
+        d.put,
+        d.content_version,
+        d.metadata_version,
+        d.embedding_version,
+        d.deleted,
+    )
 
 
 def _path(settings: Settings) -> Path:
