@@ -108,7 +108,7 @@ class Settings(BaseSettings):
     outbox_max_bytes: Count = _own("OUTBOX_MAX_BYTES", 64 << 20)
 
     # The workers
-    batch_size: int = _own("BATCH_SIZE", 500, ge=1, le=10_000)
+    batch_size: int = _own("BATCH_SIZE", 1_000, ge=1, le=10_000)
     batch_bytes: Count = _own("BATCH_BYTES", 16 << 20)
     claim_idle: float = _own("CLAIM_IDLE", 5.0, ge=0.1)
     worker_processes: Count = _own("WORKER_PROCESSES", 2)
