@@ -18,6 +18,7 @@ NAMES = (
     "write",
     "writers",
     "write_many",
+    "drain",
     "propagation",
     "dropping",
     "interest",
