@@ -26,6 +26,7 @@ NAMES = (
     "footprint",
     "conversation",
     "start",
+    "units",
 )
 """The modules, in the order of the table."""
 
