@@ -19,7 +19,6 @@ from ..world import World, message, until
 ROOM = "kitchen"
 OTHERS = [f"room-{n}" for n in range(100)]
 """Where the load goes; spread over all partitions of the log."""
-PROCESSES = 2
 BACKLOG = 4_000
 """Events that the pool has before it while it is saturated."""
 _PATIENCE = 60
@@ -76,8 +75,8 @@ async def run(world: World) -> list[Result]:
     settings = world.settings("postgres")
     by_hand = world.database()
     prepare(by_hand)
-    probes = world.some(120, 25)
-    with world.workers(settings, PROCESSES):
+    probes = world.some(120, 15)
+    with world.workers(settings, 1):
         async with (
             connect(**settings.model_dump()) as bus,
             Party(**started(settings)) as listening,
@@ -124,12 +123,12 @@ async def run(world: World) -> list[Result]:
     for result in idle:
         result.notes.append(
             "one write at a time; PostgreSQL, fsync on; mnemobus: "
-            f"{PROCESSES} worker processes; by hand: one; {probes} writes a round"
+            f"one worker process; by hand: one; {probes} writes a round"
         )
     for result in half:
         result.notes.append(
             f"both are offered {rate:,.0f} writes/s into {len(OTHERS)} other rooms: half of the {saturated:,.0f}/s that"
-            f" {PROCESSES} worker processes applied with always about {BACKLOG:,} before them"
+            f" one worker process applied with always about {BACKLOG:,} before it"
         )
     half[0].notes.append(
         f"reads of the room after each drop: {ours.reads}, of them stale: {ours.stale}; the listener's gaps:"
