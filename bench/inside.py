@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import replace
 from itertools import cycle, islice
 from typing import Any, Generic, TypeVar
 
@@ -32,7 +31,7 @@ def fill(settings: Settings, memories: Sequence[Memory]) -> None:
     try:
         for at in range(0, len(memories), 1_000):
             batch = enumerate(memories[at : at + 1_000], at + 1)
-            writer.apply([replace(Event.put(encode(m, 1 << 20)), version=Version(1, n)) for n, m in batch])
+            writer.apply([Event.put(encode(m, 1 << 20))._replace(version=Version(1, n)) for n, m in batch])
     finally:
         writer.close()
 

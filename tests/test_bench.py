@@ -8,7 +8,6 @@ import json
 import secrets
 import subprocess
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -189,7 +188,7 @@ async def test_hand_written_reads_give_the_rows_of_the_store(
     writer = open_writer(settings)
     writer.open()
     rows = [encode(one, 1 << 20) for one in memories]
-    writer.apply([replace(Event.put(row), version=Version(1, n)) for n, row in enumerate(rows)])
+    writer.apply([Event.put(row)._replace(version=Version(1, n)) for n, row in enumerate(rows)])
     writer.close()
     reader = open_reader(settings)
     await reader.open()
