@@ -597,3 +597,53 @@ async def test_figures_and_health_tell_what_happened(pool: Settings, connect: Co
         assert health.problems == ()
         assert health.redis.startswith(("Redis ", "Valkey "))
         assert (health.backlog, health.dead_letters) == (0, 0)
+
+
+async def test_a_bus_whose_opening_is_cancelled_leaves_nothing_behind(connect: Connect) -> None:
+    before = asyncio.all_tasks()
+    # Given buses whose opening is cancelled at every moment of its way
+    for moment in range(20):
+        bus = connect()
+        opening = asyncio.create_task(bus.open())
+        await asyncio.sleep(moment * 0.001)
+        opening.cancel()
+        with suppress(asyncio.CancelledError):
+            await opening
+        # Then each lets go of its connections, once closed, and none goes on listening
+        await bus.close()
+        assert bus._link.pool.size == bus._link.probe.size == 0
+    # (a connection to SQLite that was being opened is closed once it is open)
+    await eventually(lambda: not asyncio.all_tasks() - before)
+
+
+async def test_a_bus_that_is_closed_while_it_is_opened_says_so(connect: Connect) -> None:
+    before = asyncio.all_tasks()
+    bus = connect()
+    opening = asyncio.create_task(bus.open())
+    await asyncio.sleep(0)
+    await bus.close()
+    with pytest.raises(BusClosed, match="while it was being opened"):
+        await opening
+    assert not asyncio.all_tasks() - before
+
+
+@pytest.mark.parametrize("id", [[], {}, None, 3, b"x", "room:messages:r"])
+async def test_what_is_no_id_is_named(connect: Connect, id: Any) -> None:
+    async with connect() as bus:
+        with pytest.raises(InvalidMemory, match="is not a UUID"):
+            await bus.get(id)
+
+
+async def test_a_cached_answer_is_no_answer_to_an_invalid_query(connect: Connect, pool: Settings) -> None:
+    async with connect() as bus:
+        await bus.write(Memory(table="messages", room="r", content={}), durability="committed")
+
+        async def cached() -> bool:
+            return (await bus.recent("messages", room="r")).source == "local"
+
+        async with asyncio.timeout(5):
+            while not await cached():
+                await asyncio.sleep(0.01)
+        for name in ("entity", "agent", "world"):
+            with pytest.raises(InvalidQuery, match="is empty"):
+                await bus.recent("messages", room="r", **{name: ""})

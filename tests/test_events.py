@@ -96,6 +96,7 @@ def changed(**changes: bytes | None) -> list[bytes]:
         (changed(content=b"nonsense"), "content: not JSON: "),
         (changed(content=b"[1]"), "content: JSON, but no object"),
         (changed(metadata=b'{"a":' * 90 + b"1" + b"}" * 90), "metadata: nests deeper than 64 levels"),
+        (changed(metadata=b'{"a":' * 1000 + b"1" + b"}" * 1000), "metadata: nests deeper than 64 levels"),
         (changed(at=b"soon"), "at: b'soon' is not a number of microseconds"),
         (changed(at=None), "at: b'' is not a number of microseconds"),
         (changed(at=b"9" * 30), "is not between the years 1 and 9999"),

@@ -76,6 +76,7 @@ from .shadow import Shadow
 from .shared import SharedCache
 from .stats import Health, Stats
 from .store import open_reader
+from .tasks import end
 from .tiers import Tiers
 
 logger = logging.getLogger("mnemobus")
@@ -180,6 +181,7 @@ class Bus:
         self._seen: dict[int, Version] = {}
         """The last version that this bus wrote or observed, by log partition: its token."""
         self._state = "new"
+        self._opening: list[asyncio.Task[Any]] = []
         self._closing: asyncio.Task[None] | None = None
         self._epochs = 0
         self._link.on_epoch.append(self._count_epoch)
@@ -195,8 +197,10 @@ class Bus:
         if self._state != "new":
             raise BusClosed("a bus is opened once; connect() gives a new one")
         self._state = "open"
+        redis, store = asyncio.create_task(self._open_redis()), asyncio.create_task(self._open_store())
+        self._opening = [redis, store]
         try:
-            redis_error, store_error = await asyncio.gather(self._open_redis(), self._open_store())
+            redis_error, store_error = await asyncio.gather(redis, store)
             if redis_error is not None and store_error is not None:
                 raise StoreUnavailable(
                     f"neither Redis ({self._link.address}: {redis_error}) nor the store ({store_error}) can be"
@@ -207,8 +211,12 @@ class Bus:
                     logger.warning("%s is away, going on without it: %s", what, error)
             if self._outbox is not None:
                 await self._outbox.open()
-        except BaseException:
+        except BaseException as error:
+            closed = self._closing is not None
             await self.close()
+            task = asyncio.current_task()
+            if closed and isinstance(error, asyncio.CancelledError) and not (task and task.cancelling()):
+                raise BusClosed("the bus was closed while it was being opened") from None
             raise
 
     async def _open_redis(self) -> Exception | None:
@@ -239,6 +247,8 @@ class Bus:
         await asyncio.shield(self._closing)
 
     async def _close(self) -> None:
+        # Where one of them fails or is cancelled, the other may be at it yet, and would begin what nobody ends.
+        await end(self._opening)
         async with AsyncExitStack() as steps:  # the last one first, and each whatever comes of the others
             steps.push_async_callback(self._link.close)
             steps.push_async_callback(self._close_store)
@@ -540,7 +550,10 @@ class Bus:
 
         From the nearest tier that has it and may answer. Raises StoreUnavailable if none can.
         """
-        found = self._local.hit(id, GET)
+        try:
+            found = self._local.hit(id, GET)
+        except TypeError:  # a list, say: `canonical_id` tells
+            found = MISS
         if found is not MISS:
             return found  # type: ignore[no-any-return]
         return await self._get(canonical_id(id))
@@ -580,7 +593,8 @@ class Bus:
         Raises InvalidQuery, or StoreUnavailable if no tier can answer.
         """
         key: Any = limit  # nothing else: what is asked for in nearly every case makes no tuple
-        if room is not None and not (entity or agent or world or before or after):
+        narrower = entity is not None or agent is not None or world is not None
+        if room is not None and not narrower and before is None and after is None:
             scope = f"room:{table}:{room}"
         else:
             scope = scope_of(table, room, entity, agent, world)
