@@ -8,7 +8,10 @@ between processes is tested in test_processes.py.
 from __future__ import annotations
 
 import asyncio
+import os
 import pickle
+import subprocess
+import sys
 from collections.abc import Callable
 from contextlib import suppress
 from datetime import UTC, datetime, timedelta
@@ -647,3 +650,13 @@ async def test_a_cached_answer_is_no_answer_to_an_invalid_query(connect: Connect
         for name in ("entity", "agent", "world"):
             with pytest.raises(InvalidQuery, match="is empty"):
                 await bus.recent("messages", room="r", **{name: ""})
+
+
+def test_a_process_that_never_closes_its_bus_ends_all_the_same(settings: Settings, pool: Settings) -> None:
+    program = (
+        "import asyncio, mnemobus\nasync def main():\n    bus = mnemobus.connect()\n    await bus.open()\n"
+    )
+    program += "    await bus.recent('messages', room='r1')\nasyncio.run(main())\n"
+    environment = os.environ | settings.environment()
+    done = subprocess.run([sys.executable, "-c", program], env=environment, timeout=60, capture_output=True)
+    assert done.returncode == 0, done.stderr.decode()

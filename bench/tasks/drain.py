@@ -109,7 +109,7 @@ async def run(world: World) -> list[Result]:
 
 
 async def _beside_hand(world: World, store: str) -> Result:
-    events, vectors = world.some(100_000, 6_000), world.some(20_000, 2_000)
+    events, vectors = world.some(100_000, 6_000), world.some(10_000, 2_000)
     result = Result("drain", f"{events:,} events into {STORES[store]}, one process", "1/s")
     with Pool.of(world, store) as pool, Hand.of(world, store) as hand:
         turns = {
@@ -152,7 +152,7 @@ async def _backlog(world: World) -> Result:
     with Pool.of(world, "postgres") as pool:
         await pool.drain(2_000)
         result.samples = {few: [], many: []}
-        for _ in range(world.rounds(3, 2)):
+        for _ in range(2):
             result.samples[few].append(await pool.drain(short, first=first))
             result.samples[many].append(await pool.drain(long, first=first))
     # Noise alone takes a tenth now and then.

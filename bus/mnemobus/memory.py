@@ -331,6 +331,12 @@ class Memory(_Draft):
     def __delattr__(self, name: str) -> NoReturn:
         raise AttributeError(f"a memory is immutable: {name} can't be deleted")
 
+    def __copy__(self) -> Memory:
+        return self
+
+    def __deepcopy__(self, memo: object) -> Memory:
+        return self  # what can't change needs no copy
+
     def __reduce__(self) -> tuple[Any, ...]:
         return _restore, tuple(getattr(self, name) for name in _Draft.__slots__)
 

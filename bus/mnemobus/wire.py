@@ -222,7 +222,8 @@ class Pool:
                 wire = await turn
             except BaseException:
                 if turn.done() and not turn.cancelled():  # too late: it is somebody else's turn
-                    self._pass_on(turn.result())
+                    given = turn.result()
+                    self._pass_on(None) if given is None else self.give_back(given)
                 raise
             if wire is not None:
                 if wire.open:

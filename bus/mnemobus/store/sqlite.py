@@ -170,7 +170,12 @@ class SqliteReader(SqlReader):
             self._keep(connection)
 
     async def _open_connection(self) -> aiosqlite.Connection:
-        connection = await aiosqlite.connect(self._path, timeout=self._timeout, isolation_level=None)
+        connecting = aiosqlite.connect(self._path, timeout=self._timeout, isolation_level=None)
+        # A process that ends without closing its bus must not wait for this thread: it reads, and has nothing to lose.
+        # Before 0.22 the connection itself was the thread.
+        thread: Any = getattr(connecting, "_thread", connecting)
+        thread.daemon = True
+        connection = await connecting
         await connection.execute_fetchall("PRAGMA query_only = ON")
         return connection
 
