@@ -284,6 +284,10 @@ async def test_g8_a_replay_while_workers_are_killed(
     workers(settings, processes=1)
     await applied(log)
     replay(settings, into=other(settings))
+    before = rows(settings.database_url)
+    # What is dead may yet take over its room's tombstone; nothing was missing, and then nothing is left to do
+    replay(settings)
+    assert rows(settings.database_url) == before
     assert replay(settings).outcome.changed == 0
     replay(settings, into=other(settings, "at-once"))
     assert rows(other(settings)) == rows(settings.database_url) == rows(other(settings, "at-once"))

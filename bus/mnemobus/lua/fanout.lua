@@ -6,7 +6,9 @@
 -- ARGV[2]  about how many messages the stream keeps
 -- Returns  the ID of the message
 
-redis.call('UNLINK', unpack(KEYS, 2))
+if #KEYS > 1 then
+  redis.call('UNLINK', unpack(KEYS, 2))
+end
 local last = redis.call('XREVRANGE', KEYS[1], '+', '-', 'COUNT', 1)
 local previous = last[1] and last[1][1] or '0-0'
 local id = redis.call('XADD', KEYS[1], 'MAXLEN', '~', ARGV[2], '*', 'prev', previous, 'm', ARGV[1])
