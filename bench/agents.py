@@ -22,9 +22,10 @@ from redis.asyncio import Redis
 import mnemobus
 from mnemobus import Memory, Settings
 from mnemobus.keys import room_scope
+from servers import eventually
 
 from .party import moment, serve, tell
-from .world import message, until
+from .world import message
 
 _TICK = 0.005
 """Seconds between the writes of a load that is given by its rate."""
@@ -84,7 +85,7 @@ class Agents:
         async def held() -> bool:
             return (await bus.recent("messages", room=room, limit=5)).source == "local"
 
-        await until(held, 30)
+        await eventually(held, 30)
         return newest
 
     async def figures(self) -> dict[str, float]:

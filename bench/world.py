@@ -7,7 +7,6 @@ import os
 import random
 import secrets
 import subprocess
-import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -231,23 +230,6 @@ def _answers(call: Any) -> bool:
         call()
         return True
     return False
-
-
-async def until(condition: Any, seconds: float = 60.0) -> None:
-    """Wait until a condition (it may be a coroutine function) holds."""
-    import asyncio
-    import inspect
-
-    deadline = time.monotonic() + seconds
-    while True:
-        answer = condition()
-        if inspect.isawaitable(answer):
-            answer = await answer
-        if answer:
-            return
-        if time.monotonic() > deadline:
-            raise TimeoutError(f"not within {seconds:g} s: {inspect.getsource(condition).strip()}")
-        await asyncio.sleep(0.002)
 
 
 async def stored(bus: mnemobus.Bus, memories: Sequence[Memory], durability: Any = None) -> None:

@@ -10,11 +10,12 @@ import redis.asyncio
 
 from mnemobus import Bus, connect
 from mnemobus.keys import Keyspace
+from servers import eventually
 
 from ..agents import started
 from ..measure import OURS, Result, interleave, percentile
 from ..party import Party, moment
-from ..world import World, message, until
+from ..world import World, message
 
 ROOM = "kitchen"
 OTHERS = [f"room-{n}" for n in range(100)]
@@ -183,7 +184,7 @@ async def _drained(bus: Bus) -> None:
     async def drained() -> bool:
         return (await bus.health()).backlog == 0
 
-    await until(drained)
+    await eventually(drained, 60)
 
 
 async def _caught_up(url: str, log: str) -> None:
@@ -194,4 +195,4 @@ async def _caught_up(url: str, log: str) -> None:
             [group] = await client.xinfo_groups(log)
             return group["lag"] == 0 and group["pending"] == 0
 
-        await until(caught_up)
+        await eventually(caught_up, 60)

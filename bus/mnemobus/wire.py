@@ -2,7 +2,7 @@
 
 redis-py opens a connection: address, TLS, login, protocol. Once it is open a `Wire` takes over the transport. A call is
 one write, and its replies are parsed as they arrive and handed over together: no task, no lock, no stream in between.
-That is less than half of what a call through redis-py's asyncio client costs (docs/performance.md).
+What that gives is in docs/performance.md.
 
 A wire is used by one call at a time, which may carry many commands. A call that is cancelled, or not answered in time,
 leaves replies that nobody waits for: its wire is cut. A wire that breaks while it is idle is noticed at once, and is
@@ -167,7 +167,7 @@ class Pool:
         reached; then any of the commands may have been carried out, or not.
         """
         packed = pack(commands)
-        wire = self.idle() or await self.take()
+        wire = await self.take()
         answered: asyncio.Future[list[Any]] = asyncio.get_running_loop().create_future()
 
         def done(outcome: list[Any] | Exception) -> None:
