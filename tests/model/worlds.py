@@ -6,11 +6,12 @@ from .caches import Caches
 from .epochs import Epochs
 from .join import Join
 from .kernel import World
+from .live import Live
 from .own import Own
 from .publish import Publish
 from .store import Store
 from .workers import Workers
 
 WORLDS: dict[str, type[World]] = {
-    world.name: world for world in (Publish, Workers, Store, Caches, Join, Epochs, Own)
+    world.name: world for world in (Publish, Workers, Store, Caches, Join, Epochs, Own, Live)
 }
