@@ -293,3 +293,20 @@ def test_a_script_touches_no_key_but_those_in_keys(path: Path) -> None:
         if command in ("'XINFO'", "'XGROUP'"):
             words.pop(0)
         assert re.match(r"KEYS\[(\d+|i)\]|unpack\(KEYS\b", words[0]), f"{path.name}: {call}"
+
+
+# Decisions
+
+
+def test_each_decision_is_listed_and_says_why_and_what_was_refused() -> None:
+    folder = ROOT / "docs" / "decisions"
+    index = (folder / "README.md").read_text()
+    files = sorted(path for path in folder.glob("*.md") if path.name != "README.md")
+    assert [path.name[:4] for path in files] == [f"{n:04}" for n in range(1, len(files) + 1)]
+    for path in files:
+        text = path.read_text()
+        title = re.match(rf"# {int(path.name[:4])}\. (.+)\n", text)
+        assert title, path.name
+        assert f"[{title[1]}]({path.name})" in index
+        assert {"**Decided.**", "**Why.**", "**Refused.**"} <= set(re.findall(r"^\*\*[^*]+\*\*", text, re.M))
+        assert len(text.splitlines()) <= 45, f"{path.name}: half a page is enough"
