@@ -41,6 +41,7 @@ from .keys import (
     Version,
     id_scope,
 )
+from .live.scopes import LiveScopes
 from .local import MISS, LocalCache, clock
 from .log import Publisher, Syncer
 from .marks import Marks, Write
@@ -75,7 +76,7 @@ from .settings import Settings
 from .shadow import Shadow
 from .shared import SharedCache
 from .stats import Health, Stats
-from .store import open_reader
+from .store import Query, open_reader
 from .tasks import end
 from .tiers import Tiers
 
@@ -161,7 +162,20 @@ class Bus:
         self._shared = SharedCache(self._link, settings.lease)
         self._marks = Marks(self._link)
         self._feed = Feed(self._link, self._local, self._marks, self.id)
-        self._tiers = Tiers(settings, self._link.keys, self._local, self._shared, self._feed, self._marks)
+        self._live = LiveScopes(
+            settings,
+            self._link,
+            self._local,
+            self._shared,
+            self._marks,
+            self._ask,
+            self._feed.send,
+            self._feed.wake,
+        )
+        self._feed.live = self._live
+        self._tiers = Tiers(
+            settings, self._link.keys, self._local, self._shared, self._feed, self._marks, self._live
+        )
         self._shadow = Shadow(settings, self._ask, self._local, self._shared, self._marks)
         self._outbox = (
             None if settings.outbox == "off" else Outbox(self._link, self.id, self._kept, self._published)
@@ -473,9 +487,19 @@ class Bus:
             await asyncio.gather(*(receipt.committed(self.settings.write_timeout) for receipt in receipts))
         return receipts
 
-    def _logged(self, partition: int, event: Event, version: Version | None) -> Write:
+    def _logged(
+        self,
+        partition: int,
+        event: Event,
+        version: Version | None,
+        previous: tuple[Version, ...] | None = None,
+    ) -> Write:
         """A write of this bus is in the log: nothing that it touches may be answered without it."""
         scopes = self._drop(event)
+        if version is None:
+            self._live.outboxed(scopes)
+        else:
+            self._live.answered(partition, event, version, previous)
         deadline = asyncio.get_running_loop().time() + self.settings.own_write_timeout
         everywhere = event.op == DELETE_ROOM
         write = self._marks.mark(partition, version, scopes, deadline, everywhere=everywhere)
@@ -567,7 +591,11 @@ class Bus:
             row = await self._reader.get(id)
             return [] if row is None else [row.memory()]
 
-        memory: Memory | None = await self._read(Plan(id_scope(id), id, "", GET, GET_FIELD, find, ONE))
+        known = self._known_dimensions(id)
+        window = None if known is None else Query(known.table, known.room)
+        memory: Memory | None = await self._read(
+            Plan(id_scope(id), id, "", GET, GET_FIELD, find, ONE, window, 1)
+        )
         if memory is not None:
             memory._share_id(id)
         return memory
@@ -626,7 +654,9 @@ class Bus:
         async def find() -> list[Memory]:
             return [row.memory() for row in await self._reader.recent(query, limit)]
 
-        return await self._read(Plan(scope, scope, table, key, field_of("recent", query, limit), find, MANY))  # type: ignore[no-any-return]
+        window = query if before is None and after is None else None
+        plan = Plan(scope, scope, table, key, field_of("recent", query, limit), find, MANY, window, limit)
+        return await self._read(plan)  # type: ignore[no-any-return]
 
     async def count(
         self,
@@ -650,7 +680,9 @@ class Bus:
         async def find() -> int:
             return await self._reader.count(query)
 
-        return await self._read(Plan(scope, scope, table, key, field_of("count", query, 0), find, COUNT))  # type: ignore[no-any-return]
+        window = query if before is None and after is None else None
+        plan = Plan(scope, scope, table, key, field_of("count", query, 0), find, COUNT, window)
+        return await self._read(plan)  # type: ignore[no-any-return]
 
     async def context(
         self, *, room: str, entity: str | None = None, messages: int = 5, facts: int = 6

@@ -34,7 +34,7 @@ import logging
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import orjson
 from redis.asyncio.connection import AbstractConnection
@@ -48,6 +48,9 @@ from .local import LocalCache, clock
 from .marks import Marks
 from .tasks import end
 from .wire import Busy, Command
+
+if TYPE_CHECKING:
+    from .live.scopes import LiveScopes
 
 logger = logging.getLogger("mnemobus.feed")
 
@@ -69,6 +72,8 @@ class Invalidation:
     scopes    what they touched, in the feed partition that the message went through
     dead      those of the events that could not be applied, with the reason
     epoch     the one whose shared buckets were dropped
+    first_hand  whether all of them came from this epoch's log, under the versions that it gave them: who follows the log
+              knows them. Not of a replay, of requeued letters, nor of workers of an older version.
     """
 
     id: Version
@@ -78,13 +83,14 @@ class Invalidation:
     scopes: tuple[str, ...]
     dead: dict[Version, str]
     epoch: str
+    first_hand: bool = False
 
 
 def decode(id: bytes | str, previous: bytes | str, payload: bytes) -> Invalidation:
     """The message of an ID, its predecessor's ID and a JSON payload; ValueError if it is none.
 
-    Payload: {"p": log partition, "e": epoch, "v": [versions], "s": [scopes], "d": {version: reason}}, "d" only where
-    needed.
+    Payload: {"p": log partition, "e": epoch, "v": [versions], "s": [scopes], "d": {version: reason}, "l": 1}, "d" and "l"
+    only where needed.
     """
     body = orjson.loads(payload)
     if not isinstance(body, dict):
@@ -105,6 +111,7 @@ def decode(id: bytes | str, previous: bytes | str, payload: bytes) -> Invalidati
         tuple(scopes),
         {Version.parse(str(v)): str(reason) for v, reason in dead.items()},
         epoch,
+        body.get("l") == 1,
     )
 
 
@@ -148,6 +155,8 @@ class Feed:
         self._marks = marks
         self._bus_id = bus_id
         self._own_channel = link.keys.agent_channel(bus_id).encode()
+        self.live: LiveScopes | None = None
+        """What is held live, if anything is: it listens on the same connection, and is verified by the same heartbeat."""
         self._partitions: dict[int, _Partition] = {}
         self._by_channel: dict[bytes, _Partition] = {}
         self._connection: AbstractConnection | None = None
@@ -223,7 +232,7 @@ class Feed:
             partition = _Partition(number, channel)
             self._partitions[number] = partition
             self._by_channel[channel] = partition
-            await self._send("SUBSCRIBE", channel)
+            await self.send("SUBSCRIBE", channel)
         if partition.position is not None:
             return True
         if self.up and patience > 0:
@@ -237,7 +246,7 @@ class Feed:
         partition = self._partitions.get(number)
         return partition is not None and partition.position is not None
 
-    async def _send(self, *command: str | bytes) -> None:
+    async def send(self, *command: str | bytes) -> None:
         """Send on the listening connection, if there is one; a new one subscribes to all on its own."""
         connection = self._connection
         if connection is not None:
@@ -257,8 +266,11 @@ class Feed:
                 self._heard = clock()
                 for partition in self._partitions.values():
                     partition.confirmed = False
-                self._connection = connection
                 channels = [p.channel for p in self._partitions.values()]
+                if self.live is not None:
+                    self.live.listener.disconnected()
+                    channels += self.live.listener.names
+                self._connection = connection
                 await connection.send_command("SUBSCRIBE", self._own_channel, *channels, check_health=False)
                 while True:
                     self._hear(await connection.read_response(timeout=float("inf"), push_request=True))
@@ -282,8 +294,14 @@ class Feed:
         if kind == b"message":
             partition = self._by_channel.get(channel)
             if partition is None:
-                if channel == self._own_channel and not data.isdigit():
-                    self._asked(data)
+                if channel == self._own_channel:
+                    if not data.isdigit():
+                        self._asked(data)
+                elif self.live is not None:
+                    try:
+                        self.live.listener.hear(channel, data)
+                    except ValueError as error:
+                        self._bad(channel, data, error)
                 return
             try:
                 message = decode_message(data)
@@ -299,6 +317,10 @@ class Feed:
                     self._once(self._settle, partition)
                 else:  # again, after a reconnect: what was missed lies after the position
                     self._wake.set()
+            elif partition is None and self.live is not None:
+                joined = self.live.listener.confirm(channel)
+                if joined is not None:
+                    self._once(self.live.listener.settle, joined)
 
     def _bad(self, channel: bytes, data: object, error: Exception) -> None:
         self.bad_messages += 1
@@ -393,6 +415,8 @@ class Feed:
         if message.epoch and not dropped:
             self._epoch_doubts += 1
             self._wake.set()
+        if self.live is not None:
+            self.live.invalidated(message)
         self._marks.named(
             partition.number, message.log_partition, message.versions, message.dead, dropped=dropped
         )
@@ -444,6 +468,10 @@ class Feed:
                 await self._beaten.wait()
                 self._wake.set()
         return self.up
+
+    def wake(self) -> None:
+        """Call the heartbeat."""
+        self._wake.set()
 
     def suspect(self, error: Exception) -> None:
         """A call found Redis away: look at once instead of letting others find out the same."""
@@ -499,6 +527,8 @@ class Feed:
                     )
                 self._marks.in_doubt = doubts != self._marks.doubts
             await self._marks.beat()
+            if self.live is not None:
+                await self.live.verify()
             await self._look_after_link()
             if epoch == self._link.epoch:
                 return
@@ -573,7 +603,7 @@ class Feed:
             elif now - partition.idle_since > _LINGER:
                 del self._partitions[partition.number]
                 del self._by_channel[partition.channel]
-                await self._send("UNSUBSCRIBE", partition.channel)
+                await self.send("UNSUBSCRIBE", partition.channel)
 
     def _on_late(self) -> None:
         self._marks.doubt()
@@ -587,6 +617,8 @@ class Feed:
             partition.position = None
             partition.early.clear()
             partition.ready.clear()
+        if self.live is not None:
+            self.live.on_epoch()
         self._wake.set()
 
     @property

@@ -8,6 +8,7 @@ of one partition share a hash tag, so that a script on them touches one slot of 
 from __future__ import annotations
 
 import struct
+from functools import lru_cache
 from typing import NamedTuple
 from zlib import crc32
 
@@ -106,6 +107,27 @@ class Dimensions(NamedTuple):
         return scopes
 
 
+SLOTS = 256
+"""Into how many slots each log partition is divided for live channels."""
+
+
+def slot_of(kind: str, name: str) -> int:
+    """The slot, in ``range(SLOTS)``, of a room, entity, agent or world."""
+    return crc32(f"{kind}:{name}".encode("utf-8", "surrogatepass")) % SLOTS
+
+
+@lru_cache(10_000)
+def slots_of(dimensions: Dimensions) -> tuple[int, ...]:
+    """The slots, each once, that a write to a memory of these dimensions touches."""
+    named = (
+        ("room", dimensions.room),
+        ("agent", dimensions.agent),
+        ("entity", dimensions.entity),
+        ("world", dimensions.world),
+    )
+    return tuple(dict.fromkeys(slot_of(kind, name) for kind, name in named if name is not None))
+
+
 def partition_of(name: str, partitions: int) -> int:
     """The partition, in ``range(partitions)``, that ``name`` (a room or a scope) belongs to."""
     return crc32(name.encode("utf-8", "surrogatepass")) % partitions
@@ -144,6 +166,14 @@ class Keyspace:
     def meter(self, partition: int) -> str:
         """A hash of two counters, events added and events applied; their difference is the backlog."""
         return self._log[partition] + "meter"
+
+    def heads(self, partition: int) -> str:
+        """A hash: slot -> version of its last event, and n: how many events were announced."""
+        return self._log[partition] + "heads"
+
+    def live_channel(self, partition: int, slot: int) -> str:
+        """The channel on which events of a slot are announced as they are logged."""
+        return f"{self._log[partition]}heads:{slot}"
 
     def dead(self, partition: int) -> str:
         """The stream of dead letters."""

@@ -28,9 +28,15 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, ClassVar, Final
+
+from .keys import Version
+
+if TYPE_CHECKING:
+    from .live.channel import Channel
+    from .live.window import Window
 
 clock: Callable[[], float] = (
     partial(time.clock_gettime, time.CLOCK_BOOTTIME)
@@ -52,6 +58,8 @@ OVERHEAD = 384
 """Bytes that a cached result takes besides its encoded form, roughly."""
 _UNIT = 64
 """Bytes by which sizes are counted."""
+_NOWHERE = -1
+"""The feed partition of live buckets, which depend on none."""
 _LONG = 60.0
 """Seconds to live from which on it does not matter to go up to a second early."""
 
@@ -111,6 +119,8 @@ class Bucket:
             return self.value
         return MISS if self.more is None else self.more.get(query, MISS)
 
+    live: ClassVar[bool] = False
+
     def set(self, query: Any, value: Any) -> None:
         if self.query is MISS or query == self.query:
             self.query, self.value = query, value
@@ -118,6 +128,35 @@ class Bucket:
             self.more = {query: value}
         else:
             self.more[query] = value
+
+
+class LiveBucket(Bucket):
+    """A scope that is kept current from the log (live/): a window, and answers that were made from it since it last changed.
+
+    channels  those that its events come on
+    floors    by channel, the version up to which the window has all events of the scope, whatever the position is
+    classic   answers to queries that a window does not tell, dropped when the feed names the scope
+    gone      called once it is out of the cache
+    """
+
+    __slots__ = ("channels", "classic", "floors", "gone", "window")
+
+    live = True
+
+    def __init__(
+        self,
+        name: str,
+        window: Window,
+        channels: Sequence[Channel],
+        floors: dict[Channel, Version],
+        gone: Callable[[LiveBucket], None],
+    ) -> None:
+        super().__init__(name, _NOWHERE, 0.0)
+        self.window = window
+        self.channels = channels
+        self.floors = floors
+        self.gone = gone
+        self.classic: Bucket | None = None
 
 
 class LocalCache:
@@ -175,8 +214,9 @@ class LocalCache:
         return value
 
     def has(self, bucket: Bucket) -> bool:
-        """Whether a bucket is live; one that was taken out never comes back."""
-        return self._buckets.get(bucket.name) is bucket
+        """Whether a bucket is in use; one that was taken out never comes back."""
+        found = self._buckets.get(bucket.name)
+        return found is bucket or (isinstance(found, LiveBucket) and found.classic is bucket)
 
     def served(self, scope: str) -> Mapping[Any, Any]:
         """What hits on a scope would give now, by query; counts as no hit."""
@@ -199,6 +239,10 @@ class LocalCache:
         name = _name(scope)
         bucket = self._buckets.get(name)
         now = clock()
+        if isinstance(bucket, LiveBucket):
+            if bucket.classic is None:
+                bucket.classic = Bucket(name, partition, self._expiry(now, ttl))
+            return bucket.classic
         if bucket is not None:
             # One that has expired is kept while nothing may be served: as the last known copy.
             if now < bucket.expires or now >= self.fresh_until:
@@ -209,15 +253,18 @@ class LocalCache:
         while len(self._buckets) >= self._max_entries:
             self._evict()
         bucket = Bucket(name, partition, self._expiry(now, ttl))
-        self._buckets[name] = bucket
-        self._held[partition] += 1
+        self._add(bucket)
+        return bucket
+
+    def _add(self, bucket: Bucket) -> None:
+        self._buckets[bucket.name] = bucket
+        self._held[bucket.partition] += 1
         bucket.older = self._newest
         if self._newest is not None:
             self._newest.newer = bucket
         else:
             self._oldest = bucket
         self._newest = bucket
-        return bucket
 
     def _expiry(self, now: float, ttl: float) -> float:
         expires = now + ttl
@@ -244,6 +291,9 @@ class LocalCache:
             if not bucket.count:
                 self._remove(bucket)
             return
+        if self._buckets[bucket.name] is not bucket:  # beside a window: counted as the window is
+            bucket.set(query, value)
+            return
         if bucket.get(query) is not MISS:
             # The old size is not kept per result; the mean is near enough for a bound on memory.
             units -= bucket.size // bucket.count
@@ -255,14 +305,66 @@ class LocalCache:
         while self.entries > self._max_entries or self._units > self._max_units:
             self._evict()
 
+    # Live buckets
+
+    def live(self, name: str) -> LiveBucket | None:
+        """The live bucket of a scope; of a memory, by its bare id."""
+        bucket = self._buckets.get(name)
+        return bucket if isinstance(bucket, LiveBucket) else None
+
+    def hold(self, bucket: LiveBucket, ttl: float) -> None:
+        """Keep a live bucket, in place of what was cached under its scope."""
+        before = self._buckets.get(bucket.name)
+        if before is not None:
+            self._remove(before)
+        bucket.expires = self._expiry(clock(), ttl)
+        if self._max_entries == 0:
+            bucket.gone(bucket)
+            return
+        while len(self._buckets) >= self._max_entries:
+            self._evict()
+        self._add(bucket)
+        self._resize(bucket)
+
+    def answer(self, bucket: LiveBucket, query: Any, value: Any, ttl: float) -> None:
+        """Keep an answer that was made from a window, until the next event."""
+        if self._buckets.get(bucket.name) is bucket:
+            bucket.expires = self._expiry(clock(), ttl)
+            if bucket.get(query) is MISS:
+                self.entries += 1
+            bucket.set(query, value)
+
+    def changed(self, bucket: LiveBucket) -> None:
+        """A window has taken an event: answers from before it are no longer given."""
+        self.entries -= bucket.count
+        bucket.query, bucket.value, bucket.more = MISS, None, None
+        self._resize(bucket)
+
+    def _resize(self, bucket: LiveBucket) -> None:
+        rows = bucket.window.rows
+        units = -(-(bucket.window.bytes + OVERHEAD * (1 + len(rows))) // _UNIT)
+        self._units += units - bucket.size
+        bucket.size = units
+        while self._units > self._max_units:
+            self._evict()
+
+    def drop_live(self, scope: str) -> None:
+        """Give up a live bucket."""
+        bucket = self._buckets.get(_name(scope))
+        if isinstance(bucket, LiveBucket):
+            self._drop(bucket)
+
     def stop(self) -> None:
         """Serve nothing any more."""
         self.fresh_until = 0.0
 
     def drop(self, scope: str) -> bool:
-        """Invalidate a scope; whether anything was cached under it."""
+        """Invalidate a scope; whether anything was cached under it. A live bucket stays: the log keeps it current."""
         bucket = self._buckets.get(_name(scope))
         if bucket is None:
+            return False
+        if isinstance(bucket, LiveBucket):
+            bucket.classic = None
             return False
         self._drop(bucket)
         return True
@@ -307,6 +409,8 @@ class LocalCache:
         bucket.older = bucket.newer = None
         self.entries -= bucket.count
         self._units -= bucket.size
+        if isinstance(bucket, LiveBucket):
+            bucket.gone(bucket)
 
     def _evict(self) -> None:
         hand = self._hand or self._oldest

@@ -27,9 +27,10 @@ import logging
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 from hashlib import blake2b
-from typing import Any, Protocol
+from itertools import repeat
+from typing import Any, NamedTuple, Protocol
 
 from redis.exceptions import ResponseError
 from tenacity import AsyncRetrying, RetryCallState, retry_if_exception_type, wait_random_exponential
@@ -43,8 +44,8 @@ from .errors import (
     MnemobusError,
     WriteFailed,
 )
-from .events import Event
-from .keys import Version
+from .events import DELETE_ROOM, Event
+from .keys import Dimensions, Version, slot_of, slots_of
 from .marks import Write
 from .settings import Settings
 from .wire import Wire, pack
@@ -61,13 +62,32 @@ _PASSING = ("READONLY", "LOADING", "MASTERDOWN", "NOREPLICAS", "CLUSTERDOWN", "T
 _PATIENCE = 0.5
 """Seconds that a log which can't be reached is waited for before writes go to the outbox."""
 
+ANNOUNCED_BYTES = 64 << 10
+"""Bytes of an event up to which it is sent along when it is announced; listeners fetch a larger one."""
+
+_DELETE_ROOM = DELETE_ROOM.encode()
+_ROOM = 5
+"""Where the fields of an event have its room."""
+
 Field = str | bytes | int
+
+
+class Logged(NamedTuple):
+    """What the log answered to a call.
+
+    versions  of the events, in order
+    previous  for each event, the one before it in each of its slots (`slots_of`; of a deletion of a room, in the
+              room's); None where the answer does not tell, as of a call that was repeated
+    """
+
+    versions: list[Version]
+    previous: list[tuple[Version, ...]] | None
 
 
 async def append(
     link: Link, partition: int, producer: str, sequence: int, events: Sequence[Sequence[bytes]]
-) -> list[Version]:
-    """One call: put events, as field names and values, into a log partition; their versions.
+) -> Logged:
+    """One call: put events, as field names and values, into a log partition.
 
     May be repeated, and is answered the same then. Raises one of AWAY if the outcome is unknown; Unready, BacklogFull
     or LogFull if nothing was written; Overtaken if the producer has gone on to another call.
@@ -82,16 +102,39 @@ async def append(
                 " or lower MNEMOBUS_RETENTION"
             ) from None
         raise _refusal(link, partition, producer, str(error)) from error
-    return _versions(link, epoch, reply)
+    return _logged(link, epoch, events, reply)
 
 
-def _versions(link: Link, epoch: str, reply: Sequence[str | bytes]) -> list[Version]:
+def _logged(
+    link: Link, epoch: str, events: Iterable[Sequence[bytes]], reply: Sequence[Sequence[str | bytes]]
+) -> Logged:
     """What publish.lua answers to a call that was made in an epoch."""
     if epoch and epoch != link.epoch:
         # It may have been on its way since before Redis lost what it tells of.
         for callback in link.on_late:
             callback()
-    return [Version.parse(id) for id in reply]
+    versions = [Version.parse(id) for id in reply[0]]
+    if len(reply) < 2 or epoch != link.epoch:
+        return Logged(versions, None)
+    before = iter(reply[1])
+    previous = [
+        tuple(Version.parse(next(before)) for _ in range(max(1, len(slots)))) for slots in map(_slots, events)
+    ]
+    return Logged(versions, previous)
+
+
+def _slots(fields: Sequence[bytes]) -> tuple[int, ...]:
+    """The slots of an event, given by its fields; none: all."""
+    named = dict(zip(fields[::2], fields[1::2], strict=True))
+    if named[b"op"] == _DELETE_ROOM:
+        return ()
+    return _slots_named(*(named.get(name) for name in (b"room", b"agent", b"entity", b"world")))
+
+
+@lru_cache(10_000)
+def _slots_named(room: bytes, *others: bytes | None) -> tuple[int, ...]:
+    agent, entity, world = (None if name is None else name.decode() for name in others)
+    return slots_of(Dimensions("", room.decode(), agent, entity, world))
 
 
 def _call(
@@ -99,15 +142,27 @@ def _call(
 ) -> tuple[list[str], list[Field]]:
     """KEYS and ARGV of publish.lua."""
     keys = link.keys
-    arguments: list[Field] = [producer, sequence, link.settings.max_backlog, ""]
+    arguments: list[Field] = [producer, sequence, link.settings.max_backlog, "", link.epoch]
     # The same whether the fields come from memory or from the outbox.
     digest = blake2b(digest_size=8)
     for fields in events:
         digest.update(b"\0".join(fields))
-        arguments.append(len(fields))
+        slots = _slots(fields)
+        if slots:
+            arguments.append(len(slots))
+            arguments += slots
+        else:
+            arguments += (-1, slot_of("room", fields[_ROOM].decode()))
+        sizes = list(map(len, fields))
+        arguments += (",".join(map(str, sizes)) if sum(sizes) <= ANNOUNCED_BYTES else "", len(fields))
         arguments += fields
     arguments[3] = digest.hexdigest()
-    return [keys.log(partition), keys.producers(partition), keys.meter(partition)], arguments
+    return [
+        keys.log(partition),
+        keys.producers(partition),
+        keys.meter(partition),
+        keys.heads(partition),
+    ], arguments
 
 
 def _refusal(link: Link, partition: int, producer: str, text: str) -> WriteFailed:
@@ -163,9 +218,13 @@ class _Pending:
     done: asyncio.Future[list[Write]]
 
 
-OnLogged = Callable[[int, Event, Version], Write]
-"""Called with log partition, event and version for each event that is in the log, before its writer knows; what it
-returns is the writer's answer."""
+def _fields(batch: Iterable[_Pending]) -> list[list[bytes]]:
+    return [fields for pending in batch for fields in pending.fields]
+
+
+OnLogged = Callable[[int, Event, Version, tuple[Version, ...] | None], Write]
+"""Called with log partition, event, version and the event before it in each of its slots (see `Logged`) for each event
+that is in the log, before its writer knows; what it returns is the writer's answer."""
 
 
 class Publisher:
@@ -254,7 +313,7 @@ class Publisher:
         else:
             self._link.pool.give_back(wire)
             try:
-                self._tell(batch, _versions(self._link, self._epoch, outcome[0]))
+                self._tell(batch, _logged(self._link, self._epoch, _fields(batch), outcome[0]))
             except Exception as error:  # every writer must hear of it, whatever it is
                 logger.exception("publishing to log partition %d failed", self._partition)
                 self._fail(batch, error)
@@ -336,12 +395,13 @@ class Publisher:
             raise LogUnavailable(f"{unavailable}; and {full}") from full
         self._answer(batch, kept)
 
-    def _tell(self, batch: list[_Pending], versions: list[Version]) -> None:
+    def _tell(self, batch: list[_Pending], logged: Logged) -> None:
         """The batch is in the log."""
+        versions = logged.versions
         self.events += len(versions)
         events = (event for pending in batch for event in pending.events)
-        logged = zip(events, versions, strict=True)
-        self._answer(batch, [self._on_logged(self._partition, event, version) for event, version in logged])
+        told = zip(events, versions, logged.previous or repeat(None, len(versions)), strict=True)
+        self._answer(batch, [self._on_logged(self._partition, *each) for each in told])
 
     @staticmethod
     def _answer(batch: list[_Pending], writes: list[Write]) -> None:
@@ -353,10 +413,9 @@ class Publisher:
             at += count
 
     def _arguments(self, batch: list[_Pending]) -> tuple[list[str], list[Field]]:
-        events = (fields for pending in batch for fields in pending.fields)
-        return _call(self._link, self._partition, self._producer, self._sequence, events)
+        return _call(self._link, self._partition, self._producer, self._sequence, _fields(batch))
 
-    async def _insist(self, batch: list[_Pending], made: float | None, unanswered: bool) -> list[Version]:
+    async def _insist(self, batch: list[_Pending], made: float | None, unanswered: bool) -> Logged:
         """Make the call until it is answered, or it makes no sense any more; ``made``: the first time, in vain."""
         deadline = batch[0].deadline
         loop = asyncio.get_running_loop()
@@ -389,7 +448,7 @@ class Publisher:
             before_sleep=self._before_sleep,
             reraise=True,
         )
-        events = [fields for pending in batch for fields in pending.fields]
+        events = _fields(batch)
         try:
             async for attempt in retrying:
                 with attempt:

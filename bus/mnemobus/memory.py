@@ -441,6 +441,30 @@ def embedding_of(record: bytes) -> bytes | None:
     return record[_HEAD.size + content + metadata :] or None
 
 
+def place_of(memory: Memory) -> tuple[int, str]:
+    """Where a stored memory stands in a listing: its date in microseconds since 1970, and its id."""
+    assert memory._record is not None, "a memory that was read from a store"
+    return _HEAD.unpack_from(memory._record)[2], memory.id
+
+
+def size_of(memory: Memory) -> int:
+    """Bytes of a stored memory's record."""
+    return len(memory._record or b"")
+
+
+def changed(
+    memory: Memory, content: bytes | None, metadata: bytes | None, embedding: bytes | None, version: Version
+) -> Memory:
+    """A stored memory after an update; None leaves a field as it is, and ``b""`` removes the embedding."""
+    record = memory._record
+    assert record is not None, "a memory that was read from a store"
+    content = content_of(record) if content is None else content
+    metadata = metadata_of(record) if metadata is None else metadata
+    embedding = embedding_of(record) if embedding is None else embedding
+    head = _HEAD.pack(*version, _HEAD.unpack_from(record)[2], len(content), len(metadata))
+    return Memory._stored(memory.id, memory.dimensions, b"".join((head, content, metadata, embedding or b"")))
+
+
 class Row(NamedTuple):
     """One memory as it travels to and from a store: JSON and vectors still encoded.
 

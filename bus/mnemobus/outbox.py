@@ -528,7 +528,8 @@ class Outbox:
             await self._retire(file)
             return
         try:
-            versions = await append(self._link, call.partition, call.producer, call.sequence, call.events)
+            logged = await append(self._link, call.partition, call.producer, call.sequence, call.events)
+            versions = logged.versions
             if len(versions) != len(call.events):
                 raise Overtaken(f"call {call.sequence} of producer {call.producer} was another one")
         except Overtaken as error:

@@ -62,6 +62,7 @@ class Plan:
     key     in L1
     field   in L2
     find    asks the store
+    window  the query, where a window of its scope may answer it, and the limit with it
     """
 
     scope: str
@@ -71,6 +72,8 @@ class Plan:
     field: bytes
     find: Callable[[], Awaitable[Any]]
     kind: Kind
+    window: Query | None = None
+    limit: int = 0
 
 
 def scope_of(table: str, room: str | None, entity: str | None, agent: str | None, world: str | None) -> str:

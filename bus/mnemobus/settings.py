@@ -129,6 +129,9 @@ class Settings(BaseSettings):
     table_ttl: Annotated[dict[str, str | float], NoDecode] = _own(
         "TABLE_TTL", {"messages": "short", "facts": "medium"}
     )
+    live: str = _own("LIVE", "all", min_length=1)
+    live_window: int = _own("LIVE_WINDOW", 64, ge=1, le=1_000)
+    live_window_bytes: Count = _own("LIVE_WINDOW_BYTES", 256 << 10)
     shadow_reads: float = _own("SHADOW_READS", 0.001, ge=0, le=1)
 
     @field_validator("redis_url")
@@ -235,6 +238,11 @@ class Settings(BaseSettings):
         if isinstance(ttl, float):
             return ttl
         return {"short": self.ttl_short, "medium": self.ttl_medium, "long": self.ttl_long}[str(ttl)]
+
+    def is_live(self, table: str) -> bool:
+        """Whether scopes of a table may be held live."""
+        named = [part.strip() for part in self.live.split(",")]
+        return f"-{table}" not in named and ("all" in named or table in named)
 
     def max_memory(self) -> int | None:
         """REDIS_MAX_MEMORY in bytes, or None where it isn't set."""

@@ -24,6 +24,7 @@ from .connection import AWAY
 from .errors import SettingsError, StoreUnavailable
 from .feed import Feed
 from .keys import Keyspace
+from .live.scopes import LiveScopes
 from .local import MISS, Bucket, LocalCache, clock
 from .marks import Marks
 from .query import Plan
@@ -83,9 +84,11 @@ class Tiers:
         shared: SharedCache,
         feed: Feed,
         marks: Marks,
+        live: LiveScopes,
     ) -> None:
         self._settings = settings
         self._keys = keys
+        self._live = live
         self._local = local
         self._shared = shared
         self._feed = feed
@@ -100,9 +103,14 @@ class Tiers:
 
     async def read(self, plan: Plan) -> Any:
         """The answer, shown as the caller of the query gets it. StoreUnavailable if no tier has it."""
+        if self._live.concerns(plan) and self._feed.reachable:
+            kept = await self._live.read(plan)
+            if kept is not MISS:
+                return plan.kind.show(kept, "local", False)
         partition = self._keys.feed_partition(plan.scope)
         while True:
             stale = plan.scope in self._marks and not await self._wait_for_own_writes(plan.scope)
+            stale = not await self._live.committed(plan.scope) or stale
             joined = self._feed.joined(partition) or await self._feed.join(partition, _JOIN_PATIENCE)
             if joined and not stale and plan.scope not in self._marks:
                 bucket = self._local.open(plan.name, partition, self._settings.ttl(plan.table))

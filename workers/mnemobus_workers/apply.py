@@ -117,7 +117,11 @@ class Applier:
             cleared = applied.cleared
         if dead:
             self.insist("the dead letters", lambda: self._bury(batch, dead))
-        self.insist("the fan-out", lambda: self._fan_out(batch.partition, events, cleared, dict(dead)))
+        # Who follows the log has seen these, but for what keeps an older version.
+        read_in = "" if any(b"as" in fields[::2] for _, fields in batch.entries) else batch.epoch
+        self.insist(
+            "the fan-out", lambda: self._fan_out(batch.partition, events, cleared, dict(dead), read_in)
+        )
         self._report(len(batch.entries))
 
     def repeat(self, partition: int, events: Sequence[Event], *, fan_out: bool) -> Applied:
@@ -128,7 +132,7 @@ class Applier:
             # To name one that was refused would tell its writer that the store has it.
             refused = {item.event.version for item in applied.refused}
             kept = [event for event in events if event.version not in refused]
-            self.insist("the fan-out", lambda: self._fan_out(partition, kept, applied.cleared, {}))
+            self.insist("the fan-out", lambda: self._fan_out(partition, kept, applied.cleared, {}, ""))
         return applied
 
     def _commit(self, events: Sequence[Event]) -> Applied:
@@ -200,13 +204,15 @@ class Applier:
         events: Sequence[Event],
         cleared: Sequence[tuple[str, Dimensions]],
         dead: dict[Version, str],
+        read_in: str,
     ) -> None:
+        """``read_in``: the epoch in which the events were read from the log, each under its own ID; empty otherwise."""
         fanout = self._script()
         while True:
             epoch = self._link.epoch
             calls: list[Call | Command] = []
             for feed_partition, scopes, payload in self._messages(
-                log_partition, epoch, events, cleared, dead
+                log_partition, epoch, events, cleared, dead, read_in == epoch
             ):
                 keys = [self._link.keys.feed(feed_partition)]
                 keys += [self._link.keys.bucket(epoch, scope) for scope in scopes]
@@ -240,6 +246,7 @@ class Applier:
         events: Sequence[Event],
         cleared: Sequence[tuple[str, Dimensions]],
         dead: dict[Version, str],
+        first_hand: bool,
     ) -> Iterator[tuple[int, list[str], bytes]]:
         """Feed partition, scopes and payload of each message; those of deleted rooms themselves come last."""
         touched: Touched = defaultdict(lambda: ({}, {}))
@@ -275,6 +282,8 @@ class Applier:
                     letters = {v: reasons[v] for v in versions if v in reasons} if last and reasons else {}
                     if letters:
                         body["d"] = letters
+                    if first_hand:
+                        body["l"] = 1
                     yield partition, part, orjson.dumps(body)
 
     def _places(self, id: str, dimensions: Dimensions) -> list[tuple[str, int]]:

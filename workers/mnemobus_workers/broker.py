@@ -71,14 +71,16 @@ class Stopping(Exception):
 class Batch:
     """Entries of one log partition, delivered together.
 
-    hopeless: why its only entry is not to be tried again, or None
+    epoch     as this process knew it before they were read
+    hopeless  why its only entry is not to be tried again, or None
     """
 
-    __slots__ = ("entries", "hopeless", "partition")
+    __slots__ = ("entries", "epoch", "hopeless", "partition")
 
-    def __init__(self, partition: int, entries: list[Entry], hopeless: str | None = None) -> None:
+    def __init__(self, partition: int, entries: list[Entry], epoch: str, hopeless: str | None = None) -> None:
         self.partition = partition
         self.entries = entries
+        self.epoch = epoch
         self.hopeless = hopeless
 
     @property
@@ -292,6 +294,7 @@ class StreamConsumer(dramatiq.Consumer):
 
     def _read(self) -> Batch | None:
         block = max(1, min(self._block, int(1000 * (self._claim_next - time.monotonic()))))
+        epoch = self._link.epoch
         reply = self._link.client.execute_command(
             "XREADGROUP", "GROUP", APPLY_GROUP, self._broker.consumer_name, "COUNT", self._size.count,
             "BLOCK", block, "STREAMS", self._key, ">",
@@ -300,17 +303,18 @@ class StreamConsumer(dramatiq.Consumer):
             return None
         streams = reply.items() if isinstance(reply, dict) else reply
         entries = [(id, fields) for _, found in streams for id, fields in found]
-        return self._batch(entries)
+        return self._batch(entries, epoch)
 
-    def _batch(self, entries: list[Entry]) -> Batch | None:
+    def _batch(self, entries: list[Entry], epoch: str) -> Batch | None:
         if not entries:
             return None
         self._size.saw(entries)
-        return Batch(self._partition, entries)
+        return Batch(self._partition, entries, epoch)
 
     def _claim(self) -> Batch | None:
         """A batch of what nobody has renewed for too long; None if there is nothing of that kind."""
         idle = int(self._settings.claim_idle * 1000)
+        epoch = self._link.epoch
         pending = self._link.client.execute_command(
             "XPENDING", self._key, APPLY_GROUP, "IDLE", idle, "-", "+", self._size.count
         )
@@ -320,7 +324,7 @@ class StreamConsumer(dramatiq.Consumer):
             return None
         together = [id for id, deliveries in stale if deliveries < ALONE_AFTER]
         if together:
-            return self._batch(self._take(together, idle))
+            return self._batch(self._take(together, idle), epoch)
         id, deliveries = stale[0]
         entries = self._take([id], idle)
         if not entries:
@@ -328,7 +332,7 @@ class StreamConsumer(dramatiq.Consumer):
         reason = None
         if deliveries >= DEAD_AFTER:
             reason = f"delivered {deliveries} times, and no worker got as far as confirming it"
-        return Batch(self._partition, entries, reason)
+        return Batch(self._partition, entries, epoch, reason)
 
     def _take(self, ids: Sequence[bytes], idle: int) -> list[Entry]:
         claimed = self._link.client.execute_command(

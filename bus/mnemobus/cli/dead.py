@@ -135,7 +135,7 @@ class Letters:
     async def requeue(self, letter: Letter) -> str | None:
         """Put the event back into the log; the ID of its entry, or None if somebody else has removed the letter."""
         keys = self._link.keys
-        places = [keys.log(letter.partition), keys.dead(letter.partition), keys.meter(letter.partition)]
+        places = [named(letter.partition) for named in (keys.log, keys.dead, keys.meter, keys.heads)]
         try:
             id = await self._link.run("requeue", places, [letter.id])
         except ResponseError as error:

@@ -1,0 +1,160 @@
+"""Channels of the log, as a listener hears them: which events there were, and whether all of them were heard.
+
+A *slot* is a log partition and one of SLOTS numbers, the hash of a room, or of an entity, agent or world. As it logs an
+event, `publish.lua` announces it on the channels of the slots that it touches, and keeps the version of each slot's
+last event, its *head*. A message names the event before it in its slot. So the position of a channel, the last event
+that was taken in here, tells what is missing:
+
+    position unknown ──(subscribed, then the head)──► known
+        messages wait                                  │ the message follows the position: take it in, move on
+                                                       │ at or before the position: known already
+                                                       │ anything else: a gap; the position stays, repair is called
+                                                       ▼
+    known ──(repair: the log from the position on, up to the head)──► known
+    known ──(the log no longer reaches back)──► at the head; all that was held goes
+    known ──(a new epoch)──► unknown; all that was held goes
+
+This module has no I/O.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Sequence
+from enum import Enum
+from typing import NamedTuple
+
+from ..events import Event, decode
+from ..keys import Version
+
+EARLY = 1_000
+"""Messages that wait for a position at most; beyond them the position is found by repair."""
+
+
+class Announced(NamedTuple):
+    """One message of a channel.
+
+    event  None where it was too large to be sent along: the log has it
+    """
+
+    version: Version
+    previous: Version
+    epoch: str
+    event: Event | None
+
+
+def decode_announced(data: bytes) -> Announced:
+    """A message of a live channel, ``<version> <previous> <epoch> <sizes>\\n<fields, end to end>``; ValueError if it is none.
+
+    Sizes are the lengths of the entry's field names and values, with commas between; empty where the event is not sent
+    along. BadEvent, a ValueError, if the entry is no event.
+    """
+    head, separator, body = data.partition(b"\n")
+    parts = head.split(b" ")
+    if not separator or len(parts) != 4:
+        raise ValueError("not of the form <version> <previous> <epoch> <sizes> and a body")
+    version = Version.parse(parts[0])
+    event = decode(version, _cut(parts[3], body)) if parts[3] else None
+    return Announced(version, Version.parse(parts[1]), parts[2].decode(), event)
+
+
+def _cut(sizes: bytes, body: bytes) -> Sequence[bytes]:
+    fields, at = [], 0
+    for size in map(int, sizes.split(b",")):
+        fields.append(body[at : at + size])
+        at += size
+    if at != len(body) or len(fields) % 2:
+        raise ValueError("the body is not as long as its sizes say")
+    return fields
+
+
+class Heard(Enum):
+    """What became of a message."""
+
+    TAKEN = "taken"
+    KNOWN = "known"
+    EARLY = "early"
+    GAP = "gap"
+
+
+class Channel:
+    """One slot that is listened to. ``take`` is called with each event, in the order of the log."""
+
+    __slots__ = (
+        "_early",
+        "_take",
+        "confirmed",
+        "name",
+        "number",
+        "own",
+        "partition",
+        "position",
+        "ready",
+        "unused_since",
+    )
+
+    def __init__(
+        self, partition: int, number: int, name: bytes, take: Callable[[Channel, Event], None]
+    ) -> None:
+        self.partition = partition
+        self.number = number
+        self.name = name
+        self._take = take
+        self.position: Version | None = None
+        self.confirmed = False
+        """Whether Redis has confirmed the subscription."""
+        self.own: Version | None = None
+        """The last own write of the slot that was answered and is beyond the position."""
+        self.ready = asyncio.Event()
+        self.unused_since: float | None = None
+        self._early: list[Announced] = []
+
+    def hear(self, message: Announced) -> Heard:
+        """A message arrives."""
+        if self.position is None:
+            if len(self._early) < EARLY:
+                self._early.append(message)
+            return Heard.EARLY
+        if message.version <= self.position:
+            return Heard.KNOWN
+        if message.previous != self.position or message.event is None:
+            return Heard.GAP
+        self.move(message.event, message.version)
+        return Heard.TAKEN
+
+    def answered(self, event: Event, version: Version, previous: Version | None) -> bool:
+        """An own write was answered; whether it is taken in. ``previous`` is None where the answer does not tell."""
+        if self.position is not None:
+            if version <= self.position:
+                return True
+            if previous == self.position:
+                self.move(event, version)
+                return True
+        if self.own is None or version > self.own:
+            self.own = version
+        return False
+
+    def move(self, event: Event | None, version: Version) -> None:
+        """The next event of the slot; None for one that changes nothing here, such as an entry that is no event."""
+        self.position = version
+        if self.own is not None and version >= self.own:
+            self.own = None
+        if event is not None:
+            self._take(self, event)
+
+    def place(self, position: Version) -> bool:
+        """The position is known now, or anew; whether what waited for it went through without a gap."""
+        self.position = position
+        if self.own is not None and position >= self.own:
+            self.own = None
+        early, self._early = self._early, []
+        heard = [self.hear(message) for message in early]
+        self.ready.set()
+        return Heard.GAP not in heard
+
+    def forget(self) -> None:
+        """The position is not known any more."""
+        self.position = None
+        self.own = None
+        self._early.clear()
+        self.ready.clear()

@@ -1,0 +1,353 @@
+"""Listening to the log's channels: joining them, repairing gaps from the log, and proving that nothing is missing.
+
+The messages come on the feed's connection (feed.py), and the feed's heartbeat calls `verify`: so local copies, live or not,
+are served only while both know that they have heard everything.
+
+An event that was logged without being announced, by an agent of a version that does not announce, would be a silent hole. So
+the heartbeat also compares how many events each partition has had with how many were announced.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable, Iterable, Sequence
+from contextlib import suppress
+from typing import NamedTuple
+
+from ..connection import Call, Link, script
+from ..errors import BadEvent
+from ..events import DELETE_ROOM, Event, decode
+from ..keys import Dimensions, Version, slot_of, slots_of
+from ..local import clock
+from ..wire import Command
+from .channel import Channel, Heard, decode_announced
+
+logger = logging.getLogger("mnemobus.live")
+
+_GRACE = (0.002, 0.005, 0.010)
+"""Seconds that a head may be ahead of its position before pub/sub counts as having lost something."""
+_PAGE = 500
+"""Entries of the log that a repair reads at once."""
+_FAR = 5_000
+"""Entries that a repair reads at most; who is further behind drops what it holds instead."""
+_LINGER = 30.0
+"""Seconds that a channel which nothing is held of is still listened to."""
+
+Place = tuple[int, int]
+"""A log partition and a slot in it."""
+
+
+def places_of(event: Event) -> tuple[int, ...] | None:
+    """The slots that an event touches; None for all of its partition."""
+    return None if event.op == DELETE_ROOM else slots_of(event.dimensions)
+
+
+class Heads(NamedTuple):
+    """What a log partition answers.
+
+    unannounced  how many events were ever added without being announced
+    heads        of the channels asked about, in order
+    """
+
+    unannounced: int
+    heads: list[Version]
+
+
+class Listener:
+    """The channels of one bus.
+
+    on_event  called with each event of a channel, in the order of the log
+    on_lost   called with a channel of which events may have been missed for good: what is held of it has to go
+    """
+
+    def __init__(
+        self,
+        link: Link,
+        send: Callable[..., Awaitable[None]],
+        wake: Callable[[], None],
+        on_event: Callable[[Channel, Event], None],
+        on_lost: Callable[[Channel], None],
+    ) -> None:
+        self._link = link
+        self._send = send
+        self._wake = wake
+        self._on_event = on_event
+        self._on_lost = on_lost
+        self._channels: dict[Place, Channel] = {}
+        self._by_name: dict[bytes, Channel] = {}
+        self._unannounced: dict[int, int] = {}
+        """By log partition: events that were not announced, when that was first looked at."""
+        self._repairing = asyncio.Lock()
+        self.events = 0
+        self.gaps = 0
+        self.repairs = 0
+        self.lost = 0
+
+    def __len__(self) -> int:
+        return len(self._channels)
+
+    @property
+    def names(self) -> list[bytes]:
+        """The channels, as they are subscribed to."""
+        return list(self._by_name)
+
+    async def join(self, places: Iterable[Place], patience: float) -> list[Channel] | None:
+        """Channels whose positions are known; None if that takes longer than ``patience`` seconds."""
+        channels, new = [], []
+        for place in places:
+            channel = self._channels.get(place)
+            if channel is None:
+                name = self._link.keys.live_channel(*place).encode()
+                channel = self._channels[place] = self._by_name[name] = Channel(*place, name, self._take)
+                new.append(name)
+            channel.unused_since = None
+            channels.append(channel)
+        if new:
+            await self._send("SUBSCRIBE", *new)
+        with suppress(TimeoutError):
+            async with asyncio.timeout(patience):
+                for channel in channels:
+                    await channel.ready.wait()
+        return channels if all(channel.position is not None for channel in channels) else None
+
+    def disconnected(self) -> None:
+        """The listening connection is gone; a new one subscribes to `names`."""
+        for channel in self._channels.values():
+            channel.confirmed = False
+
+    def confirm(self, name: bytes) -> Channel | None:
+        """A subscription is confirmed. The channel, if its position has to be found now."""
+        channel = self._by_name.get(name)
+        if channel is None or channel.confirmed:
+            return None
+        channel.confirmed = True
+        if channel.position is None:
+            return channel
+        self._wake()  # again, after a reconnect: what was missed lies after the position
+        return None
+
+    def hear(self, name: bytes, data: bytes) -> bool:
+        """A message came; whether it is of one of our channels. ValueError if it is spoiled."""
+        channel = self._by_name.get(name)
+        if channel is None:
+            return False
+        message = decode_announced(data)
+        if message.epoch != self._link.epoch:
+            self._wake()  # one of us has not met the other's epoch yet: the heartbeat finds out
+        elif channel.hear(message) is Heard.GAP:
+            self.gaps += 1
+            self._wake()
+        return True
+
+    def answered(
+        self, partition: int, event: Event, version: Version, previous: tuple[Version, ...] | None
+    ) -> None:
+        """An own write is in the log; ``previous``: as in `log.Logged`."""
+        slots = places_of(event)
+        if slots is None:
+            own = slot_of("room", event.dimensions.room)
+            for (where, slot), channel in self._channels.items():
+                if where == partition:
+                    channel.answered(event, version, previous[0] if previous and slot == own else None)
+            return
+        for n, slot in enumerate(slots):
+            found = self._channels.get((partition, slot))
+            if found is not None:
+                found.answered(event, version, previous[n] if previous else None)
+
+    def _take(self, channel: Channel, event: Event) -> None:
+        self.events += 1
+        self._on_event(channel, event)
+
+    # What keeps it true
+
+    async def settle(self, channel: Channel) -> None:
+        """Find the position of a channel that was just subscribed to."""
+        epoch = self._link.epoch
+        [answer] = await self._heads({channel.partition: [channel]})
+        if epoch == self._link.epoch and not channel.ready.is_set():
+            self._place(channel, answer.heads[0])
+
+    def _place(self, channel: Channel, position: Version) -> None:
+        if not channel.place(position):
+            self.gaps += 1
+            self._wake()
+
+    async def verify(self) -> None:
+        """Compare every position with its head, and bring it there. Raises if that can't be done."""
+        asked: dict[int, list[Channel]] = {}
+        for channel in self._channels.values():
+            if channel.confirmed or channel.position is not None:
+                asked.setdefault(channel.partition, []).append(channel)
+        if not asked:
+            return
+        before = {channel: channel.position for channels in asked.values() for channel in channels}
+        epoch = self._link.epoch
+        answers = await self._heads(asked)
+        if epoch != self._link.epoch:
+            return  # the heartbeat begins again
+        behind: list[tuple[Channel, Version]] = []
+        for (partition, channels), (unannounced, heads) in zip(asked.items(), answers, strict=True):
+            if self._unannounced.setdefault(partition, unannounced) != unannounced:
+                logger.warning(
+                    "log partition %d: events were logged that nobody announced, by agents of an older version?"
+                    " What was held live is dropped",
+                    partition,
+                )
+                self._unannounced[partition] = unannounced
+                for channel in channels:
+                    self._lose(channel)
+            for channel, head in zip(channels, heads, strict=True):
+                known = before[channel]
+                if channel.position is None:
+                    self._place(channel, head)
+                elif known is not None and head < known:
+                    self._jump(channel, head)
+                else:
+                    behind.append((channel, head))
+        for pause in _GRACE:
+            if not any(_is_behind(*each) for each in behind):
+                return
+            await asyncio.sleep(pause)
+        await self._repair([each for each in behind if _is_behind(*each)])
+
+    async def catch_up(self, channels: Sequence[Channel]) -> None:
+        """Bring channels to their heads now, without waiting for pub/sub. Raises if that can't be done."""
+        asked: dict[int, list[Channel]] = {}
+        for channel in channels:
+            asked.setdefault(channel.partition, []).append(channel)
+        epoch = self._link.epoch
+        answers = await self._heads(asked)
+        if epoch == self._link.epoch:
+            told = [
+                pair
+                for each, (_, heads) in zip(asked.values(), answers, strict=True)
+                for pair in zip(each, heads, strict=True)
+            ]
+            await self._repair([each for each in told if _is_behind(*each)])
+
+    async def _heads(self, asked: dict[int, list[Channel]]) -> list[Heads]:
+        keys = self._link.keys
+        calls: list[Command | Call] = [
+            (script("heads"), [keys.heads(partition), keys.meter(partition)], [c.number for c in channels])
+            for partition, channels in asked.items()
+        ]
+        answers = []
+        for reply in await self._link.pipeline(calls, pool=self._link.probe):
+            if isinstance(reply, Exception):
+                raise reply
+            answers.append(Heads(int(reply[0]), [Version.parse(head) for head in reply[1:]]))
+        return answers
+
+    async def _repair(self, behind: Sequence[tuple[Channel, Version]]) -> None:
+        """Take in what the log has after the positions."""
+        async with self._repairing:
+            by_partition: dict[int, list[tuple[Channel, Version]]] = {}
+            for channel, head in behind:
+                if _is_behind(channel, head):
+                    by_partition.setdefault(channel.partition, []).append((channel, head))
+            for partition, channels in by_partition.items():
+                self.repairs += 1
+                await self._repair_partition(partition, channels)
+
+    async def _repair_partition(self, partition: int, behind: list[tuple[Channel, Version]]) -> None:
+        epoch = self._link.epoch
+        since = {channel: channel.position for channel, _ in behind}
+        start = min(position for position in since.values() if position is not None)
+        goal = max(head for _, head in behind)
+        read = 0
+        trimmed = None
+        while read < _FAR:
+            entries, reach = await self._page(partition, start)
+            if epoch != self._link.epoch:
+                return
+            trimmed = reach or trimmed
+            for id, fields in entries:
+                start = Version.parse(id)
+                self._repeat(start, fields, [channel for channel, _ in behind])
+            read += len(entries)
+            if len(entries) < _PAGE or start >= goal:
+                break
+        for channel, head in behind:
+            position = since[channel]
+            cut = trimmed is not None and position is not None and position < trimmed
+            if cut or _is_behind(channel, head):
+                self._jump(channel, max(head, channel.position or head))
+
+    async def _page(
+        self, partition: int, start: Version
+    ) -> tuple[list[tuple[bytes, list[bytes]]], Version | None]:
+        """Entries of the log after a version; and up to where it was trimmed by then."""
+        keys = self._link.keys
+        entries, trimmed = await self._link.pipeline(
+            [
+                ("XRANGE", keys.log(partition), f"({start}", "+", "COUNT", _PAGE),
+                ("HGET", keys.meter(partition), "trimmed_to"),
+            ],
+            pool=self._link.probe,
+        )
+        for reply in (entries, trimmed):
+            if isinstance(reply, Exception):
+                raise reply
+        return entries, None if trimmed is None else Version.parse(trimmed)
+
+    def _repeat(self, version: Version, fields: list[bytes], channels: Iterable[Channel]) -> None:
+        """An entry of the log, for those channels that have not taken it in."""
+        if b"as" in fields[::2]:
+            return  # it was not announced: the feed says what became of it
+        event: Event | None
+        try:
+            event = decode(version, fields)
+        except BadEvent:
+            event = None
+        slots = _slots_of(fields) if event is None else places_of(event)
+        for channel in channels:
+            position = channel.position
+            if position is not None and version > position and (slots is None or channel.number in slots):
+                if event is None:
+                    self._lose(channel)
+                channel.move(event, version)
+
+    def _jump(self, channel: Channel, head: Version) -> None:
+        self._lose(channel)
+        self._place(channel, head)
+
+    def _lose(self, channel: Channel) -> None:
+        self.lost += 1
+        self._on_lost(channel)
+
+    def forget(self) -> None:
+        """A new epoch: nothing that was known holds."""
+        self._unannounced.clear()
+        for channel in self._channels.values():
+            channel.forget()
+
+    async def leave(self, held: Callable[[Channel], bool]) -> None:
+        """Leave channels that nothing is held of for a while."""
+        now, gone = clock(), []
+        for place, channel in list(self._channels.items()):
+            if held(channel):
+                channel.unused_since = None
+            elif channel.unused_since is None:
+                channel.unused_since = now
+            elif now - channel.unused_since > _LINGER:
+                del self._channels[place], self._by_name[channel.name]
+                gone.append(channel.name)
+        if gone:
+            await self._send("UNSUBSCRIBE", *gone)
+
+
+def _is_behind(channel: Channel, head: Version) -> bool:
+    return channel.position is not None and channel.position < head
+
+
+def _slots_of(fields: list[bytes]) -> tuple[int, ...] | None:
+    """The slots of an entry that is no event of ours, as far as that can be told; None for all."""
+    named = dict(zip(fields[::2], fields[1::2], strict=False))
+    try:
+        room = named[b"room"].decode()
+        others = (named.get(name) for name in (b"agent", b"entity", b"world"))
+        return slots_of(Dimensions("", room, *(None if name is None else name.decode() for name in others)))
+    except (KeyError, UnicodeDecodeError):
+        return None

@@ -1,0 +1,419 @@
+"""Scopes that are held live: admitted, opened, read, and given up.
+
+A scope is opened in an order that is a rule each (tests/model/live.py shows what breaks without it):
+
+1. Its channels are subscribed to, that is confirmed, and their positions are known.
+2. The applied mark A of each partition: all events up to it are committed and fanned out.
+3. The base: what L2 has, or, under a lease, the store. It has all events up to A, and maybe some that are later.
+4. L2 is filled, if the lease still holds.
+5. The tail: the events of the scope in the log above A, up to H, without those that the store has refused. It is merged as a
+   whole. So whatever of it the base had already, the result is the scope as the log had it at H.
+6. If the epoch is still the same, what the channels brought meanwhile, beyond H, is merged, and the window is served.
+
+A window that can't answer a query that it might have to (it lost memories, and others may follow below) is opened again.
+What was shown live must not be missing from a classic answer that follows: such a read waits until it is committed.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections import OrderedDict
+from collections.abc import Awaitable, Callable, Iterable, Sequence
+from typing import Any
+
+from redis.exceptions import RedisError
+
+from ..connection import AWAY, Link
+from ..errors import BadEvent, MnemobusError
+from ..events import DELETE_ROOM, Event, decode
+from ..feed import Invalidation
+from ..keys import ZERO, Version, slot_of
+from ..local import MISS, LiveBucket, LocalCache, clock
+from ..marks import Marks
+from ..memory import Memory, Row, pack_memories, unpack_memories
+from ..query import COUNT, ONE, Plan, Question
+from ..settings import Settings
+from ..shared import Lease, SharedCache
+from ..store import Query
+from .channel import Channel
+from .listener import Listener, Place
+from .window import Window
+
+logger = logging.getLogger("mnemobus.live")
+
+_MISSED = 10_000
+"""Scopes of which it is remembered that they were read once."""
+_SPARE = 16
+"""Memories that a window has beyond its size, so that a deletion leaves enough."""
+_TAIL = 1_000
+"""Events above the applied mark that an opening reads at most of a partition; a scope with more is read the classic way."""
+_JOIN_PATIENCE = 0.25
+"""Seconds that an opening waits for its channels."""
+_POLL = (0.001, 0.05)
+"""Seconds between questions whether what was shown is committed: the first, and the longest."""
+
+
+class Opening:
+    """A window that is being opened, and what its channels bring meanwhile."""
+
+    __slots__ = ("cancelled", "channels", "later", "scope")
+
+    def __init__(self, scope: str, channels: Sequence[Channel]) -> None:
+        self.scope = scope
+        self.channels = channels
+        self.later: list[tuple[Channel, Event]] = []
+        self.cancelled = False
+
+
+class LiveScopes:
+    """The live scopes of one bus. ``ask`` has a question answered by its store."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        link: Link,
+        local: LocalCache,
+        shared: SharedCache,
+        marks: Marks,
+        ask: Callable[[Question], Awaitable[list[Row] | int]],
+        send: Callable[..., Awaitable[None]],
+        wake: Callable[[], None],
+    ) -> None:
+        self._settings = settings
+        self._link = link
+        self._local = local
+        self._shared = shared
+        self._marks = marks
+        self._ask = ask
+        self.listener = Listener(link, send, wake, self._take, self._lost)
+        self._held: dict[Channel, dict[str, LiveBucket]] = {}
+        self._openings: dict[str, Opening] = {}
+        self._waiting: dict[str, list[asyncio.Future[None]]] = {}
+        """Reads that wait for an opening of another."""
+        self._missed: OrderedDict[str, None] = OrderedDict()
+        self._shown: dict[str, dict[int, Version]] = {}
+        """By scope: what was shown live up to, by log partition, and may not be committed yet."""
+        self.reads = 0
+        self.opened = 0
+
+    def __len__(self) -> int:
+        return len({scope for held in self._held.values() for scope in held})
+
+    # Reading
+
+    def concerns(self, plan: Plan) -> bool:
+        """Whether a query is one that a window may answer."""
+        if plan.window is None or plan.limit > self._settings.live_window:
+            return False
+        if plan.scope in self._marks and any(write.version is None for write in self._marks.on(plan.scope)):
+            return False  # a write waits in the outbox, and so does who reads what it touches
+        return self._settings.is_live(plan.window.table)
+
+    async def read(self, plan: Plan) -> Any:
+        """The answer, as L1 keeps it; MISS if the query is to be read the classic way."""
+        for _ in range(2):
+            bucket = self._local.live(plan.name)
+            if bucket is None:
+                if not self._admit(plan.scope):
+                    return MISS
+                bucket = await self._open_once(plan)
+                if bucket is None:
+                    return MISS
+            if not await self._caught_up(bucket) or clock() >= self._local.fresh_until:
+                return MISS
+            if not self._local.has(bucket):
+                continue
+            answer = self._answer(bucket, plan)
+            if answer is not MISS:
+                self.reads += 1
+                return answer
+            if not bucket.window.lost:
+                return MISS
+            self._local.drop_live(bucket.scope)  # there may be more below what it has left
+        return MISS
+
+    def _answer(self, bucket: LiveBucket, plan: Plan) -> Any:
+        assert plan.window is not None
+        window: Window = bucket.window
+        found: Any
+        if plan.kind is COUNT:
+            found = window.count(plan.window)
+        elif plan.kind is ONE:
+            found = window.rows[-1:]
+        else:
+            found = window.newest(plan.window, plan.limit)
+        if found is None:
+            return MISS
+        kept = plan.kind.keep(found)
+        self._local.answer(bucket, plan.key, kept, self._settings.ttl(plan.table))
+        return kept
+
+    def _admit(self, scope: str) -> bool:
+        """Whether a scope is to be held live: from its second miss on."""
+        if scope in self._missed:
+            self._missed.move_to_end(scope)
+            return True
+        self._missed[scope] = None
+        if len(self._missed) > _MISSED:
+            self._missed.popitem(last=False)
+        return False
+
+    async def _caught_up(self, bucket: LiveBucket) -> bool:
+        """Whether a window has the own writes that were answered; repairs its channels if need be."""
+        behind = [c for c in bucket.channels if c.own is not None and c.own > bucket.floors[c]]
+        if not behind:
+            return True
+        try:
+            await self.listener.catch_up(behind)
+        except (*AWAY, RedisError, MnemobusError) as error:
+            logger.debug("own writes can't be fetched from the log: %s", error)
+            return False
+        return not any(c.own is not None and c.own > bucket.floors.get(c, ZERO) for c in bucket.channels)
+
+    # Opening
+
+    async def _open_once(self, plan: Plan) -> LiveBucket | None:
+        """Open the scope of a query, or wait for who does."""
+        scope = plan.scope
+        waiting = self._waiting.get(scope)
+        if waiting is not None:
+            done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+            waiting.append(done)
+            await done
+            return self._local.live(plan.name)
+        self._waiting[scope] = []
+        try:
+            return await self._open(plan)
+        except (*AWAY, RedisError, ValueError) as error:
+            logger.debug("%s can't be held live now: %s", scope, error)
+            return None
+        finally:
+            for done in self._waiting.pop(scope):
+                if not done.done():
+                    done.set_result(None)
+
+    async def _open(self, plan: Plan) -> LiveBucket | None:
+        assert plan.window is not None
+        epoch = self._link.epoch
+        channels = await self.listener.join(self._places(plan), _JOIN_PATIENCE)
+        if channels is None:
+            return None
+        opening = self._openings[plan.scope] = Opening(plan.scope, channels)
+        for channel in channels:
+            self._held.setdefault(channel, {})
+        try:
+            partitions = [channel.partition for channel in channels]
+            states = await self._marks.state(partitions)
+            applied = [state.pending.before() if state.pending else state.last or ZERO for state in states]
+            base, complete = await self._base(plan)
+            tails = await self._tails(plan, partitions, applied)
+            if tails is None or opening.cancelled or epoch != self._link.epoch:
+                return None
+            settings = self._settings
+            size = 1 if plan.kind is ONE else settings.live_window + _SPARE
+            window = Window(base, complete, size, settings.live_window_bytes)
+            floors = {channel: head for channel, (head, _) in zip(channels, tails, strict=True)}
+            window.merge(event for _, events in tails for event in events)
+            window.merge(event for channel, event in opening.later if event.version > floors[channel])
+            window.lost = 0
+        finally:
+            if self._openings.get(plan.scope) is opening:
+                del self._openings[plan.scope]
+        bucket = LiveBucket(plan.name, window, channels, floors, self._gone)
+        for channel in channels:
+            self._held[channel][plan.scope] = bucket
+        self._local.hold(bucket, settings.ttl(plan.table))
+        self.opened += 1
+        return bucket
+
+    def _places(self, plan: Plan) -> list[Place]:
+        """The channels of a query's scope."""
+        assert plan.window is not None
+        query, keys = plan.window, self._link.keys
+        if query.room is not None:
+            return [(keys.log_partition(query.room), slot_of("room", query.room))]
+        for kind in ("entity", "agent", "world"):
+            name = getattr(query, kind)
+            if name is not None:
+                return [(partition, slot_of(kind, name)) for partition in range(keys.log_partitions)]
+        raise AssertionError("a query names a dimension")
+
+    async def _base(self, plan: Plan) -> tuple[list[Memory], bool]:
+        """The scope's newest memories, newest first, and whether there are no others."""
+        question = self._question(plan)
+        ttl = self._settings.ttl(plan.table)
+        reply = await self._shared.lookup(plan.scope, question.field, ttl)
+        if isinstance(reply, bytes):
+            found = unpack_memories(reply)
+        else:
+            rows = await self._ask(question)
+            assert not isinstance(rows, int)
+            found = [row.memory() for row in rows]
+            if isinstance(reply, Lease):
+                await self._shared.fill(reply, pack_memories(found))
+        if plan.kind is ONE:
+            return found, True
+        size = self._settings.live_window + _SPARE
+        return found[:size], len(found) <= size
+
+    def _question(self, plan: Plan) -> Question:
+        if plan.kind is ONE:
+            return Question(plan.scope, "get")
+        assert plan.window is not None
+        query = plan.window
+        scope = Query(query.table, query.room)
+        if query.room is None:
+            kind = next(kind for kind in ("entity", "agent", "world") if getattr(query, kind) is not None)
+            scope = Query(query.table, **{kind: getattr(query, kind)})
+        return Question(plan.scope, "recent", scope, self._settings.live_window + _SPARE + 1)
+
+    async def _tails(
+        self, plan: Plan, partitions: Sequence[int], applied: Sequence[Version]
+    ) -> list[tuple[Version, list[Event]]] | None:
+        """For each partition the last event of the log, and those of the scope above the applied mark that the store has not
+        refused; None if there are too many."""
+        keys = self._link.keys
+        replies = await self._link.pipeline(
+            [
+                ("XRANGE", keys.log(partition), f"({mark}", "+", "COUNT", _TAIL + 1)
+                for partition, mark in zip(partitions, applied, strict=True)
+            ]
+        )
+        tails = []
+        for partition, mark, entries in zip(partitions, applied, replies, strict=True):
+            if isinstance(entries, Exception):
+                raise entries
+            if len(entries) > _TAIL:
+                return None
+            head, events = mark, []
+            for id, fields in entries:
+                head = Version.parse(id)
+                if b"as" in fields[::2]:
+                    continue
+                try:
+                    event = decode(head, fields)
+                except BadEvent:
+                    continue
+                if event.op == DELETE_ROOM or plan.scope in event.scopes():
+                    events.append(event)
+            refused = await self._refused(partition, events)
+            tails.append((head, [event for event in events if event.version not in refused]))
+        return tails
+
+    async def _refused(self, partition: int, events: Sequence[Event]) -> set[Version]:
+        """Those events that the store has refused."""
+        return set()
+
+    # Events
+
+    def _take(self, channel: Channel, event: Event) -> None:
+        held = self._held.get(channel)
+        if held:
+            for bucket in self._touched(held, event):
+                if event.version > bucket.floors[channel]:
+                    bucket.window.take(event)
+                    bucket.floors[channel] = event.version
+                    self._local.changed(bucket)
+        if self._openings:
+            scopes = None if event.op == DELETE_ROOM else event.scopes()
+            for opening in self._openings.values():
+                if channel in opening.channels and (scopes is None or opening.scope in scopes):
+                    opening.later.append((channel, event))
+                    if len(opening.later) > _TAIL:
+                        opening.cancelled = True
+
+    @staticmethod
+    def _touched(held: dict[str, LiveBucket], event: Event) -> Iterable[LiveBucket]:
+        if event.op == DELETE_ROOM:
+            return list(held.values())
+        return [bucket for scope in event.scopes() if (bucket := held.get(scope)) is not None]
+
+    def answered(
+        self, partition: int, event: Event, version: Version, previous: tuple[Version, ...] | None
+    ) -> None:
+        """An own write is in the log."""
+        self.listener.answered(partition, event._replace(version=version), version, previous)
+
+    def outboxed(self, scopes: Iterable[str]) -> None:
+        """An own write waits in the outbox: what it touches is read the classic way."""
+        for scope in scopes:
+            self._give_up(scope)
+
+    def invalidated(self, message: Invalidation) -> None:
+        """The feed named what was committed. Windows have it from the log, unless it was refused, or comes from elsewhere."""
+        if not message.first_hand or message.dead:
+            for scope in message.scopes:
+                self._give_up(scope)
+
+    def _give_up(self, scope: str) -> None:
+        self._local.drop_live(scope)
+        opening = self._openings.get(scope)
+        if opening is not None:
+            opening.cancelled = True
+
+    def _lost(self, channel: Channel) -> None:
+        for scope in list(self._held.get(channel, ())):
+            self._local.drop_live(scope)
+        for opening in self._openings.values():
+            if channel in opening.channels:
+                opening.cancelled = True
+
+    def _gone(self, bucket: LiveBucket) -> None:
+        """A window is out of L1, for whatever reason."""
+        shown = self._shown.setdefault(bucket.scope, {})
+        for channel in bucket.channels:
+            held = self._held.get(channel)
+            if held is not None and held.get(bucket.scope) is bucket:
+                del held[bucket.scope]
+            at = max(bucket.floors[channel], channel.position or ZERO)
+            shown[channel.partition] = max(shown.get(channel.partition, ZERO), at)
+
+    def on_epoch(self) -> None:
+        """Redis may have lost what was shown: it is withdrawn."""
+        for opening in self._openings.values():
+            opening.cancelled = True
+        self._shown.clear()
+        self.listener.forget()
+
+    # What was shown
+
+    async def committed(self, scope: str) -> bool:
+        """Wait until what was shown live of a scope is committed and fanned out; False if that takes too long."""
+        deadline = clock() + self._settings.own_write_timeout
+        pause = _POLL[0]
+        while (shown := self._shown.get(scope)) is not None:
+            try:
+                await self._forget_applied({scope: shown})
+            except (*AWAY, RedisError) as error:
+                logger.debug("can't ask what is applied: %s", error)
+            if scope not in self._shown:
+                return True
+            if clock() >= deadline:
+                return False
+            await asyncio.sleep(pause)
+            pause = min(2 * pause, _POLL[1])
+        return True
+
+    async def _forget_applied(self, shown: dict[str, dict[int, Version]]) -> None:
+        partitions = sorted({partition for versions in shown.values() for partition in versions})
+        states = dict(zip(partitions, await self._marks.state(partitions), strict=True))
+        for scope, versions in shown.items():
+            if self._shown.get(scope) is versions and all(
+                version == ZERO or states[partition].passed(version)
+                for partition, version in versions.items()
+            ):
+                del self._shown[scope]
+
+    # The heartbeat
+
+    async def verify(self) -> None:
+        """Part of the heartbeat. Raises if it can't be known that nothing is missing."""
+        await self.listener.verify()
+        if self._shown:
+            await self._forget_applied(dict(self._shown))
+        await self.listener.leave(
+            lambda channel: (
+                bool(self._held.get(channel)) or any(channel in o.channels for o in self._openings.values())
+            )
+        )

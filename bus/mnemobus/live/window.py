@@ -1,0 +1,121 @@
+"""A window: the newest memories of a scope, kept current by the events that touch it.
+
+Events of one log partition come in the order of the log, each once, or all of them again from some point on (when a
+window is opened), and a memory has all of its events in one partition. So the state of a memory is what its last events
+made of it: nothing has to be compared, and no version is kept but the one that a memory shows anyway.
+
+A window may be *complete*: then it has all of the scope. One that is not says nothing of what is older than its oldest
+memory, and takes nothing that is. A query that reaches beyond what is left can't be answered from it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from itertools import islice
+
+from ..events import DELETE, DELETE_ROOM, PUT, Event
+from ..memory import Memory, Row, changed, place_of, size_of
+from ..store import Query
+
+
+class Window:
+    """The newest memories of a scope, oldest first.
+
+    complete  whether there are no others
+    lost      memories that went since it was opened: then more may be found below than it knows
+    bytes     of their records
+    """
+
+    __slots__ = ("_capacity", "_max_bytes", "bytes", "complete", "lost", "rows")
+
+    def __init__(self, newest_first: Iterable[Memory], complete: bool, capacity: int, max_bytes: int) -> None:
+        self.rows = list(newest_first)
+        self.rows.reverse()
+        self.complete = complete
+        self.lost = 0
+        self.bytes = sum(map(size_of, self.rows))
+        self._capacity = capacity
+        self._max_bytes = max_bytes
+
+    def merge(self, events: Iterable[Event]) -> None:
+        """Take several events, in order, as one: what one of them pushes out another may need."""
+        for event in events:
+            self._take(event)
+        self._fit()
+
+    def take(self, event: Event) -> None:
+        """Take an event that touches the scope."""
+        self._take(event)
+        self._fit()
+
+    def newest(self, query: Query, limit: int) -> tuple[Memory, ...] | None:
+        """The answer to a query on the scope, newest first; None if the window can't tell it."""
+        wanted = tuple(islice((row for row in reversed(self.rows) if _matches(row, query)), limit))
+        return wanted if self.complete or len(wanted) == limit else None
+
+    def count(self, query: Query) -> int | None:
+        """How many there are; None if the window can't tell."""
+        return sum(_matches(row, query) for row in self.rows) if self.complete else None
+
+    def _take(self, event: Event) -> None:
+        if event.op == DELETE_ROOM:
+            room = event.dimensions[:2]
+            for row in [row for row in self.rows if row.dimensions[:2] == room]:
+                self._remove(row)
+            return
+        known = next((row for row in reversed(self.rows) if row.id == event.id), None)
+        if event.op == PUT:
+            if known is not None:
+                self._remove(known)
+            self._insert(_memory(event))
+        elif known is None:
+            return
+        elif event.op == DELETE:
+            self._remove(known)
+        else:
+            at = self.rows.index(known)
+            self.rows[at] = changed(known, event.content, event.metadata, event.embedding, event.version)
+            self.bytes += size_of(self.rows[at]) - size_of(known)
+
+    def _remove(self, row: Memory) -> None:
+        self.rows.remove(row)
+        self.bytes -= size_of(row)
+        self.lost += 1
+
+    def _insert(self, memory: Memory) -> None:
+        place = place_of(memory)
+        at = len(self.rows)
+        while at and place_of(self.rows[at - 1]) > place:
+            at -= 1
+        if at == 0 and not self.complete:
+            return  # it is older than all that is known here: others between the two may be missing
+        self.rows.insert(at, memory)
+        self.bytes += size_of(memory)
+
+    def _fit(self) -> None:
+        while len(self.rows) > self._capacity or (self.bytes > self._max_bytes and self.rows):
+            self.bytes -= size_of(self.rows.pop(0))
+            self.complete = False
+
+
+def _matches(row: Memory, query: Query) -> bool:
+    return all(
+        wanted is None or wanted == has
+        for wanted, has in zip(
+            (query.room, query.agent, query.entity, query.world), row.dimensions[1:], strict=True
+        )
+    )
+
+
+def _memory(event: Event) -> Memory:
+    """What a put makes."""
+    assert event.content is not None and event.metadata is not None, "checked where it was decoded"
+    return Row(
+        event.id,
+        *event.dimensions,
+        event.content,
+        event.metadata,
+        event.embedding,
+        event.created_us,
+        event.version,
+    ).memory()
