@@ -186,8 +186,8 @@ async def test_a_durability_that_does_not_exist_is_refused(settings: Settings, c
 async def test_a_producer_that_another_process_has_overtaken_is_told(settings: Settings) -> None:
     link = Link(settings)
     logged: list[Version] = []
-    ahead = Publisher(link, 0, "same", lambda p, e, v: logged.append(v))
-    behind = Publisher(link, 0, "same", lambda p, e, v: logged.append(v))
+    ahead = Publisher(link, 0, "same", lambda p, e, v, _: logged.append(v))
+    behind = Publisher(link, 0, "same", lambda p, e, v, _: logged.append(v))
     event = Event(DELETE_ROOM, Dimensions("messages", "r"))
     for _ in range(2):
         [done] = ahead.publish([event])

@@ -497,7 +497,7 @@ class Bus:
         """A write of this bus is in the log: nothing that it touches may be answered without it."""
         scopes = self._drop(event)
         if version is None:
-            self._live.outboxed(scopes)
+            self._live.outboxed(event)
         else:
             self._live.answered(partition, event, version, previous)
         deadline = asyncio.get_running_loop().time() + self.settings.own_write_timeout
@@ -542,6 +542,10 @@ class Bus:
             cached = self._local.last_known(id_scope(id), GET)
             if isinstance(cached, Memory):
                 known = cached.dimensions
+            else:
+                held = self._local.live(id)
+                if held is not None and held.window.rows:
+                    known = held.window.rows[-1].dimensions
         return known
 
     def _remember_dimensions(self, event: Event) -> None:
@@ -776,8 +780,8 @@ class Bus:
         return Stats(
             hits_local=local.hits,
             hits_shared=shared.hits,
-            misses=tiers.misses,
-            shared_loads=tiers.shared_loads,
+            misses=tiers.misses + self._live.misses,
+            shared_loads=tiers.shared_loads + self._live.shared_loads,
             stale_reads=tiers.stale_reads,
             own_write_waits=tiers.own_write_waits,
             own_write_timeouts=tiers.own_write_timeouts,

@@ -131,6 +131,7 @@ class Shadow:
             self.breaches_local += 1
             logger.error("the local copy of %s %s. Dropped it", bucket.scope, breach)
             self._local.drop(bucket.scope)
+            self._local.drop_live(bucket.scope)
 
     async def _check_shared(self, scope: str, field: bytes, packed: bytes) -> None:
         async def served() -> bool:
@@ -147,6 +148,7 @@ class Shadow:
             logger.error("the shared copy of %s %s. Dropped it", scope, breach)
             await self._shared.discard(scope)
             self._local.drop(scope)
+            self._local.drop_live(scope)
 
     async def _older(
         self, question: Question, copy: Versions, served: Callable[[], Awaitable[bool]]

@@ -104,9 +104,9 @@ class Tiers:
     async def read(self, plan: Plan) -> Any:
         """The answer, shown as the caller of the query gets it. StoreUnavailable if no tier has it."""
         if self._live.concerns(plan) and self._feed.reachable:
-            kept = await self._live.read(plan)
+            kept, source = await self._live.read(plan)
             if kept is not MISS:
-                return plan.kind.show(kept, "local", False)
+                return plan.kind.show(kept, source, False)
         partition = self._keys.feed_partition(plan.scope)
         while True:
             stale = plan.scope in self._marks and not await self._wait_for_own_writes(plan.scope)
@@ -119,6 +119,7 @@ class Tiers:
             load = self._loads.get((bucket, plan.key))
             if load is None or clock() - load.began >= self._settings.max_staleness:
                 kept, source, last_known = await self._lead(plan, bucket)
+                self._live.missed(plan)
             else:
                 self.shared_loads += 1
                 answer = await load.wait()

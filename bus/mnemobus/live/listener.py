@@ -31,6 +31,8 @@ _PAGE = 500
 """Entries of the log that a repair reads at once."""
 _FAR = 5_000
 """Entries that a repair reads at most; who is further behind drops what it holds instead."""
+_MIXED = 60.0
+"""Seconds after an event that was not announced for which nothing of its partition is held live."""
 _LINGER = 30.0
 """Seconds that a channel which nothing is held of is still listened to."""
 
@@ -78,6 +80,8 @@ class Listener:
         self._by_name: dict[bytes, Channel] = {}
         self._unannounced: dict[int, int] = {}
         """By log partition: events that were not announced, when that was first looked at."""
+        self._mixed_until: dict[int, float] = {}
+        """By log partition, where somebody wrote without announcing."""
         self._repairing = asyncio.Lock()
         self.events = 0
         self.gaps = 0
@@ -110,6 +114,10 @@ class Listener:
                 for channel in channels:
                     await channel.ready.wait()
         return channels if all(channel.position is not None for channel in channels) else None
+
+    def is_announced(self, partition: int) -> bool:
+        """Whether all that is written to a log partition is announced, as far as that is known."""
+        return clock() >= self._mixed_until.get(partition, 0.0)
 
     def disconnected(self) -> None:
         """The listening connection is gone; a new one subscribes to `names`."""
@@ -167,6 +175,7 @@ class Listener:
         epoch = self._link.epoch
         [answer] = await self._heads({channel.partition: [channel]})
         if epoch == self._link.epoch and not channel.ready.is_set():
+            self._unannounced.setdefault(channel.partition, answer.unannounced)
             self._place(channel, answer.heads[0])
 
     def _place(self, channel: Channel, position: Version) -> None:
@@ -196,6 +205,7 @@ class Listener:
                     partition,
                 )
                 self._unannounced[partition] = unannounced
+                self._mixed_until[partition] = clock() + _MIXED
                 for channel in channels:
                     self._lose(channel)
             for channel, head in zip(channels, heads, strict=True):
@@ -323,8 +333,8 @@ class Listener:
         for channel in self._channels.values():
             channel.forget()
 
-    async def leave(self, held: Callable[[Channel], bool]) -> None:
-        """Leave channels that nothing is held of for a while."""
+    async def leave(self, held: Callable[[Channel], bool]) -> list[Channel]:
+        """Leave channels that nothing is held of for a while; which these are."""
         now, gone = clock(), []
         for place, channel in list(self._channels.items()):
             if held(channel):
@@ -333,9 +343,10 @@ class Listener:
                 channel.unused_since = now
             elif now - channel.unused_since > _LINGER:
                 del self._channels[place], self._by_name[channel.name]
-                gone.append(channel.name)
+                gone.append(channel)
         if gone:
-            await self._send("UNSUBSCRIBE", *gone)
+            await self._send("UNSUBSCRIBE", *(channel.name for channel in gone))
+        return gone
 
 
 def _is_behind(channel: Channel, head: Version) -> bool:

@@ -96,6 +96,8 @@ class LiveScopes:
         """By scope: what was shown live up to, by log partition, and may not be committed yet."""
         self.reads = 0
         self.opened = 0
+        self.misses = 0
+        self.shared_loads = 0
 
     def __len__(self) -> int:
         return len({scope for held in self._held.values() for scope in held})
@@ -110,28 +112,29 @@ class LiveScopes:
             return False  # a write waits in the outbox, and so does who reads what it touches
         return self._settings.is_live(plan.window.table)
 
-    async def read(self, plan: Plan) -> Any:
-        """The answer, as L1 keeps it; MISS if the query is to be read the classic way."""
+    async def read(self, plan: Plan) -> tuple[Any, str]:
+        """The answer, as L1 keeps it, and where it comes from; MISS if the query is to be read the classic way."""
+        source = "local"
         for _ in range(2):
             bucket = self._local.live(plan.name)
             if bucket is None:
-                if not self._admit(plan.scope):
-                    return MISS
-                bucket = await self._open_once(plan)
+                if plan.scope not in self._missed:
+                    break
+                bucket, source = await self._open_once(plan)
                 if bucket is None:
-                    return MISS
+                    break
             if not await self._caught_up(bucket) or clock() >= self._local.fresh_until:
-                return MISS
+                break
             if not self._local.has(bucket):
                 continue
             answer = self._answer(bucket, plan)
             if answer is not MISS:
                 self.reads += 1
-                return answer
+                return answer, source
             if not bucket.window.lost:
-                return MISS
+                break
             self._local.drop_live(bucket.scope)  # there may be more below what it has left
-        return MISS
+        return MISS, source
 
     def _answer(self, bucket: LiveBucket, plan: Plan) -> Any:
         assert plan.window is not None
@@ -149,15 +152,14 @@ class LiveScopes:
         self._local.answer(bucket, plan.key, kept, self._settings.ttl(plan.table))
         return kept
 
-    def _admit(self, scope: str) -> bool:
-        """Whether a scope is to be held live: from its second miss on."""
-        if scope in self._missed:
-            self._missed.move_to_end(scope)
-            return True
-        self._missed[scope] = None
+    def missed(self, plan: Plan) -> None:
+        """A query was read the classic way: its scope is held live from the next miss on."""
+        if plan.window is None:
+            return
+        self._missed[plan.scope] = None
+        self._missed.move_to_end(plan.scope)
         if len(self._missed) > _MISSED:
             self._missed.popitem(last=False)
-        return False
 
     async def _caught_up(self, bucket: LiveBucket) -> bool:
         """Whether a window has the own writes that were answered; repairs its channels if need be."""
@@ -173,32 +175,36 @@ class LiveScopes:
 
     # Opening
 
-    async def _open_once(self, plan: Plan) -> LiveBucket | None:
-        """Open the scope of a query, or wait for who does."""
+    async def _open_once(self, plan: Plan) -> tuple[LiveBucket | None, str]:
+        """Open the scope of a query, or wait for who does; and where its base came from."""
         scope = plan.scope
         waiting = self._waiting.get(scope)
         if waiting is not None:
             done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
             waiting.append(done)
+            self.shared_loads += 1
             await done
-            return self._local.live(plan.name)
+            return self._local.live(plan.name), "local"
         self._waiting[scope] = []
         try:
             return await self._open(plan)
         except (*AWAY, RedisError, ValueError) as error:
             logger.debug("%s can't be held live now: %s", scope, error)
-            return None
+            return None, ""
         finally:
             for done in self._waiting.pop(scope):
                 if not done.done():
                     done.set_result(None)
 
-    async def _open(self, plan: Plan) -> LiveBucket | None:
+    async def _open(self, plan: Plan) -> tuple[LiveBucket | None, str]:
         assert plan.window is not None
         epoch = self._link.epoch
-        channels = await self.listener.join(self._places(plan), _JOIN_PATIENCE)
+        places = self._places(plan)
+        if not all(self.listener.is_announced(partition) for partition, _ in places):
+            return None, ""
+        channels = await self.listener.join(places, _JOIN_PATIENCE)
         if channels is None:
-            return None
+            return None, ""
         opening = self._openings[plan.scope] = Opening(plan.scope, channels)
         for channel in channels:
             self._held.setdefault(channel, {})
@@ -206,10 +212,10 @@ class LiveScopes:
             partitions = [channel.partition for channel in channels]
             states = await self._marks.state(partitions)
             applied = [state.pending.before() if state.pending else state.last or ZERO for state in states]
-            base, complete = await self._base(plan)
+            base, complete, source = await self._base(plan)
             tails = await self._tails(plan, partitions, applied)
             if tails is None or opening.cancelled or epoch != self._link.epoch:
-                return None
+                return None, ""
             settings = self._settings
             size = 1 if plan.kind is ONE else settings.live_window + _SPARE
             window = Window(base, complete, size, settings.live_window_bytes)
@@ -225,7 +231,7 @@ class LiveScopes:
             self._held[channel][plan.scope] = bucket
         self._local.hold(bucket, settings.ttl(plan.table))
         self.opened += 1
-        return bucket
+        return bucket, source
 
     def _places(self, plan: Plan) -> list[Place]:
         """The channels of a query's scope."""
@@ -239,23 +245,26 @@ class LiveScopes:
                 return [(partition, slot_of(kind, name)) for partition in range(keys.log_partitions)]
         raise AssertionError("a query names a dimension")
 
-    async def _base(self, plan: Plan) -> tuple[list[Memory], bool]:
-        """The scope's newest memories, newest first, and whether there are no others."""
+    async def _base(self, plan: Plan) -> tuple[list[Memory], bool, str]:
+        """The scope's newest memories, newest first; whether there are no others; and where they come from."""
         question = self._question(plan)
         ttl = self._settings.ttl(plan.table)
         reply = await self._shared.lookup(plan.scope, question.field, ttl)
+        source = "shared"
         if isinstance(reply, bytes):
             found = unpack_memories(reply)
         else:
+            source = "store"
+            self.misses += 1
             rows = await self._ask(question)
             assert not isinstance(rows, int)
             found = [row.memory() for row in rows]
             if isinstance(reply, Lease):
                 await self._shared.fill(reply, pack_memories(found))
         if plan.kind is ONE:
-            return found, True
+            return found, True, source
         size = self._settings.live_window + _SPARE
-        return found[:size], len(found) <= size
+        return found[:size], len(found) <= size, source
 
     def _question(self, plan: Plan) -> Question:
         if plan.kind is ONE:
@@ -335,9 +344,12 @@ class LiveScopes:
         """An own write is in the log."""
         self.listener.answered(partition, event._replace(version=version), version, previous)
 
-    def outboxed(self, scopes: Iterable[str]) -> None:
+    def outboxed(self, event: Event) -> None:
         """An own write waits in the outbox: what it touches is read the classic way."""
-        for scope in scopes:
+        if event.op == DELETE_ROOM:
+            for channel in list(self._held):
+                self._lost(channel)
+        for scope in event.scopes():
             self._give_up(scope)
 
     def invalidated(self, message: Invalidation) -> None:
@@ -412,8 +424,10 @@ class LiveScopes:
         await self.listener.verify()
         if self._shown:
             await self._forget_applied(dict(self._shown))
-        await self.listener.leave(
-            lambda channel: (
-                bool(self._held.get(channel)) or any(channel in o.channels for o in self._openings.values())
-            )
+        for channel in await self.listener.leave(self._uses):
+            self._held.pop(channel, None)
+
+    def _uses(self, channel: Channel) -> bool:
+        return bool(self._held.get(channel)) or any(
+            channel in opening.channels for opening in self._openings.values()
         )
