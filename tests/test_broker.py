@@ -27,6 +27,7 @@ from mnemobus import Settings
 from mnemobus.connection import ThreadedLink
 from mnemobus.events import PUT, Event
 from mnemobus.keys import APPLY_GROUP, Dimensions, Version
+from mnemobus.log import publish_call
 from mnemobus.memory import new_id
 from mnemobus_workers.broker import (
     ALONE_AFTER,
@@ -82,13 +83,9 @@ class Worker:
 
     def publish(self, *texts: str) -> list[bytes]:
         """Events in the log, as a bus puts them there; their IDs."""
-        arguments: list[Any] = [secrets.token_hex(8), 1, 1_000_000, "digest"]
-        for text in texts:
-            fields = event(text).fields()
-            arguments += [len(fields), *fields]
-        keys = [self.log, self.link.keys.producers(0), self.link.keys.meter(0)]
-        ids: list[bytes] = self.link.run("publish", keys, arguments)
-        return ids
+        events = [event(text).fields() for text in texts]
+        ids, _ = self.link.run("publish", *publish_call(self.link, 0, secrets.token_hex(8), 1, events))
+        return list(ids)
 
     def pending(self) -> dict[bytes, tuple[str, int, int]]:
         """Of each pending entry: whose it is, for how many ms it has been idle, how often it was delivered."""

@@ -281,7 +281,7 @@ async def test_g6_without_workers_an_own_write_is_waited_for_once_and_the_answer
     settings: Settings, connect: Connect
 ) -> None:
     # Given that no worker runs
-    async with connect(own_write_timeout=0.2) as bus:
+    async with connect(own_write_timeout=0.2, live="off") as bus:
         await bus.write(said("x"))
         loop = asyncio.get_running_loop()
         began = loop.time()

@@ -258,7 +258,7 @@ async def test_g6_a_write_between_a_flush_and_its_discovery_is_waited_for(
 ) -> None:
     server: RedisServer = own_redis()
     quiet = {"redis_url": server.url, "heartbeat": 5.0, "max_staleness": 10.0, "own_write_timeout": 0.2}
-    async with mnemobus.connect(**{**settings.model_dump(), **quiet}) as bus:
+    async with mnemobus.connect(**{**settings.model_dump(), **quiet, "live": "off"}) as bus:
         await bus.recent("messages", room="r1")
         await bus.write(said("lost"))
 
@@ -498,7 +498,7 @@ async def test_g6_what_was_dropped_in_another_epoch_lifts_no_mark(
 ) -> None:
     keys = keys_of(settings)
     feed = keys.feed(keys.feed_partition(ROOM))
-    async with connect(own_write_timeout=0.01) as bus:
+    async with connect(own_write_timeout=0.01, live="off") as bus:
         await eventually(lambda: local_twice(bus))
         receipt = await bus.write(said("mine"))
 

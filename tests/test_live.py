@@ -1,70 +1,409 @@
-"""Scopes that are held live: a write is there as soon as the log has it, in every agent that holds what it touches (G9)."""
+"""Scopes that are held live: a write is there as soon as the log has it, in every agent that holds its scope (G9)."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+import pytest
+import redis.asyncio
 
 import mnemobus
 from mnemobus import Memory, Settings
-from servers import eventually
+from mnemobus.events import PUT, Event
+from mnemobus.keys import Dimensions, Keyspace, slot_of
+from mnemobus.memory import new_id
+from servers import RedisServer, eventually
 
 Connect = Callable[..., mnemobus.Bus]
+PoolOf = Callable[[Settings], Any]
+
+
+@pytest.fixture(params=[2, 3], ids=["resp2", "resp3"])
+def settings(request: pytest.FixtureRequest, settings: Settings) -> Settings:
+    return settings.model_copy(update={"redis_protocol": request.param})
+
+
+@pytest.fixture
+async def client(settings: Settings) -> AsyncIterator[redis.asyncio.Redis]:
+    client = redis.asyncio.Redis.from_url(settings.redis_url)
+    yield client
+    await client.aclose()
+
+
+def keys_of(settings: Settings) -> Keyspace:
+    return Keyspace(settings.redis_key_prefix, settings.log_partitions, settings.feed_partitions)
 
 
 def said(text: str, room: str = "r1", **fields: object) -> Memory:
     return Memory(table="messages", room=room, content={"text": text}, **fields)  # type: ignore[arg-type]
 
 
-async def texts(bus: mnemobus.Bus, room: str = "r1", limit: int = 20) -> list[str]:
-    return [m.content["text"] for m in await bus.recent("messages", room=room, limit=limit)]
+async def texts(bus: mnemobus.Bus, limit: int = 20, **dimensions: str) -> list[str]:
+    found = await bus.recent("messages", limit=limit, **(dimensions or {"room": "r1"}))  # type: ignore[arg-type]
+    return [memory.content["text"] for memory in found]
 
 
-async def hold(bus: mnemobus.Bus, room: str = "r1") -> None:
-    """Read a room until it is held live."""
+async def hold(bus: mnemobus.Bus, limit: int = 4, **dimensions: str) -> None:
+    """Read a scope until it is held live: from the second read on that finds no copy."""
+    [(kind, name)] = (dimensions or {"room": "r1"}).items()
+    scope = f"{kind}:messages:{name}"
 
     async def held() -> bool:
-        await bus.recent("messages", room=room)
-        bus._local.drop(f"room:messages:{room}")
-        return len(bus._live) > 0
+        bus._local.drop(scope)
+        await bus.recent("messages", limit=limit, **{kind: name})  # type: ignore[arg-type]
+        return bus._local.live(scope) is not None
 
     await eventually(held)
 
 
-async def test_g6_g9_a_write_is_in_the_writers_own_window_at_once_though_no_worker_runs(
+async def becomes(expected: list[str], bus: mnemobus.Bus, **dimensions: str) -> None:
+    """Wait until a scope reads like this."""
+
+    async def as_expected() -> bool:
+        return await texts(bus, len(expected) + 1, **dimensions) == expected
+
+    await eventually(as_expected)
+
+
+# What is written
+
+
+async def test_g6_g9_an_own_write_is_in_the_next_answer_though_no_worker_runs(
     settings: Settings, connect: Connect
 ) -> None:
+    # Given a room that an agent holds live, and no worker
     async with connect() as alice:
         await hold(alice)
-        for n in range(5):
-            await alice.write(said(str(n)))
+        # When it writes, changes and deletes
+        memories = [said(str(n)) for n in range(5)]
+        for n, memory in enumerate(memories):
+            await alice.write(memory)
+            # Then the very next read has it, from the agent's own memory, and is not marked
             found = await alice.recent("messages", room="r1")
             assert [m.content["text"] for m in found] == [str(k) for k in range(n, -1, -1)]
             assert found.source == "local"
             assert not found.stale
+        receipt = await alice.update(memories[0].id, content={"text": "changed"})
+        found = await alice.recent("messages", room="r1")
+        assert [m.content["text"] for m in found] == ["4", "3", "2", "1", "changed"]
+        assert found[-1].version == receipt.version
+        await alice.delete(memories[4].id)
+        assert await texts(alice) == ["3", "2", "1", "changed"]
+        assert alice.stats().own_write_waits == 0
+        await alice.delete_room("messages", room="r1")
+        assert await texts(alice) == []
 
 
-async def test_g9_another_agent_has_it_without_waiting_for_the_commit(
+async def test_g9_another_agent_sees_each_write_without_waiting_for_the_commit(
     settings: Settings, connect: Connect
 ) -> None:
     async with connect() as alice, connect() as bob:
         await hold(bob)
-        memory = said("one")
+        memory = said("one", entity="e", metadata={"mood": "good"}, embedding=[0.5, 0.25])
         await alice.write(memory)
+        await becomes(["one"], bob)
+        assert (await bob.recent("messages", room="r1"))[0] == memory
+        await alice.update(memory.id, content={"text": "two"}, embedding=None)
+        await becomes(["two"], bob)
+        [found] = await bob.recent("messages", room="r1")
+        assert found.metadata == {"mood": "good"}
+        assert found.embedding is None
+        await alice.delete(memory.id)
+        await becomes([], bob)
 
-        async def seen() -> bool:
-            return await texts(bob) == ["one"]
 
-        await eventually(seen)
-        await alice.update(memory.id, content={"text": "two"})
+async def test_g9_scopes_of_entities_agents_and_worlds_span_the_partitions_of_the_log(
+    settings: Settings, connect: Connect
+) -> None:
+    async with connect() as alice, connect() as bob:
+        # Given scopes of every kind that an agent holds, and one memory by its id
+        for dimension in ("entity", "agent", "world"):
+            await hold(bob, **{dimension: "x"})
+        # When memories are written to rooms of all partitions
+        rooms = [f"room-{n}" for n in range(12)]
+        assert len({keys_of(settings).log_partition(room) for room in rooms}) == settings.log_partitions
+        for n, room in enumerate(rooms):
+            await alice.write(said(str(n), room=room, entity="x", agent="x", world="x"))
+        # Then all of them are in each
+        expected = [str(n) for n in range(11, -1, -1)]
+        for dimension in ("entity", "agent", "world"):
+            await becomes(expected, bob, **{dimension: "x"})
+        # And the deletion of a room takes its own
+        await alice.delete_room("messages", room="room-3")
+        for dimension in ("entity", "agent", "world"):
+            await becomes([text for text in expected if text != "3"], bob, **{dimension: "x"})
 
-        async def changed() -> bool:
-            return await texts(bob) == ["two"]
 
-        await eventually(changed)
+async def test_g9_a_memory_is_live_by_its_id(settings: Settings, pool: Settings, connect: Connect) -> None:
+    async with connect() as alice, connect() as bob:
+        memory = said("one")
+        await alice.write(memory, durability="committed")
+
+        async def held() -> bool:
+            bob._local.drop(f"id:{memory.id}")
+            return bool(await bob.get(memory.id)) and bob._local.live(memory.id) is not None
+
+        await eventually(held)
+        for text in ("two", "three"):
+            await alice.update(memory.id, content={"text": text})
+
+            async def changed(text: str = text) -> bool:
+                found = await bob.get(memory.id)
+                return found is not None and found.content["text"] == text
+
+            await eventually(changed)
         await alice.delete(memory.id)
 
         async def gone() -> bool:
-            return await texts(bob) == []
+            return await bob.get(memory.id) is None
 
         await eventually(gone)
+
+
+# What a window can tell
+
+
+async def test_filters_limits_and_counts_are_answered_from_one_window(
+    settings: Settings, connect: Connect
+) -> None:
+    async with connect(live_window=8) as alice, connect() as bob:
+        await hold(alice)
+        for n in range(6):
+            await bob.write(said(str(n), entity="even" if n % 2 == 0 else "odd"))
+        await becomes(["5", "4", "3", "2", "1", "0"], alice)
+        misses = alice.stats().misses
+        assert await texts(alice, limit=2) == ["5", "4"]
+        assert await texts(alice, limit=2, room="r1", entity="even") == ["4", "2"]
+        assert await alice.count("messages", room="r1") == 6
+        assert await alice.count("messages", room="r1", entity="odd") == 3
+        assert alice.stats().misses == misses
+
+
+async def test_g9_a_window_that_lost_memories_is_read_again_where_more_may_follow_below(
+    settings: Settings, pool: Settings, connect: Connect
+) -> None:
+    async with connect(live_window=4) as alice, connect() as bob:
+        # Given a room of more memories than its window has
+        memories = [said(str(n)) for n in range(40)]
+        await bob.write_many(memories, durability="committed")
+        await hold(alice)
+        assert await texts(alice, limit=4) == ["39", "38", "37", "36"]
+        # When most of the window is deleted
+        for memory in memories[22:]:
+            await bob.delete(memory.id)
+        # Then what lies below comes up
+
+        async def moved_up() -> bool:
+            return await texts(alice, limit=4) == ["21", "20", "19", "18"]
+
+        await eventually(moved_up)
+        # And what is older than the window does not enter it
+        await bob.write(
+            said("ancient", created_at=datetime.now(UTC) - timedelta(days=1)), durability="committed"
+        )
+        assert await texts(alice, limit=4) == ["21", "20", "19", "18"]
+
+
+async def test_a_query_that_no_window_tells_follows_the_commit_beside_it(
+    settings: Settings, pool: Settings, connect: Connect
+) -> None:
+    async with connect(live_window=4) as alice, connect() as bob:
+        await hold(alice)
+        for n in range(8):
+            await bob.write(said(str(n)), durability="committed")
+        await becomes(["7", "6", "5", "4", "3", "2", "1", "0"], alice)
+        first = await alice.recent("messages", room="r1", limit=4)
+        assert [m.content["text"] for m in first] == ["7", "6", "5", "4"]
+        older = await alice.recent("messages", room="r1", limit=4, before=first[-1])
+        assert [m.content["text"] for m in older] == ["3", "2", "1", "0"]
+        await bob.write(said("8"), durability="committed")
+
+        async def dropped() -> bool:
+            return await texts(alice, limit=10) == ["8", "7", "6", "5", "4", "3", "2", "1", "0"]
+
+        await eventually(dropped)
+
+
+async def test_a_large_event_is_announced_without_its_body_and_fetched(
+    settings: Settings, connect: Connect
+) -> None:
+    async with connect() as alice, connect() as bob:
+        await hold(bob)
+        await alice.write(said("x" * 100_000))
+        await alice.write(said("small"))
+        await becomes(["small", "x" * 100_000], bob)
+
+
+# What goes wrong
+
+
+async def test_g5_a_lost_message_is_repaired_by_the_heartbeat(
+    settings: Settings, connect: Connect, client: redis.asyncio.Redis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with connect() as alice, connect() as bob:
+        await hold(bob)
+        # When a message does not arrive
+        hear = bob._live.listener.hear
+        lost: list[bytes] = []
+        monkeypatch.setattr(bob._live.listener, "hear", lambda name, data: lost.append(data) or True)
+        await alice.write(said("1"))
+        await eventually(lambda: len(lost) == 1)
+        # Then the heartbeat finds the head beyond the position, and fetches it from the log
+        await becomes(["1"], bob)
+        assert bob._live.listener.repairs == 1
+        # And when one is missing before another that does arrive, the gap is seen at once
+        await alice.write(said("2"))
+        await eventually(lambda: len(lost) == 2)
+        monkeypatch.setattr(bob._live.listener, "hear", hear)
+        await alice.write(said("3"))
+        await becomes(["3", "2", "1"], bob)
+
+
+async def test_g9_messages_that_are_late_or_doubled_change_nothing(
+    settings: Settings, connect: Connect, client: redis.asyncio.Redis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with connect() as alice, connect() as bob:
+        await hold(bob)
+        hear = bob._live.listener.hear
+        heard: list[tuple[bytes, bytes]] = []
+
+        def kept(name: bytes, data: bytes) -> bool:
+            heard.append((name, data))
+            return hear(name, data)
+
+        monkeypatch.setattr(bob._live.listener, "hear", kept)
+        memory = said("1")
+        await alice.write(memory)
+        await alice.delete(memory.id)
+        await eventually(lambda: len(heard) == 2)
+        for message in heard[:]:
+            hear(*message)
+        assert await texts(bob) == []
+
+
+async def test_g5_an_event_that_nobody_announced_ends_what_is_held_live(
+    settings: Settings, connect: Connect, client: redis.asyncio.Redis
+) -> None:
+    keys = keys_of(settings)
+    partition = keys.log_partition("r1")
+    async with connect() as bob:
+        await hold(bob)
+        # When an agent of a version that does not announce writes
+        event = Event(PUT, Dimensions("messages", "r1"), new_id(), b'{"text":"old"}', b"{}", None, 1)
+        fields = event.fields()
+        await client.xadd(keys.log(partition), dict(zip(fields[::2], fields[1::2], strict=True)))  # type: ignore[arg-type]
+        await client.hincrby(keys.meter(partition), "added", 1)
+        # Then the window is given up, and for a while none is opened there
+        await eventually(lambda: len(bob._live) == 0)
+        assert not bob._live.listener.is_announced(partition)
+
+
+async def test_g5_a_spoiled_message_is_counted_and_the_log_has_what_it_should_have_said(
+    settings: Settings, connect: Connect, client: redis.asyncio.Redis
+) -> None:
+    keys = keys_of(settings)
+    channel = keys.live_channel(keys.log_partition("r1"), slot_of("room", "r1"))
+    async with connect() as alice, connect() as bob:
+        await hold(bob)
+        for spoiled in (b"", b"nonsense", b"1-1 0-0 e 3,4\nxx", b"1-1 0-0 \xff \n", b"9" * 100_000):
+            await client.publish(channel, spoiled)
+        await eventually(lambda: bob.stats().bad_messages == 5)
+        await alice.write(said("1"))
+        await becomes(["1"], bob)
+
+
+async def test_g9_a_new_epoch_withdraws_what_redis_lost(own_redis: Any, settings: Settings) -> None:
+    server: RedisServer = own_redis()
+    async with mnemobus.connect(**{**settings.model_dump(), "redis_url": server.url}) as bus:
+        # Given a write that is shown and not committed
+        await hold(bus)
+        await bus.write(said("lost"))
+        assert await texts(bus) == ["lost"]
+        # When Redis starts again without it
+        server.restart(empty=True)
+        # Then nothing shows it any more
+        await eventually(lambda: bus.stats().epochs == 1)
+        await becomes([], bus)
+        await hold(bus)
+        await bus.write(said("new"))
+        assert await texts(bus) == ["new"]
+
+
+async def test_g7_a_write_that_waits_in_the_outbox_is_waited_for_and_then_there(
+    own_redis: Any, settings: Settings, pool_of: PoolOf
+) -> None:
+    server: RedisServer = own_redis()
+    settings = settings.model_copy(update={"redis_url": server.url})
+    async with mnemobus.connect(**{**settings.model_dump(), "own_write_timeout": 0.2}) as bus:
+        await hold(bus)
+        server.stop()
+        receipt = await bus.write(said("kept"))
+        assert receipt.outboxed
+        assert (await bus.recent("messages", room="r1")).stale
+        server.start()
+        await eventually(lambda: bus.stats().outbox == 0)
+        with pool_of(settings):
+            await receipt.committed(20)
+            await becomes(["kept"], bus)
+
+
+async def test_g9_what_was_shown_live_is_not_missing_from_a_classic_answer_after_it(
+    settings: Settings, connect: Connect
+) -> None:
+    # Given a window that shows a write of another agent which is not committed, and no worker
+    async with connect(own_write_timeout=0.3) as alice, connect() as bob:
+        await hold(alice)
+        await bob.write(said("1"))
+        await becomes(["1"], alice)
+        # When the window is evicted, and the query is answered from the store
+        alice._local.clear()
+        alice._live._missed.clear()
+        found = await alice.recent("messages", room="r1")
+        # Then the answer lacks it, after waiting for it, and says so
+        assert list(found) == []
+        assert found.stale
+
+
+async def test_live_may_be_off_and_on_by_table(settings: Settings, connect: Connect) -> None:
+    for live, expected in (("off", 0), ("facts", 0), ("all,-messages", 0), ("messages", 1), ("all", 1)):
+        async with connect(live=live) as bus:
+            for _ in range(3):
+                await bus.recent("messages", room="r1")
+                bus._local.clear()
+            await bus.recent("messages", room="r1")
+            assert len(bus._live) == expected, live
+
+
+async def test_a_scope_that_is_not_held_any_more_costs_no_channel(
+    settings: Settings, connect: Connect, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mnemobus.live.listener._LINGER", 0.0)
+    async with connect() as bus:
+        await hold(bus)
+        assert len(bus._live.listener) == 1
+        bus._local.clear()
+        bus._live._missed.clear()
+        await eventually(lambda: len(bus._live.listener) == 0)
+        await eventually(lambda: not bus._live._held)
+        await hold(bus)
+
+
+async def test_cancelling_a_read_that_opens_leaves_others_and_later_ones_their_answers(
+    settings: Settings, connect: Connect
+) -> None:
+    async with connect() as bus:
+        await bus.recent("messages", room="r1")
+        bus._local.clear()
+        for _ in range(20):
+            readers = [asyncio.create_task(bus.recent("messages", room="r1")) for _ in range(3)]
+            await asyncio.sleep(0)
+            readers[0].cancel()
+            answers = await asyncio.gather(*readers, return_exceptions=True)
+            assert all(list(answer) == [] for answer in answers[1:] if not isinstance(answer, BaseException))
+            assert not any(isinstance(answer, Exception) for answer in answers[1:])
+            bus._local.clear()
+        assert not bus._live._openings
+        assert not bus._live._waiting

@@ -595,7 +595,7 @@ class Bus:
             row = await self._reader.get(id)
             return [] if row is None else [row.memory()]
 
-        known = self._known_dimensions(id)
+        known = self._known_dimensions(id) or self._live.dimensions(id_scope(id))
         window = None if known is None else Query(known.table, known.room)
         memory: Memory | None = await self._read(
             Plan(id_scope(id), id, "", GET, GET_FIELD, find, ONE, window, 1)

@@ -72,7 +72,8 @@ class Invalidation:
     scopes    what they touched, in the feed partition that the message went through
     dead      those of the events that could not be applied, with the reason
     epoch     the one whose shared buckets were dropped
-    first_hand  whether all of them came from this epoch's log, under the versions that it gave them: who follows the log
+    first_hand
+              whether all of them came from this epoch's log, under the versions that it gave them: who follows the log
               knows them. Not of a replay, of requeued letters, nor of workers of an older version.
     """
 
@@ -89,8 +90,8 @@ class Invalidation:
 def decode(id: bytes | str, previous: bytes | str, payload: bytes) -> Invalidation:
     """The message of an ID, its predecessor's ID and a JSON payload; ValueError if it is none.
 
-    Payload: {"p": log partition, "e": epoch, "v": [versions], "s": [scopes], "d": {version: reason}, "l": 1}, "d" and "l"
-    only where needed.
+    Payload: {"p": log partition, "e": epoch, "v": [versions], "s": [scopes], "d": {version: reason}, "l": 1}, "d" and
+    "l" only where needed.
     """
     body = orjson.loads(payload)
     if not isinstance(body, dict):
@@ -156,7 +157,7 @@ class Feed:
         self._bus_id = bus_id
         self._own_channel = link.keys.agent_channel(bus_id).encode()
         self.live: LiveScopes | None = None
-        """What is held live, if anything is: it listens on the same connection, and is verified by the same heartbeat."""
+        """What is held live: it listens on the same connection, and is verified by the same heartbeat."""
         self._partitions: dict[int, _Partition] = {}
         self._by_channel: dict[bytes, _Partition] = {}
         self._connection: AbstractConnection | None = None

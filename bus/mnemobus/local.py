@@ -131,7 +131,7 @@ class Bucket:
 
 
 class LiveBucket(Bucket):
-    """A scope that is kept current from the log (live/): a window, and answers that were made from it since it last changed.
+    """A scope that is kept current from the log (live/): a window, and answers made from it since it last changed.
 
     channels  those that its events come on
     floors    by channel, the version up to which the window has all events of the scope, whatever the position is

@@ -35,7 +35,7 @@ from typing import Any, NamedTuple, Protocol
 from redis.exceptions import ResponseError
 from tenacity import AsyncRetrying, RetryCallState, retry_if_exception_type, wait_random_exponential
 
-from .connection import AWAY, Link, evalsha, is_full, script
+from .connection import AWAY, Link, ThreadedLink, evalsha, is_full, script
 from .errors import (
     BacklogFull,
     DurabilityUnavailable,
@@ -94,7 +94,7 @@ async def append(
     """
     epoch = link.epoch
     try:
-        reply = await link.run("publish", *_call(link, partition, producer, sequence, events))
+        reply = await link.run("publish", *publish_call(link, partition, producer, sequence, events))
     except ResponseError as error:
         if is_full(error):
             raise LogFull(
@@ -137,8 +137,8 @@ def _slots_named(room: bytes, *others: bytes | None) -> tuple[int, ...]:
     return slots_of(Dimensions("", room.decode(), agent, entity, world))
 
 
-def _call(
-    link: Link, partition: int, producer: str, sequence: int, events: Iterable[Sequence[bytes]]
+def publish_call(
+    link: Link | ThreadedLink, partition: int, producer: str, sequence: int, events: Iterable[Sequence[bytes]]
 ) -> tuple[list[str], list[Field]]:
     """KEYS and ARGV of publish.lua."""
     keys = link.keys
@@ -413,7 +413,7 @@ class Publisher:
             at += count
 
     def _arguments(self, batch: list[_Pending]) -> tuple[list[str], list[Field]]:
-        return _call(self._link, self._partition, self._producer, self._sequence, _fields(batch))
+        return publish_call(self._link, self._partition, self._producer, self._sequence, _fields(batch))
 
     async def _insist(self, batch: list[_Pending], made: float | None, unanswered: bool) -> Logged:
         """Make the call until it is answered, or it makes no sense any more; ``made``: the first time, in vain."""

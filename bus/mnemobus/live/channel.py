@@ -44,10 +44,10 @@ class Announced(NamedTuple):
 
 
 def decode_announced(data: bytes) -> Announced:
-    """A message of a live channel, ``<version> <previous> <epoch> <sizes>\\n<fields, end to end>``; ValueError if it is none.
+    """A message of a live channel: ``<version> <previous> <epoch> <sizes>\\n<fields>``; ValueError if it is none.
 
-    Sizes are the lengths of the entry's field names and values, with commas between; empty where the event is not sent
-    along. BadEvent, a ValueError, if the entry is no event.
+    Fields are end to end. Sizes are the lengths of the entry's field names and values, with commas between; empty where
+    the event is not sent along. BadEvent, a ValueError, if the entry is no event.
     """
     head, separator, body = data.partition(b"\n")
     parts = head.split(b" ")

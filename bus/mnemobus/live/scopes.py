@@ -6,12 +6,13 @@ A scope is opened in an order that is a rule each (tests/model/live.py shows wha
 2. The applied mark A of each partition: all events up to it are committed and fanned out.
 3. The base: what L2 has, or, under a lease, the store. It has all events up to A, and maybe some that are later.
 4. L2 is filled, if the lease still holds.
-5. The tail: the events of the scope in the log above A, up to H, without those that the store has refused. It is merged as a
-   whole. So whatever of it the base had already, the result is the scope as the log had it at H.
+5. The tail: the events of the scope in the log above A, up to H, without those that the store has refused. It is merged
+   as a whole. So whatever of it the base had already, the result is the scope as the log had it at H.
 6. If the epoch is still the same, what the channels brought meanwhile, beyond H, is merged, and the window is served.
 
-A window that can't answer a query that it might have to (it lost memories, and others may follow below) is opened again.
-What was shown live must not be missing from a classic answer that follows: such a read waits until it is committed.
+A window that lost memories does not know what follows below the last one: it is opened again when it is asked for more
+than it has. What was shown live must not be missing from a classic answer that follows: such a read waits until it is
+committed.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from ..connection import AWAY, Link
 from ..errors import BadEvent, MnemobusError
 from ..events import DELETE_ROOM, Event, decode
 from ..feed import Invalidation
-from ..keys import ZERO, Version, slot_of
+from ..keys import ZERO, Dimensions, Version, slot_of
 from ..local import MISS, LiveBucket, LocalCache, clock
 from ..marks import Marks
 from ..memory import Memory, Row, pack_memories, unpack_memories
@@ -47,7 +48,7 @@ _MISSED = 10_000
 _SPARE = 16
 """Memories that a window has beyond its size, so that a deletion leaves enough."""
 _TAIL = 1_000
-"""Events above the applied mark that an opening reads at most of a partition; a scope with more is read the classic way."""
+"""Events above the applied mark that an opening reads at most of a partition; with more, a scope is not held live."""
 _JOIN_PATIENCE = 0.25
 """Seconds that an opening waits for its channels."""
 _POLL = (0.001, 0.05)
@@ -91,7 +92,8 @@ class LiveScopes:
         self._openings: dict[str, Opening] = {}
         self._waiting: dict[str, list[asyncio.Future[None]]] = {}
         """Reads that wait for an opening of another."""
-        self._missed: OrderedDict[str, None] = OrderedDict()
+        self._missed: OrderedDict[str, Dimensions | None] = OrderedDict()
+        """Scopes that were read the classic way; of a memory, with its dimensions."""
         self._shown: dict[str, dict[int, Version]] = {}
         """By scope: what was shown live up to, by log partition, and may not be committed yet."""
         self.reads = 0
@@ -152,14 +154,19 @@ class LiveScopes:
         self._local.answer(bucket, plan.key, kept, self._settings.ttl(plan.table))
         return kept
 
-    def missed(self, plan: Plan) -> None:
-        """A query was read the classic way: its scope is held live from the next miss on."""
-        if plan.window is None:
+    def missed(self, plan: Plan, kept: Any) -> None:
+        """A query was read the classic way, with this answer: its scope is held live from the next miss on."""
+        dimensions = kept.dimensions if isinstance(kept, Memory) else None
+        if plan.window is None and dimensions is None:
             return
-        self._missed[plan.scope] = None
+        self._missed[plan.scope] = dimensions
         self._missed.move_to_end(plan.scope)
         if len(self._missed) > _MISSED:
             self._missed.popitem(last=False)
+
+    def dimensions(self, scope: str) -> Dimensions | None:
+        """Those of a memory that was read before, as far as they are known."""
+        return self._missed.get(scope)
 
     async def _caught_up(self, bucket: LiveBucket) -> bool:
         """Whether a window has the own writes that were answered; repairs its channels if need be."""
@@ -280,8 +287,8 @@ class LiveScopes:
     async def _tails(
         self, plan: Plan, partitions: Sequence[int], applied: Sequence[Version]
     ) -> list[tuple[Version, list[Event]]] | None:
-        """For each partition the last event of the log, and those of the scope above the applied mark that the store has not
-        refused; None if there are too many."""
+        """For each partition the last event of the log, and the events of the scope above the applied mark that the store
+        has not refused; None if there are too many."""
         keys = self._link.keys
         replies = await self._link.pipeline(
             [
@@ -353,7 +360,7 @@ class LiveScopes:
             self._give_up(scope)
 
     def invalidated(self, message: Invalidation) -> None:
-        """The feed named what was committed. Windows have it from the log, unless it was refused, or comes from elsewhere."""
+        """The feed named what was committed. A window has it from the log, unless it was refused, or is not from there."""
         if not message.first_hand or message.dead:
             for scope in message.scopes:
                 self._give_up(scope)
