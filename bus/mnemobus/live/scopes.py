@@ -287,8 +287,8 @@ class LiveScopes:
     async def _tails(
         self, plan: Plan, partitions: Sequence[int], applied: Sequence[Version]
     ) -> list[tuple[Version, list[Event]]] | None:
-        """For each partition the last event of the log, and the events of the scope above the applied mark that the store
-        has not refused; None if there are too many."""
+        """For each partition the last event of the log, and the scope's events above the applied mark that the store has
+        not refused; None if there are too many."""
         keys = self._link.keys
         replies = await self._link.pipeline(
             [
@@ -360,7 +360,7 @@ class LiveScopes:
             self._give_up(scope)
 
     def invalidated(self, message: Invalidation) -> None:
-        """The feed named what was committed. A window has it from the log, unless it was refused, or is not from there."""
+        """The feed named what was committed. A window has it from the log, unless it was refused or comes from elsewhere."""
         if not message.first_hand or message.dead:
             for scope in message.scopes:
                 self._give_up(scope)
