@@ -287,8 +287,8 @@ class LiveScopes:
     async def _tails(
         self, plan: Plan, partitions: Sequence[int], applied: Sequence[Version]
     ) -> list[tuple[Version, list[Event]]] | None:
-        """For each partition the last event of the log, and the scope's events above the applied mark that the store has
-        not refused; None if there are too many."""
+        """For each partition the last event of the log, and the scope's events above the applied mark that the store
+        has not refused; None if there are too many."""
         keys = self._link.keys
         replies = await self._link.pipeline(
             [
