@@ -8,7 +8,8 @@ Delivered entries stay *pending* in the consumer group until they are acknowledg
 from it:
 
 - A worker that dies leaves its entries pending. Others look for entries that have been idle for ``claim_idle`` and
-  claim them. A live worker *renews* (upkeep.py) what it holds, however long it takes.
+  claim them. A live worker *renews* (upkeep.py) what it holds, however long it takes. Idle times are by Redis's wall
+  clock; what that hides once it was set back is found by other means (unmoved.py).
 - A failed batch is not acknowledged, and no longer renewed: it comes back the same way. Dramatiq would
   acknowledge a message whose actor raised (only its Retries middleware marks it failed, and that re-enqueues,
   which a batch can't be), so `BatchProxy` marks itself.
@@ -44,6 +45,8 @@ from mnemobus.connection import AWAY, ThreadedLink
 from mnemobus.errors import MnemobusError
 from mnemobus.keys import APPLY_GROUP
 from mnemobus.settings import Settings
+
+from .unmoved import Unmoved
 
 logger = logging.getLogger("mnemobus.broker")
 
@@ -239,6 +242,9 @@ class StreamConsumer(dramatiq.Consumer):
         self._block = max(1, min(timeout, int(self._settings.redis_timeout * 500)))
         self._claim_every = self._settings.claim_idle / 10
         self._claim_next = 0.0
+        self._unmoved = Unmoved(
+            broker.link, self._key, self._settings.claim_idle, HELD_BATCHES * self._settings.batch_size
+        )
         self._size = BatchSize(broker.settings)
         self._away = 0
 
@@ -311,10 +317,10 @@ class StreamConsumer(dramatiq.Consumer):
     def _claim(self) -> Batch | None:
         """A batch of what nobody has renewed for too long; None if there is nothing of that kind."""
         idle = int(self._settings.claim_idle * 1000)
-        pending = self._link.client.execute_command(
-            "XPENDING", self._key, APPLY_GROUP, "IDLE", idle, "-", "+", self._size.count
-        )
         mine = self._broker.held.ids(self._partition)
+        pending, consumers = self._pending(idle)
+        if self._unmoved.look(consumers, mine):
+            pending, _ = self._pending(idle)
         stale = [(id, deliveries) for id, _, _, deliveries in pending if id not in mine]
         if not stale:
             return None
@@ -329,6 +335,19 @@ class StreamConsumer(dramatiq.Consumer):
         if deliveries >= DEAD_AFTER:
             reason = f"delivered {deliveries} times, and no worker got as far as confirming it"
         return Batch(self._partition, entries, reason)
+
+    def _pending(self, idle: int) -> tuple[list[Any], list[bytes]]:
+        """What has been idle for so many ms, as XPENDING tells it; and the names of all who have anything pending."""
+        pending, summary = self._link.pipeline(
+            [
+                ("XPENDING", self._key, APPLY_GROUP, "IDLE", idle, "-", "+", self._size.count),
+                ("XPENDING", self._key, APPLY_GROUP),
+            ]
+        )
+        for reply in (pending, summary):
+            if isinstance(reply, Exception):
+                raise reply
+        return pending, [name for name, _ in summary[3] or ()]
 
     def _take(self, ids: Sequence[bytes], idle: int) -> list[Entry]:
         claimed = self._link.client.execute_command(
