@@ -6,7 +6,7 @@ caught up. A dead worker's batch would be claimed by nobody for as long as the c
 
 So each process watches by its own clock, of which only durations are used. A live worker renews what it holds three
 times within ``claim_idle``, and that gives the entries the time of the clock as it is now: hardly any look finds them
-idle for less than a millisecond, let alone every look. Entries that every look found idle for 0 ms, over
+idle for 0 ms, let alone every look. Entries that every look found idle for 0 ms, over
 ``claim_idle``, have nobody who renews them. They are given the idle time that they really have, and are claimed as all
 others (broker.py).
 
@@ -27,7 +27,9 @@ from mnemobus.keys import APPLY_GROUP
 logger = logging.getLogger("mnemobus.broker")
 
 LOOKS = 4
-"""Looks that must have found an entry unmoved; two or three may have hit the very millisecond of a renewal."""
+"""Looks that must have found an entry unmoved before the last; one may have hit the very millisecond of a renewal."""
+_PAUSE = 0.003
+"""Seconds between the two questions of a look; entries that were just delivered have an idle time then."""
 _AT_ONCE = 1_000
 """Entries of one call of renew.lua."""
 
@@ -76,16 +78,20 @@ class Unmoved:
         return freed
 
     def _hidden_first(self, consumers: Sequence[bytes]) -> list[bytes]:
-        """Those whose first pending entry has an idle time of 0."""
-        if not consumers:
-            return []
-        replies = self._link.pipeline(
-            [("XPENDING", self._key, APPLY_GROUP, "-", "+", 1, name) for name in consumers]
-        )
-        for reply in replies:
-            if isinstance(reply, Exception):
-                raise reply
-        return [name for name, found in zip(consumers, replies, strict=True) if found and found[0][2] <= 0]
+        """Those whose first pending entry has an idle time of 0, and still has it some milliseconds later."""
+        for pause in (0.0, _PAUSE):
+            if not consumers:
+                return []
+            time.sleep(pause)
+            replies = self._link.pipeline(
+                [("XPENDING", self._key, APPLY_GROUP, "-", "+", 1, name) for name in consumers]
+            )
+            for reply in replies:
+                if isinstance(reply, Exception):
+                    raise reply
+            found = zip(consumers, replies, strict=True)
+            consumers = [name for name, first in found if first and first[0][2] <= 0]
+        return list(consumers)
 
     def _hidden(self, consumer: bytes, mine: Collection[bytes]) -> dict[bytes, int]:
         pending = self._link.client.execute_command(

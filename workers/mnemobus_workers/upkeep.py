@@ -9,6 +9,7 @@ import logging
 import random
 import threading
 import time
+from collections import deque
 from typing import Any
 
 import dramatiq
@@ -34,8 +35,38 @@ REPLAY_IDLE = 3600.0
 PRODUCER_IDLE = 7 * 86_400.0
 """Seconds after which a producer's last call is forgotten. An outbox may repeat it when its agent starts again, after a
 weekend, say."""
+PRODUCER_WATCHED = 3600.0
+"""Seconds, by this process's own clock, that such a record must have been there unchanged besides. Redis's clock may
+have jumped ahead, and a producer that is at work must not be forgotten for that."""
+_SAMPLES = 32
+"""Deliveries that are remembered over the time of retention."""
 _TRIM_ROUNDS = 20
 _SCAN = 500
+
+
+class Delivered:
+    """What a log partition had delivered, and when that was by this process's own clock.
+
+    For IDs that lie ahead of Redis's clock: it was set back, and does not tell how old they are.
+    """
+
+    def __init__(self, retention: float) -> None:
+        self._retention = retention
+        self._samples: deque[tuple[float, bytes]] = deque()
+        self._epoch = ""
+        self.old = b"0-0"
+        """All up to this ID was delivered ``retention`` ago, or longer."""
+
+    def note(self, last: bytes, epoch: str) -> None:
+        """``last`` is the ID that was delivered last, in the log of this epoch."""
+        now = time.monotonic()
+        if epoch != self._epoch:  # it may be another log
+            self._samples.clear()
+            self._epoch, self.old = epoch, b"0-0"
+        if not self._samples or now - self._samples[-1][0] >= self._retention / _SAMPLES:
+            self._samples.append((now, last))
+        while self._samples and now - self._samples[0][0] >= self._retention:
+            self.old = self._samples.popleft()[1]
 
 
 class Upkeep:
@@ -48,6 +79,10 @@ class Upkeep:
         self._link = broker.link
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
+        partitions = range(self._settings.log_partitions)
+        self._delivered = [Delivered(self._settings.retention) for _ in partitions]
+        self._leaving: list[dict[bytes, tuple[bytes, float]]] = [{} for _ in partitions]
+        """Producers that are about to be forgotten: their record, and since when it is watched."""
         self.failures = 0
 
     def start(self) -> None:
@@ -94,12 +129,9 @@ class Upkeep:
         for partition in range(self._settings.log_partitions):
             log = keys.log(partition)
             self._forget_replays(partition)
-            for _ in range(_TRIM_ROUNDS):
-                kept = int(self._settings.retention * 1000)
-                if not link.run("trim", [log, keys.meter(partition)], [kept, APPLY_GROUP]):
-                    break
+            self._trim(partition)
             link.run("reap", [log], [APPLY_GROUP, int(CONSUMER_IDLE * 1000)])
-            self._forget_producers(keys.producers(partition))
+            self._forget_producers(partition)
             off = link.run("settle", [log, keys.meter(partition)], [APPLY_GROUP])
             if off:
                 logger.warning(
@@ -117,17 +149,37 @@ class Upkeep:
             # Its last batch may have changed rows without anybody hearing of it: a new epoch drops every copy.
             self._link.client.delete(self._link.keys.epoch)
 
-    def _forget_producers(self, key: str) -> None:
+    def _trim(self, partition: int) -> None:
+        keys = [self._link.keys.log(partition), self._link.keys.meter(partition)]
+        kept = int(self._settings.retention * 1000)
+        delivered = self._delivered[partition]
+        for _ in range(_TRIM_ROUNDS):
+            removed, last = self._link.run("trim", keys, [kept, APPLY_GROUP, delivered.old])
+            if not removed:
+                break
+        delivered.note(last, self._link.epoch)
+
+    def _forget_producers(self, partition: int) -> None:
+        key = self._link.keys.producers(partition)
         seconds, micros = self._link.client.time()
         oldest = (seconds + micros / 1e6 - PRODUCER_IDLE) * 1000
+        now = time.monotonic()
+        before, leaving = self._leaving[partition], {}
         for producer, record in self._link.client.hscan_iter(key, count=_SCAN):
             try:
                 gone = orjson.loads(record)["t"] < oldest
             except (ValueError, KeyError, TypeError):
                 logger.error("the record of producer %r in %s makes no sense: %r", producer, key, record)
                 continue
-            if gone:
+            if not gone:
+                continue
+            watched = before.get(producer)
+            since = watched[1] if watched is not None and watched[0] == record else now
+            if now - since >= PRODUCER_WATCHED:
                 self._link.run("forget", [key], [producer, record])
+            else:
+                leaving[producer] = (record, since)
+        self._leaving[partition] = leaving
 
 
 class Lifecycle(Middleware):
