@@ -36,6 +36,7 @@ from redis.backoff import NoBackoff
 from redis.exceptions import AuthenticationError, NoScriptError, OutOfMemoryError, RedisError, ResponseError
 from redis.maint_notifications import MaintNotificationsConfig
 
+from . import password
 from .errors import SettingsError, UnsafeRedis
 from .keys import Keyspace
 from .settings import POLICIES, Settings, hide_password
@@ -152,8 +153,9 @@ class _Link:
         settings = self.settings
         options: dict[str, Any] = dict(redis.asyncio.connection.parse_url(settings.redis_url))
         options.pop("connection_class", None)
-        if settings.redis_password is not None:
-            options["password"] = settings.redis_password
+        word = settings.redis_password or password.find(settings)
+        if word is not None:
+            options["password"] = word
         if settings.redis_db is not None:
             options["db"] = settings.redis_db
         options.update(
@@ -229,7 +231,10 @@ class _Link:
     def explain(self, error: Exception) -> Exception:
         """A refused login as the SettingsError that it is; any other error as it is."""
         if isinstance(error, AuthenticationError) or "NOAUTH" in str(error) or "WRONGPASS" in str(error):
-            return SettingsError(f"Redis at {self.address} refuses the login: {error}. Set REDIS_PASSWORD")
+            return SettingsError(
+                f"Redis at {self.address} refuses the login: {error}. Set REDIS_PASSWORD; for the Redis of"
+                " `mnemobus up`, run where it was started, or set MNEMOBUS_DATA_DIR to its data directory"
+            )
         return error
 
 
@@ -397,6 +402,8 @@ class ThreadedLink(_Link):
         )
 
     def _on_connect(self, connection: Any) -> None:
+        # An embedded server has another password each time that it is started; the pool has that of the first.
+        connection.password = password.find(self.settings) or connection.password
         try:
             connection.on_connect()
             self._converse(connection, self.handshake())

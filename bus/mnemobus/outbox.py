@@ -37,6 +37,7 @@ from typing import Any, TypeVar
 
 import aiosqlite
 
+from . import private
 from .connection import AWAY, Link
 from .errors import MnemobusError, OutboxError, OutboxFull, OutboxInUse
 from .events import Event
@@ -96,14 +97,18 @@ class OutboxFile:
 
         OutboxInUse if another process, or another bus of this one, has it.
         """
-        if self._own:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
         mode = "rwc" if self._own else "rw"
         try:
+            if self._own:
+                private.make_folder(self.path.parent)
+                private.make_database(self.path)
             self._database = await aiosqlite.connect(
                 f"{self.path.absolute().as_uri()}?mode={mode}", uri=True, timeout=0, isolation_level=None
             )
             await self._prepare(self._database)
+        except OSError as error:
+            await self._abandon()
+            raise OutboxError(f"the outbox {self.path} can't be used: {error.strerror or error}") from error
         except sqlite3.Error as error:
             await self._abandon()
             if "locked" in str(error):
@@ -288,7 +293,7 @@ class OutboxFile:
 
         def allocate() -> None:
             try:
-                with self._spare.open("wb") as file:
+                with private.open_file(self._spare, "wb") as file:
                     if hasattr(os, "posix_fallocate"):
                         os.posix_fallocate(file.fileno(), 0, self._spare_bytes)
                     else:

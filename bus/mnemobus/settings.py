@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
-from urllib.parse import quote, urlsplit, urlunsplit
+from urllib.parse import quote, unquote, urlsplit, urlunsplit
 
 from pydantic import AliasChoices, Field, ValidationError, field_validator, model_validator
 from pydantic_settings import BaseSettings, NoDecode, PydanticBaseSettingsSource, SettingsConfigDict
@@ -30,6 +30,9 @@ POLICIES = (
 
 _SIZE = re.compile(r"(\d+)\s*(b|kb?|mb?|gb?)?\Z", re.IGNORECASE)
 _UNITS = {"": 1, "b": 1, "k": 1000, "kb": 1024, "m": 1000**2, "mb": 1024**2, "g": 1000**3, "gb": 1024**3}
+
+_SECRET = re.compile(r"(?i)pass(?!file)|pwd|secret|token")
+"""Names of a URL's options that hold what nobody may see."""
 
 TTL_CLASSES = ("short", "medium", "long")
 
@@ -145,7 +148,10 @@ class Settings(BaseSettings):
             if not fine:
                 raise ValueError("the port must be a number from 1 to 65535")
             if not re.match(r"(/[0-9]*)?\Z", parts.path):
-                raise ValueError(f"what follows the address must be a database's number, not {parts.path!r}")
+                shown = "" if "@" in parts.path else f", not {parts.path!r}"
+                raise ValueError(
+                    f"what follows the address must be a database's number{shown}; in a password, / is %2F"
+                )
         return value
 
     @field_validator("database_url")
@@ -275,10 +281,45 @@ def _explain(item: Any) -> str:
 
 
 def hide_password(url: str) -> str:
-    """The URL with its password, if any, as ``***``: for logs and messages."""
-    parts = urlsplit(url)
-    if parts.password is None:
-        return url
-    user = quote(parts.username or "")
-    host = parts.netloc.rpartition("@")[2]
-    return urlunsplit(parts._replace(netloc=f"{user}:***@{host}"))
+    """The URL with its secrets, if any, as ``***``: for logs and messages. Hides more where it can't be told apart."""
+    try:
+        parts = urlsplit(url)
+        user, password, _ = parts.username, parts.password, parts.port
+    except ValueError:
+        parts = None
+    if parts is None or "@" in parts.path + parts.fragment or ":" not in url:
+        # Not what it should be; with a / or # in a password, say. What comes last is where it leads.
+        scheme, _, rest = url.partition("://")
+        return f"{scheme}://***{'@' + rest.rpartition('@')[2].partition('?')[0] if '@' in rest else ''}"
+    if password is not None:
+        host = parts.netloc.rpartition("@")[2]
+        parts = parts._replace(netloc=f"{quote(user or '')}:***@{host}")
+    query = "&".join(_hide_option(option) for option in parts.query.split("&"))
+    return urlunsplit(parts._replace(query=query))
+
+
+def _hide_option(option: str) -> str:
+    name, equals, value = option.partition("=")
+    return f"{name}=***" if value and _SECRET.search(unquote(name)) else f"{name}{equals}{value}"
+
+
+def hide_secrets(text: str, *urls: str | None) -> str:
+    """A text of somebody else's, an error's say, without the secrets of these URLs (or these themselves)."""
+    for url in urls:
+        for secret in _secrets(url or ""):
+            text = text.replace(secret, "***")
+    return text
+
+
+def _secrets(url: str) -> list[str]:
+    if "://" not in url:
+        return [url] if len(url) > 2 else []
+    rest = url.partition("://")[2]
+    login = rest.rpartition("@")[0]
+    found = [login.partition(":")[2]]
+    for option in rest.partition("?")[2].split("&"):
+        name, _, value = option.partition("=")
+        if _SECRET.search(unquote(name)):
+            found.append(value)
+    # As it stands there, and as it is meant; one or two letters would be found everywhere.
+    return sorted({s for each in found for s in (each, unquote(each)) if len(s) > 2}, key=len, reverse=True)

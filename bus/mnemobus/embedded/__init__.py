@@ -68,6 +68,7 @@ class Embedded:
             stack.enter_context(sole_use(self.settings.data_dir))
             # Before anything runs: a database that can't be reached is better said here than in a log.
             await check_store(self.settings)
+            stack.callback(self.redis.forget_password)
             stack.push_async_callback(self.redis.stop)
             await self.redis.start()
             self._on_step(f"{self.redis.binary} at {self.redis.address}")

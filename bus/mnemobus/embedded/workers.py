@@ -15,6 +15,7 @@ from pathlib import Path
 
 from redis.exceptions import RedisError
 
+from .. import private
 from ..connection import AWAY, Link
 from ..keys import Keyspace
 from ..settings import Settings
@@ -82,12 +83,13 @@ class WorkerPool:
         """Run a worker until it ends; how it ended. Cancelled, it lets the worker finish what it is at first."""
         file = self._pid_files[slot]
         try:
-            with self.log.open("ab") as log:
+            with private.open_file(self.log, "ab") as log:
                 process = await spawn(
                     self._command,
                     stdin=asyncio.subprocess.DEVNULL,
                     stdout=log,
                     stderr=log,
+                    umask=private.MASK,
                     env=os.environ | self._settings.environment() | {PID_FILE: str(file)},
                 )
         except OSError as error:

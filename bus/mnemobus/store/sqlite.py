@@ -19,6 +19,7 @@ from typing import Any
 
 import aiosqlite
 
+from .. import private
 from ..errors import Rejected, SettingsError, StoreUnavailable
 from ..events import Event
 from ..keys import Dimensions
@@ -368,7 +369,8 @@ def _path(settings: Settings) -> Path:
 
 
 def _connect(path: Path, timeout: float) -> sqlite3.Connection:
-    path.parent.mkdir(parents=True, exist_ok=True)
+    private.make_folder(path.parent)
+    private.make_database(path)
     connection = sqlite3.connect(path, timeout=timeout, isolation_level=None, check_same_thread=False)
     deadline = time.monotonic() + timeout
     while True:
