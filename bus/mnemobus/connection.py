@@ -231,9 +231,11 @@ class _Link:
     def explain(self, error: Exception) -> Exception:
         """A refused login as the SettingsError that it is; any other error as it is."""
         if isinstance(error, AuthenticationError) or "NOAUTH" in str(error) or "WRONGPASS" in str(error):
+            hint = ""
+            if not password.has_password(self.settings):
+                hint = "; or set MNEMOBUS_DATA_DIR as `mnemobus up` has it, which keeps its password there"
             return SettingsError(
-                f"Redis at {self.address} refuses the login: {error}. Set REDIS_PASSWORD; for the Redis of"
-                " `mnemobus up`, run where it was started, or set MNEMOBUS_DATA_DIR to its data directory"
+                f"Redis at {self.address} refuses the login: {error}. Set REDIS_PASSWORD{hint}"
             )
         return error
 

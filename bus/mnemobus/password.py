@@ -1,8 +1,8 @@
 """The password of the embedded Redis: whoever may read the data directory may use the server.
 
 `mnemobus up` and `mnemobus demo` listen on 127.0.0.1, where every account of the machine can connect. So unless it is
-given a password the server gets one of its own, which stands in a file of the data directory that only its owner can
-read, beside the address that it is for. Agents and commands on the same data directory find it there whenever they
+given a password the server gets one of its own. It stands in a file of the data directory that only its owner can read;
+the next line has the port that it is for. Agents and commands on the same data directory find it there whenever they
 connect, if neither REDIS_PASSWORD nor REDIS_URL has one.
 
 The password is a new one at every start of `mnemobus up`, and the file goes when it ends: what is sent to somebody else
@@ -11,10 +11,8 @@ who listens at that address later opens nothing.
 
 from __future__ import annotations
 
-import json
 import secrets
 from contextlib import suppress
-from pathlib import Path
 from urllib.parse import urlsplit
 
 from . import private
@@ -37,7 +35,7 @@ def generate(settings: Settings) -> str:
     path = settings.data_dir / _FILE
     path.unlink(missing_ok=True)
     with private.open_file(path, "x") as file:
-        json.dump({"port": port_of(settings), "password": word}, file)
+        file.write(f"{word}\n{port_of(settings)}\n")
     return word
 
 
@@ -53,17 +51,12 @@ def find(settings: Settings) -> str | None:
     if parts.scheme != "redis" or (parts.hostname or "localhost") not in LOOPBACK or has_password(settings):
         return None
     try:
-        noted = json.loads((settings.data_dir / _FILE).read_bytes())
-        return str(noted["password"]) if noted["port"] == port_of(settings) else None
-    except (OSError, ValueError, KeyError, TypeError):
+        word, port = (settings.data_dir / _FILE).read_text("ascii").split()
+    except (OSError, ValueError):
         return None
+    return word if port == str(port_of(settings)) else None
 
 
 def port_of(settings: Settings) -> int:
     """The port of ``settings.redis_url``."""
     return urlsplit(settings.redis_url).port or 6379
-
-
-def path_of(data_dir: Path) -> Path:
-    """The file that has the password."""
-    return data_dir / _FILE

@@ -7,6 +7,7 @@ somebody on purpose, and stays. A folder that the user made keeps its mode.
 
 from __future__ import annotations
 
+import errno
 import os
 import stat
 import tempfile
@@ -22,14 +23,12 @@ def make_folder(path: Path) -> None:
     """Make sure of a folder; those that are missing on the way are made for us alone. OSError if it can't be."""
     missing = []
     while not path.is_dir():
+        if path.exists():
+            raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(path))
         missing.append(path)
-        if path == path.parent:
-            break
         path = path.parent
     for each in reversed(missing):
-        each.mkdir(
-            mode=0o700, exist_ok=True
-        )  # NotADirectoryError, FileExistsError where something else is there
+        each.mkdir(mode=0o700, exist_ok=True)
 
 
 def make_file(path: Path) -> None:

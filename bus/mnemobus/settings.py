@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
-from urllib.parse import quote, unquote, urlsplit, urlunsplit
+from urllib.parse import quote, unquote, urlsplit
 
 from pydantic import AliasChoices, Field, ValidationError, field_validator, model_validator
 from pydantic_settings import BaseSettings, NoDecode, PydanticBaseSettingsSource, SettingsConfigDict
@@ -291,11 +291,12 @@ def hide_password(url: str) -> str:
         # Not what it should be; with a / or # in a password, say. What comes last is where it leads.
         scheme, _, rest = url.partition("://")
         return f"{scheme}://***{'@' + rest.rpartition('@')[2].partition('?')[0] if '@' in rest else ''}"
+    # What is to be seen stays as it is written: to put the parts together again would take slashes away.
     if password is not None:
         host = parts.netloc.rpartition("@")[2]
-        parts = parts._replace(netloc=f"{quote(user or '')}:***@{host}")
-    query = "&".join(_hide_option(option) for option in parts.query.split("&"))
-    return urlunsplit(parts._replace(query=query))
+        url = url.replace(parts.netloc, f"{quote(user or '')}:***@{host}", 1)
+    options = "&".join(_hide_option(option) for option in parts.query.split("&"))
+    return url.replace(f"?{parts.query}", f"?{options}", 1) if parts.query else url
 
 
 def _hide_option(option: str) -> str:
