@@ -217,7 +217,7 @@ async def test_with_the_password_nobody_can_make_redis_write_elsewhere_or_run_co
             "REPLICAOF 127.0.0.1 1",
             "SHUTDOWN NOSAVE",
         ):
-            with pytest.raises(redis.ResponseError, match="no permission|not allowed"):
+            with pytest.raises(redis.ResponseError, match=r"no permission|not allowed"):
                 await client.execute_command(*command.split())
         assert await client.config_get("maxmemory") == {"maxmemory": "0"}
 

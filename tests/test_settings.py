@@ -156,6 +156,51 @@ def test_passwords_are_not_shown(clean: pytest.MonkeyPatch) -> None:
     assert "hunter2" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("url", "shown"),
+    [
+        ("redis://h:1/0?password=hunter2&db=3", "redis://h:1/0?password=***&db=3"),
+        ("redis://h/0?username=me&Password=hunter2", "redis://h/0?username=me&Password=***"),
+        ("rediss://h/0?ssl_password=hunter2&ssl_ca_certs=/ca.pem", "rediss://h/0?ssl_password=***&ssl_ca_certs=/ca.pem"),
+        ("unix:///run/redis.sock?password=hunter2", "unix:///run/redis.sock?password=***"),
+        ("unix://me:hunter2@/run/redis.sock", "unix://me:***@/run/redis.sock"),
+        ("redis://:hunter2@[::1]:7/0", "redis://:***@[::1]:7/0"),
+        ("postgresql://me@h/db?password=hunter2&sslmode=require", "postgresql://me@h/db?password=***&sslmode=require"),
+        ("postgresql://me@h/db?sslpassword=hunter2", "postgresql://me@h/db?sslpassword=***"),
+        ("postgresql://me@h/db?p%61ssword=hunter2", "postgresql://me@h/db?p%61ssword=***"),
+        ("postgresql://h/db?passfile=/home/me/.pgpass", "postgresql://h/db?passfile=/home/me/.pgpass"),
+        # Not well formed: a / or # in a password, no number for a port
+        ("redis://:hunt/er2@h:1/0", "redis://***@h:1/0"),
+        ("redis://:hunt#er2@h:1/0?password=hunter2", "redis://***@h:1/0"),
+        ("postgresql://me:hunter2@h:port/db", "postgresql://***@h:port/db"),
+        ("redis://[hunter2", "redis://***"),
+        # Nothing to hide
+        ("sqlite:////tmp/x.db", "sqlite:////tmp/x.db"),
+        ("sqlite:///a/b@c.db", "sqlite:///a/b@c.db"),
+        ("redis://h:1/0", "redis://h:1/0"),
+    ],
+)  # fmt: skip
+def test_a_url_is_shown_without_its_secrets(url: str, shown: str) -> None:
+    assert hide_password(url) == shown
+
+
+def test_no_error_of_settings_shows_a_password(clean: pytest.MonkeyPatch) -> None:
+    for name, value in (
+        ("REDIS_URL", "redis://:hunter2@h:port/0"),
+        ("REDIS_URL", "redis://:7/hunter2@h/0"),
+        ("REDIS_URL", "http://h/0?password=hunter2"),
+        ("MNEMOBUS_DATABASE_URL", "mysql://h/db?password=hunter2"),
+    ):
+        with pytest.raises(SettingsError) as caught:
+            Settings.load(**{name.removeprefix("MNEMOBUS_").lower(): value})
+        assert "hunter2" not in str(caught.value)
+    for settings in (
+        Settings.load(redis_url="redis://h/0?password=hunter2", redis_password="hunter2"),
+        Settings.load(database_url="postgresql://h/db?password=hunter2"),
+    ):
+        assert "hunter2" not in repr(settings) + str(settings)
+
+
 # What they do: Redis
 
 

@@ -789,6 +789,8 @@ class Bus:
             problems.append(f"the store can't be read: {error}")
         if self._outbox is not None and self._outbox.waiting:
             problems.append(f"{self._outbox.waiting} writes wait in the outbox {self._outbox.where}")
+        if self._outbox is not None and self._outbox.trouble:
+            problems.append(f"while Redis is away, writes can't wait in the outbox: {self._outbox.trouble}")
         if self._shared.trouble:
             problems.append(f"results can't be shared, so reads go to the store: {self._shared.trouble}")
         shadow = self._shadow

@@ -146,6 +146,10 @@ class Overflow(Protocol):
     def waiting(self) -> int:
         """Writes that newer ones have to wait behind."""
 
+    @property
+    def trouble(self) -> str | None:
+        """Why nothing can be kept there; None if it can."""
+
     async def keep(
         self, partition: int, events: Sequence[tuple[Event, Sequence[bytes]]], call: tuple[str, int] | None
     ) -> list[Write]:
@@ -361,7 +365,7 @@ class Publisher:
         deadline = batch[0].deadline
         loop = asyncio.get_running_loop()
         spill_at = deadline
-        if self._overflow is not None:
+        if self._overflow is not None and self._overflow.trouble is None:
             spill_at = min(deadline, (loop.time() if made is None else made) + _PATIENCE)
         if loop.time() >= spill_at:
             raise self._unreachable("no answer in time")

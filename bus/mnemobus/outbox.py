@@ -441,9 +441,23 @@ class Outbox:
     def where(self) -> str:
         return str(self._own.path)
 
+    @property
+    def trouble(self) -> str | None:
+        """Why writes could not wait here now, were the log away; None if they could."""
+        reason = None if self._opened else private.obstacle(self._own.path.parent)
+        return reason and f"{reason}. Set MNEMOBUS_DATA_DIR, or MNEMOBUS_OUTBOX to a file, or to off"
+
     async def open(self) -> None:
-        """Take up what an earlier process left. OutboxInUse, OutboxError if the configured file can't be had."""
+        """Take up what an earlier process left. OutboxInUse, OutboxError if the configured file can't be had.
+
+        With MNEMOBUS_OUTBOX=auto the file is made when it is needed; that it could not be is no error before, as
+        many agents only read. It is logged, and `trouble` says it.
+        """
         if self._auto:
+            if self.trouble:
+                logger.warning("while Redis is away, writes can't wait in the outbox: %s", self.trouble)
+            if self._folder.is_dir():
+                private.close_tree_to_others(self._folder)
             for path in sorted(self._folder.glob("*.db")) if self._folder.is_dir() else ():
                 if _has_begun(path):
                     await self._adopt(path)

@@ -78,3 +78,17 @@ def close_tree_to_others(folder: Path) -> None:
     for root, folders, files in os.walk(folder):
         for name in (*folders, *files):
             close_to_others(Path(root, name))
+
+
+def obstacle(folder: Path) -> str | None:
+    """Why no file could be made in a folder, which need not be there yet; None if nothing is in the way."""
+    path = folder
+    while not path.exists():
+        if path.is_symlink():
+            return f"{path} leads nowhere"
+        path = path.parent
+    if not path.is_dir():
+        return f"{path} is not a directory"
+    if not os.access(path, os.W_OK | os.X_OK):
+        return f"{path} can't be written to"
+    return None

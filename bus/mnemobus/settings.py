@@ -282,12 +282,14 @@ def _explain(item: Any) -> str:
 
 def hide_password(url: str) -> str:
     """The URL with its secrets, if any, as ``***``: for logs and messages. Hides more where it can't be told apart."""
+    if url.startswith("sqlite:"):
+        return url
     try:
         parts = urlsplit(url)
         user, password, _ = parts.username, parts.password, parts.port
     except ValueError:
         parts = None
-    if parts is None or "@" in parts.path + parts.fragment or ":" not in url:
+    if parts is None or "@" in parts.path + parts.fragment:
         # Not what it should be; with a / or # in a password, say. What comes last is where it leads.
         scheme, _, rest = url.partition("://")
         return f"{scheme}://***{'@' + rest.rpartition('@')[2].partition('?')[0] if '@' in rest else ''}"
@@ -302,25 +304,3 @@ def hide_password(url: str) -> str:
 def _hide_option(option: str) -> str:
     name, equals, value = option.partition("=")
     return f"{name}=***" if value and _SECRET.search(unquote(name)) else f"{name}{equals}{value}"
-
-
-def hide_secrets(text: str, *urls: str | None) -> str:
-    """A text of somebody else's, an error's say, without the secrets of these URLs (or these themselves)."""
-    for url in urls:
-        for secret in _secrets(url or ""):
-            text = text.replace(secret, "***")
-    return text
-
-
-def _secrets(url: str) -> list[str]:
-    if "://" not in url:
-        return [url] if len(url) > 2 else []
-    rest = url.partition("://")[2]
-    login = rest.rpartition("@")[0]
-    found = [login.partition(":")[2]]
-    for option in rest.partition("?")[2].split("&"):
-        name, _, value = option.partition("=")
-        if _SECRET.search(unquote(name)):
-            found.append(value)
-    # As it stands there, and as it is meant; one or two letters would be found everywhere.
-    return sorted({s for each in found for s in (each, unquote(each)) if len(s) > 2}, key=len, reverse=True)
