@@ -385,6 +385,19 @@ class PostgresServer:
         """As in a crash: what was not committed is gone."""
         self.stop(signal.SIGQUIT)
 
+    def use_certificate(self, certificate: Path, key: Path) -> None:
+        """Speak TLS from now on, with this certificate."""
+        for source, name in ((certificate, "server.crt"), (key, "server.key")):
+            copy = self._folder / "data" / name
+            shutil.copy(source, copy)
+            copy.chmod(0o600)
+            if self._user is not None:
+                shutil.chown(copy, self._user)
+        self.stop()
+        with (self._folder / "data" / "postgresql.auto.conf").open("a") as file:
+            file.write("ssl = on\n")
+        self.start()
+
     def close(self) -> None:
         self.stop()
         shutil.rmtree(self._folder, ignore_errors=True)
