@@ -10,6 +10,7 @@ from typing import Any
 import redis.asyncio
 from redis.asyncio.connection import ConnectionPool
 from redis.exceptions import RedisError
+from redis.maint_notifications import MaintNotificationsConfig
 
 from ..connection import Link, parse_info
 from ..keys import Keyspace
@@ -24,7 +25,10 @@ async def looking_at(settings: Settings) -> AsyncIterator[redis.asyncio.Redis]:
     What it raises is one of AWAY, a RedisError, or a SettingsError if the server refuses the login.
     """
     link = Link(settings)
-    client = redis.asyncio.Redis(connection_pool=ConnectionPool(max_connections=4, **link.options()))
+    # redis-py would ask for notices of maintenance, which a user with few rights is not let.
+    quiet = MaintNotificationsConfig(enabled=False)
+    pool = ConnectionPool(max_connections=4, maint_notifications_config=quiet, **link.options())
+    client = redis.asyncio.Redis(connection_pool=pool)
     client.response_callbacks.clear()
     try:
         yield client
