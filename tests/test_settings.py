@@ -168,7 +168,7 @@ def test_passwords_are_not_shown(clean: pytest.MonkeyPatch) -> None:
         ("postgresql://me@h/db?password=hunter2&sslmode=require", "postgresql://me@h/db?password=***&sslmode=require"),
         ("postgresql://me@h/db?sslpassword=hunter2", "postgresql://me@h/db?sslpassword=***"),
         ("postgresql://me@h/db?p%61ssword=hunter2", "postgresql://me@h/db?p%61ssword=***"),
-        ("postgresql://h/db?passfile=/home/me/.pgpass", "postgresql://h/db?passfile=/home/me/.pgpass"),
+        ("postgresql://h/db?passfile=/etc/me.pgpass", "postgresql://h/db?passfile=/etc/me.pgpass"),
         # Not well formed: a / or # in a password, no number for a port
         ("redis://:hunt/er2@h:1/0", "redis://***@h:1/0"),
         ("redis://:hunt#er2@h:1/0?password=hunter2", "redis://***@h:1/0"),
