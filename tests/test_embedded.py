@@ -543,6 +543,28 @@ def test_up_is_all_that_agents_need_and_keeps_what_it_has(tmp_path: Path, comman
     wait_until_gone(pids, 0)
 
 
+def test_the_first_program_of_the_readme_finds_what_up_has_started_in_the_same_folder(
+    tmp_path: Path, command: Start
+) -> None:
+    # Given `mnemobus up` with nothing set, but for a port that is free here, and the program in another terminal
+    address = {"REDIS_URL": f"redis://127.0.0.1:{free_port()}/0"}
+    readme = (Path(__file__).parents[1] / "README.md").read_text()
+    [program, *_] = re.findall(r"^```python\n(.*?)^```$", readme, re.MULTILINE | re.DOTALL)
+    (tmp_path / "program.py").write_text(program)
+    running = command("up", "--processes", "1", folder=tmp_path, **address)
+    said = running.says("ready; Ctrl-C stops it")
+    # Then it works as it stands there
+    done = command("program.py", folder=tmp_path / ".", program=(), **address)
+    assert done.status == 0, done.err
+    # And the password was shown nowhere
+    word = (tmp_path / ".mnemobus" / "redis.password").read_text().split()[0]
+    assert word not in said
+    for log in (tmp_path / ".mnemobus").glob("*.log"):
+        assert word not in log.read_text()
+    # nor is it told with the figures
+    assert word not in command("doctor", folder=tmp_path, **address).out
+
+
 @pytest.mark.parametrize("moment", ["Redis is up", "all is up"])
 def test_up_killed_leaves_nothing_behind(tmp_path: Path, command: Start, moment: str) -> None:
     # Given `mnemobus up`, whose workers are being started, or are ready

@@ -170,6 +170,39 @@ def test_a_user_can_do_nothing_that_its_role_has_no_use_for(
                     print(role, line, client.execute_command(*line.split()))
 
 
+# What is never shown
+
+
+@pytest.mark.parametrize(
+    "words",
+    ["doctor", "stats", "verify --seconds 1", "dead list", "replay", "import -", "tail --count 1"],
+)
+@pytest.mark.parametrize("way", ["an option", "a login", "a login that is not well formed"])
+def test_no_command_shows_a_password_when_servers_are_away(
+    words: str, way: str, command: Callable[..., Command]
+) -> None:
+    # Given servers that are away, whose passwords are in the URLs
+    login, option = {
+        "an option": ("me", "?password=hunter2"),
+        "a login": ("me:hunter2", ""),
+        "a login that is not well formed": ("me:hun/ter2", ""),
+    }[way]
+    addresses = {
+        "REDIS_URL": f"redis://{login}@127.0.0.1:1/0{option}",
+        "MNEMOBUS_DATABASE_URL": f"postgresql://{login}@127.0.0.1:1/db{option}",
+        "MNEMOBUS_DATABASE_TIMEOUT": "1",
+        "MNEMOBUS_LOG": "debug",
+    }
+    # Then whatever a command has to say about it, it says without them
+    run = command(*words.split(), stdin=b'{"table": "t", "room": "r", "content": {}}\n', **addresses)
+    if words.startswith("tail") and way != "a login that is not well formed":
+        run.says("does not answer")  # and it waits for Redis
+        run.signal(2)
+    assert run.status != 0
+    assert "ter2" not in run.out + run.err, run.out + run.err
+    assert run.err or run.out
+
+
 # TLS
 
 
