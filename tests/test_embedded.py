@@ -193,6 +193,10 @@ async def test_nobody_comes_in_who_can_not_read_the_data_directory(
                 await mnemobus.connect(**elsewhere.model_dump()).open()
             assert password.find(settings) == server.password
             assert password.find(here(tmp_path)) is None
+            for login, fits in (("default", True), ("alice", False), (":word", False)):
+                named = server.settings.redis_url.replace("://", f"://{login}@")
+                found = password.find(settings.model_copy(update={"redis_url": named}))
+                assert found == (server.password if fits else None)
             server.forget_password()
         assert not kept.exists()
     # And it is another one each time

@@ -25,8 +25,8 @@ _FILE = "redis.password"
 def has_password(settings: Settings) -> bool:
     """Whether the settings name a password, or a user."""
     parts = urlsplit(settings.redis_url)
-    given = settings.redis_password or parts.password or parts.username
-    return bool(given) or "password=" in parts.query
+    named = parts.username not in (None, "", "default")
+    return bool(settings.redis_password or parts.password) or named or "password=" in parts.query
 
 
 def generate(settings: Settings) -> str:
