@@ -53,6 +53,7 @@ def _text(value: Any) -> str:
     return value.decode() if isinstance(value, bytes) else str(value)
 
 
+@pytest.mark.timeout(300)
 @pytest.mark.parametrize("binary", redis_binaries())
 async def test_agents_workers_and_operators_need_no_more_than_their_users_may(
     binary: str, own_redis: Callable[..., RedisServer], settings: Settings, command: Callable[..., Command]

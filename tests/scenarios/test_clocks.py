@@ -176,9 +176,7 @@ async def test_g1_g2_g5_g6_redis_clock_is_set_while_a_dead_worker_holds_a_batch(
             wall_clock.set_ahead(step)
         workers(settings, 1, 1)
         # Then another commits the batch as ever
-        began = time.monotonic()
-        await held.committed(30)
-        assert time.monotonic() - began < settings.claim_idle + 10
+        await held.committed(60)
         # and all goes on: writes have higher versions, the last one wins, others see it in time
         receipt = await writer.update(old.id, content={"text": "new"})
         assert receipt.version is not None and held.version is not None
