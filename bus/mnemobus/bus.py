@@ -63,12 +63,15 @@ from .query import (
     GET_FIELD,
     MANY,
     ONE,
+    ROOM_SCOPES,
     Place,
     Plan,
     Question,
     cursor_of,
     field_of,
+    limit_of,
     query_of,
+    room_scope,
     scope_of,
 )
 from .settings import Settings
@@ -430,7 +433,8 @@ class Bus:
         durability: Durability | None,
         embedding_lengths: Mapping[str, int] | None = None,
     ) -> list[Receipt]:
-        durability = durability or self.settings.durability
+        if durability is None:
+            durability = self.settings.durability
         if durability not in ("logged", "synced", "committed"):
             raise InvalidQuery(f"durability must be logged, synced or committed, not {durability!r}")
         if durability == "synced":
@@ -592,10 +596,15 @@ class Bus:
 
         Raises InvalidQuery, or StoreUnavailable if no tier can answer.
         """
+        if type(limit) is not int:  # True is 1 to a cache
+            limit = limit_of(limit)
         key: Any = limit  # nothing else: what is asked for in nearly every case makes no tuple
         narrower = entity is not None or agent is not None or world is not None
         if room is not None and not narrower and before is None and after is None:
-            scope = f"room:{table}:{room}"
+            try:
+                scope = ROOM_SCOPES[table, room]
+            except (KeyError, TypeError):
+                scope = room_scope(table, room)
         else:
             scope = scope_of(table, room, entity, agent, world)
             key = (limit, entity, agent, world)
@@ -619,7 +628,7 @@ class Bus:
         before: Place | None,
         after: Place | None,
     ) -> Memories:
-        if not isinstance(limit, int) or not 1 <= limit <= MAX_LIMIT:
+        if not 1 <= limit <= MAX_LIMIT:
             raise InvalidQuery(f"limit must be between 1 and {MAX_LIMIT}, not {limit!r}")
         query = query_of(table, room, entity, agent, world, before, after)
 
