@@ -10,7 +10,9 @@ import asyncio
 import base64
 import binascii
 import logging
+import os
 import secrets
+import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AsyncExitStack, suppress
@@ -33,6 +35,7 @@ from .errors import (
     SettingsError,
     StoreError,
     StoreUnavailable,
+    WrongLoop,
 )
 from .events import DELETE, DELETE_ROOM, PUT, UPDATE, Event
 from .feed import Feed
@@ -148,7 +151,10 @@ def connect(**settings: Any) -> Bus:
 
 
 class Bus:
-    """An agent's way to its memories. One per process (or event loop); tasks share it.
+    """An agent's way to its memories. One per event loop; tasks share it.
+
+    It belongs to the event loop in which it is opened. In any other, in another thread or after a fork, calls raise
+    WrongLoop. One that is not yet open may be forked: each process then opens a bus of its own.
 
     Any call may be cancelled at any time. A cancelled write may or may not have been logged; the bus
     behaves as if it had been.
@@ -156,6 +162,12 @@ class Bus:
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
+        self._assemble()
+        _buses.add(self)
+
+    def _assemble(self) -> None:
+        """Make its parts, none of which does anything before `open`."""
+        settings = self.settings
         self.id = secrets.token_hex(8)
         """Names this bus among all that share its Redis: its producer id in the log."""
         self._link = Link(settings)
@@ -183,11 +195,26 @@ class Bus:
         """By table, those that this bus wrote before the store had any."""
         self._seen: dict[int, Version] = {}
         """The last version that this bus wrote or observed, by log partition: its token."""
-        self._state = "new"
+        self._state: Literal["new", "open", "closed", "forked"] = "new"
+        self._loop: asyncio.AbstractEventLoop | None = None
+        """That in which it was opened."""
         self._opening: list[asyncio.Task[Any]] = []
         self._closing: asyncio.Task[None] | None = None
         self._epochs = 0
         self._link.on_epoch.append(self._count_epoch)
+
+    def _fork(self) -> None:
+        """Called in a child process, for what it has inherited."""
+        if self._state == "new":
+            on_drop = self.on_drop
+            self._assemble()  # under an id of its own: the log takes two processes of one id for one
+            self.on_drop = on_drop
+        elif self._closing is None or not self._closing.done():
+            self._state = "forked"
+            self._local.stop()
+            # Connections, files and locks are the parent's. Whatever is done with them here, closing them when they
+            # are forgotten included, would harm it. So they are never forgotten.
+            _keep_forever(self)
 
     # Life
 
@@ -197,8 +224,14 @@ class Bus:
         A Redis or a store that is away is no error (the bus degrades, and recovers), both are. A Redis that is not
         fit for use (it could evict the log, refuses the login, is laid out differently) is a SettingsError.
         """
+        if self._state == "forked":
+            raise self._elsewhere()
         if self._state != "new":
             raise BusClosed("a bus is opened once; connect() gives a new one")
+        self._loop = asyncio._get_running_loop()
+        if self._loop is None:
+            raise WrongLoop("a bus needs an event loop of asyncio (or uvloop's), and none is running here")
+        self._shadow.loop = self._loop
         self._state = "open"
         redis, store = asyncio.create_task(self._open_redis()), asyncio.create_task(self._open_store())
         self._opening = [redis, store]
@@ -244,6 +277,12 @@ class Bus:
 
         If it is cancelled, the bus goes on closing; a repeated call waits for that.
         """
+        if self._state == "forked" or (
+            self._loop is not asyncio._get_running_loop()
+            and self._state != "new"
+            and not (self._closing is not None and self._closing.done())
+        ):
+            raise self._elsewhere()
         if self._closing is None:
             self._state = "closed"
             self._closing = asyncio.create_task(self._close(), name="mnemobus-close")
@@ -278,8 +317,28 @@ class Bus:
         await self.close()
 
     def _check_open(self) -> None:
+        """That the bus may be used, here: of every call but a hit in L1, which needs no loop."""
+        self._check_process()
         if self._state != "open":
             raise BusClosed(f"the bus is {'closed' if self._state == 'closed' else 'not open yet'}")
+        if asyncio._get_running_loop() is not self._loop:
+            raise self._elsewhere()
+
+    def _check_process(self) -> None:
+        if self._state == "forked":
+            raise self._elsewhere()
+
+    def _elsewhere(self) -> WrongLoop:
+        if self._state == "forked":
+            return WrongLoop(
+                "the bus was opened before this process was forked, and belongs to its parent. Open a bus in each"
+                " process, after the fork"
+            )
+        ended = self._loop is not None and self._loop.is_closed()
+        return WrongLoop(
+            f"the bus was opened in another event loop{', which has ended' if ended else ''}. A bus belongs to the loop"
+            " in which it is opened: open one in each, or hand calls over with asyncio.run_coroutine_threadsafe()"
+        )
 
     def _count_epoch(self, epoch: str) -> None:
         self._epochs += 1
@@ -508,6 +567,7 @@ class Bus:
     def _drop(self, event: Event) -> list[str]:
         """Drop what a write touches; the scopes that are known from the event alone."""
         if event.op == DELETE_ROOM:
+            self._local.drop_orphans()
             for scope in list(self._local):
                 if not scope.startswith("room:"):
                     self._local.drop(scope)
@@ -689,6 +749,7 @@ class Bus:
 
         Raises LogUnavailable while writes wait in the outbox: they have no version yet that could be waited for.
         """
+        self._check_process()
         if self._outbox is not None and self._outbox.waiting:
             raise LogUnavailable(
                 f"{self._outbox.waiting} writes wait in the outbox: a token can't name them yet"
@@ -744,11 +805,14 @@ class Bus:
         # All of it is fanned out. What the fan-out has not brought here yet, a heartbeat fetches.
         while not await self._feed.sync():
             logger.debug("the heartbeat failed; another one")
+        # What is being loaded under a scope that the bus does not listen to may be from before.
+        self._local.drop_orphans()
 
     # What it tells of itself
 
     def stats(self) -> Stats:
         """Figures since the bus was opened."""
+        self._check_process()
         local, shared, feed, tiers = self._local, self._shared, self._feed, self._tiers
         return Stats(
             hits_local=local.hits,
@@ -836,6 +900,26 @@ class Bus:
         if dead:
             problems.append(f"{dead} dead letters: writes that no worker could apply")
         return str(self._link.server), max(backlog, 0), dead
+
+
+_buses: weakref.WeakSet[Bus] = weakref.WeakSet()
+"""All that there are in this process."""
+
+
+def _after_fork() -> None:
+    for bus in list(_buses):
+        bus._fork()
+
+
+if hasattr(os, "register_at_fork"):  # not on Windows, which does not fork
+    os.register_at_fork(after_in_child=_after_fork)
+
+
+def _keep_forever(thing: object) -> None:
+    """Have the interpreter not forget an object, nor what it refers to, even as it ends."""
+    import ctypes
+
+    ctypes.pythonapi.Py_IncRef(ctypes.py_object(thing))
 
 
 __all__ = ["KEEP", "Bus", "Receipt", "connect"]
