@@ -7,6 +7,7 @@ A write goes to the log (log.py) and leaves marks on what it touches (marks.py).
 from __future__ import annotations
 
 import asyncio
+import atexit
 import base64
 import binascii
 import logging
@@ -911,8 +912,17 @@ def _after_fork() -> None:
         bus._fork()
 
 
+def _at_exit() -> None:
+    """A bus that nobody closed ends with the process. To take it apart would be of no use, and its tasks and
+    connections would complain of it, each with a traceback."""
+    for bus in list(_buses):
+        if bus._state == "open":
+            _keep_forever(bus)
+
+
 if hasattr(os, "register_at_fork"):  # not on Windows, which does not fork
     os.register_at_fork(after_in_child=_after_fork)
+atexit.register(_at_exit)
 
 
 def _keep_forever(thing: object) -> None:
