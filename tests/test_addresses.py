@@ -63,7 +63,7 @@ def test_a_password_with_an_at_sign_is_understood() -> None:
         ),
         ("redis://u:12/hunter2@h/0", "must be percent-encoded"),
         ("redis://:hunter#2@h:1/0", "must be percent-encoded"),
-        ("redis://:12?hunter2@h:1/0", "must be percent-encoded"),
+        ("redis://:1?hunter@h:1/0", "must be percent-encoded"),
         ("redis://h?tls=true", "?tls= contradicts the scheme: rediss:// is TLS, redis:// is not"),
         ("rediss://h?ssl=0", "?ssl= contradicts the scheme"),
         (
@@ -104,7 +104,7 @@ def test_a_redis_address_that_does_not_says_why(given: str, hint: str) -> None:
         ("postgres://u:p@h/d?sslmode=verify-full&ssl=true", "postgresql://u:p@h/d?sslmode=verify-full"),
         ("postgres://u:p@h/d?pgbouncer=true&connection_limit=1", "postgresql://u:p@h/d"),
         ("postgres://u:p@h/d?schema=public&sslmode=require", "postgresql://u:p@h/d?sslmode=require"),
-        ("postgresql://u:p@ss/w@h:1,[::1]:2/d", "postgresql://u:p%40ss%2Fw@h:1,[::1]:2/d"),
+        ("postgresql://u:p@/w@h:1,[::1]:2/d", "postgresql://u:p%40%2Fw@h:1,[::1]:2/d"),
         (
             "postgresql:///d?host=/run&options=-c%20a%3Db+c",
             "postgresql:///d?host=%2Frun&options=-c%20a%3Db%2Bc",
@@ -151,10 +151,10 @@ def test_a_database_address_that_does_not_says_why(given: str, hint: str) -> Non
 
 
 def test_a_home_directory_is_the_users(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("HOME", "/home/amara")
+    monkeypatch.setenv("HOME", "/amara")
     found = Settings.load(database_url="sqlite:///~/m.db", data_dir="~/data", outbox="~/outbox.db")
-    assert found.database_url == "sqlite:////home/amara/m.db"
-    assert (found.data_dir, found.outbox) == (Path("/home/amara/data"), "/home/amara/outbox.db")
+    assert found.database_url == "sqlite:////amara/m.db"
+    assert (found.data_dir, found.outbox) == (Path("/amara/data"), "/amara/outbox.db")
 
 
 def test_an_option_that_is_left_out_is_named(caplog: pytest.LogCaptureFixture) -> None:
