@@ -663,7 +663,7 @@ class Bus:
         narrower = entity is not None or agent is not None or world is not None
         if room is not None and not narrower and before is None and after is None:
             try:
-                scope = ROOM_SCOPES[table, room]
+                scope = ROOM_SCOPES[table][room]
             except (KeyError, TypeError):
                 scope = room_scope(table, room)
         else:

@@ -5,6 +5,7 @@ A `Question` goes the other way: from what an answer is called in a tier back to
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
@@ -75,12 +76,13 @@ class Plan:
     kind: Kind
 
 
-_SCOPES: dict[str, dict[tuple[str, str], str]] = {"room": {}, "entity": {}, "agent": {}, "world": {}}
+_SCOPES: dict[str, dict[str, dict[str, str]]] = {"room": {}, "entity": {}, "agent": {}, "world": {}}
 """By kind, table and name: scopes that are fit. A scope is not spelled from anything else: "a:b" is no table, but
 spelled with a room "c" it would name the room "b:c" of table "a"."""
 _MOST_SCOPES = 10_000
 """How many of each kind are remembered."""
-ROOM_SCOPES: Final[Mapping[tuple[str, str], str]] = _SCOPES["room"]
+_remembered: Counter[str] = Counter()
+ROOM_SCOPES: Final[Mapping[str, Mapping[str, str]]] = _SCOPES["room"]
 """Those of rooms, by table and room, for who is in a hurry; `room_scope` has the others."""
 
 
@@ -105,16 +107,15 @@ def scope_of(table: str, room: str | None, entity: str | None, agent: str | None
 def _scope(kind: str, table: str, name: str) -> str:
     known = _SCOPES[kind]
     try:
-        found = known.get((table, name))
-    except TypeError:  # a list, say: the check tells
-        found = None
-    if found is None:
+        return known[table][name]
+    except (KeyError, TypeError):  # a list, say, which the check names
         _check_names(table, {kind: name})
-        found = f"{kind}:{table}:{name}"
-        if len(known) >= _MOST_SCOPES:
-            known.clear()
-        known[table, name] = found
-    return found
+    if _remembered[kind] >= _MOST_SCOPES:
+        known.clear()
+        _remembered[kind] = 0
+    _remembered[kind] += 1
+    scope = known.setdefault(table, {})[name] = f"{kind}:{table}:{name}"
+    return scope
 
 
 def _check_names(table: str, names: Mapping[str, str | None]) -> None:
