@@ -474,7 +474,7 @@ async def test_g4_g6_a_load_from_before_a_write_is_not_shared_after_it(
             if writer is other:
                 await bus.observe(writer.token())
             # Then a read that begins now has it, and does not wait for the first one's
-            assert receipt.id in {memory.id for memory in await read()}
+            assert receipt.id in {memory.id for memory in await asyncio.wait_for(read(), 30)}
             arrive.set()
             assert receipt.id not in {memory.id for memory in await first}
 
@@ -499,7 +499,7 @@ async def test_g6_what_another_wrote_is_seen_after_observe_where_the_bus_does_no
         await receipt.committed()
         await bus.observe(other.token())
         # Then a later read does not share what was read before
-        assert receipt.id in {memory.id for memory in await read()}
+        assert receipt.id in {memory.id for memory in await asyncio.wait_for(read(), 30)}
         arrive.set()
         await first
 
@@ -515,7 +515,7 @@ async def test_g5_a_load_that_is_too_old_is_not_shared(
         first, arrive = await held_up(bus, read)
         later = clock() + bus.settings.max_staleness
         monkeypatch.setattr("mnemobus.tiers.clock", lambda: later)
-        await read()
+        await asyncio.wait_for(read(), 30)
         assert bus.stats().shared_loads == 0
         arrive.set()
         await first
