@@ -28,6 +28,7 @@ from .errors import (
     UnsafeRedis,
     WriteFailed,
     WriteRejected,
+    WrongLoop,
 )
 from .keys import Version
 from .memory import Context, Memories, Memory
@@ -73,5 +74,6 @@ __all__ = [
     "Version",
     "WriteFailed",
     "WriteRejected",
+    "WrongLoop",
     "connect",
 ]

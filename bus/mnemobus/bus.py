@@ -7,10 +7,13 @@ A write goes to the log (log.py) and leaves marks on what it touches (marks.py).
 from __future__ import annotations
 
 import asyncio
+import atexit
 import base64
 import binascii
 import logging
+import os
 import secrets
+import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AsyncExitStack, suppress
@@ -33,6 +36,7 @@ from .errors import (
     SettingsError,
     StoreError,
     StoreUnavailable,
+    WrongLoop,
 )
 from .events import DELETE, DELETE_ROOM, PUT, UPDATE, Event
 from .feed import Feed
@@ -63,12 +67,15 @@ from .query import (
     GET_FIELD,
     MANY,
     ONE,
+    ROOM_SCOPES,
     Place,
     Plan,
     Question,
     cursor_of,
     field_of,
+    limit_of,
     query_of,
+    room_scope,
     scope_of,
 )
 from .settings import Settings
@@ -145,7 +152,10 @@ def connect(**settings: Any) -> Bus:
 
 
 class Bus:
-    """An agent's way to its memories. One per process (or event loop); tasks share it.
+    """An agent's way to its memories. One per event loop; tasks share it.
+
+    It belongs to the event loop in which it is opened. In any other, in another thread or after a fork, calls raise
+    WrongLoop. One that is not yet open may be forked: each process then opens a bus of its own.
 
     Any call may be cancelled at any time. A cancelled write may or may not have been logged; the bus
     behaves as if it had been.
@@ -153,6 +163,12 @@ class Bus:
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
+        self._assemble()
+        _buses.add(self)
+
+    def _assemble(self) -> None:
+        """Make its parts, none of which does anything before `open`."""
+        settings = self.settings
         self.id = secrets.token_hex(8)
         """Names this bus among all that share its Redis: its producer id in the log."""
         self._link = Link(settings)
@@ -180,11 +196,26 @@ class Bus:
         """By table, those that this bus wrote before the store had any."""
         self._seen: dict[int, Version] = {}
         """The last version that this bus wrote or observed, by log partition: its token."""
-        self._state = "new"
+        self._state: Literal["new", "open", "closed", "forked"] = "new"
+        self._loop: asyncio.AbstractEventLoop | None = None
+        """That in which it was opened."""
         self._opening: list[asyncio.Task[Any]] = []
         self._closing: asyncio.Task[None] | None = None
         self._epochs = 0
         self._link.on_epoch.append(self._count_epoch)
+
+    def _fork(self) -> None:
+        """Called in a child process, for what it has inherited."""
+        if self._state == "new":
+            on_drop = self.on_drop
+            self._assemble()  # under an id of its own: the log takes two processes of one id for one
+            self.on_drop = on_drop
+        elif self._closing is None or not self._closing.done():
+            self._state = "forked"
+            self._local.stop()
+            # Connections, files and locks are the parent's. Whatever is done with them here, closing them when they
+            # are forgotten included, would harm it. So they are never forgotten.
+            _keep_forever(self)
 
     # Life
 
@@ -194,8 +225,14 @@ class Bus:
         A Redis or a store that is away is no error (the bus degrades, and recovers), both are. A Redis that is not
         fit for use (it could evict the log, refuses the login, is laid out differently) is a SettingsError.
         """
+        if self._state == "forked":
+            raise self._elsewhere()
         if self._state != "new":
             raise BusClosed("a bus is opened once; connect() gives a new one")
+        self._loop = asyncio._get_running_loop()
+        if self._loop is None:
+            raise WrongLoop("a bus needs an event loop of asyncio (or uvloop's), and none is running here")
+        self._shadow.loop = self._loop
         self._state = "open"
         redis, store = asyncio.create_task(self._open_redis()), asyncio.create_task(self._open_store())
         self._opening = [redis, store]
@@ -241,6 +278,12 @@ class Bus:
 
         If it is cancelled, the bus goes on closing; a repeated call waits for that.
         """
+        if self._state == "forked" or (
+            self._loop is not asyncio._get_running_loop()
+            and self._state != "new"
+            and not (self._closing is not None and self._closing.done())
+        ):
+            raise self._elsewhere()
         if self._closing is None:
             self._state = "closed"
             self._closing = asyncio.create_task(self._close(), name="mnemobus-close")
@@ -275,8 +318,28 @@ class Bus:
         await self.close()
 
     def _check_open(self) -> None:
+        """That the bus may be used, here: of every call but a hit in L1, which needs no loop."""
+        self._check_process()
         if self._state != "open":
             raise BusClosed(f"the bus is {'closed' if self._state == 'closed' else 'not open yet'}")
+        if asyncio._get_running_loop() is not self._loop:
+            raise self._elsewhere()
+
+    def _check_process(self) -> None:
+        if self._state == "forked":
+            raise self._elsewhere()
+
+    def _elsewhere(self) -> WrongLoop:
+        if self._state == "forked":
+            return WrongLoop(
+                "the bus was opened before this process was forked, and belongs to its parent. Open a bus in each"
+                " process, after the fork"
+            )
+        ended = self._loop is not None and self._loop.is_closed()
+        return WrongLoop(
+            f"the bus was opened in another event loop{', which has ended' if ended else ''}. A bus belongs to the loop"
+            " in which it is opened: open one in each, or hand calls over with asyncio.run_coroutine_threadsafe()"
+        )
 
     def _count_epoch(self, epoch: str) -> None:
         self._epochs += 1
@@ -430,7 +493,8 @@ class Bus:
         durability: Durability | None,
         embedding_lengths: Mapping[str, int] | None = None,
     ) -> list[Receipt]:
-        durability = durability or self.settings.durability
+        if durability is None:
+            durability = self.settings.durability
         if durability not in ("logged", "synced", "committed"):
             raise InvalidQuery(f"durability must be logged, synced or committed, not {durability!r}")
         if durability == "synced":
@@ -504,6 +568,7 @@ class Bus:
     def _drop(self, event: Event) -> list[str]:
         """Drop what a write touches; the scopes that are known from the event alone."""
         if event.op == DELETE_ROOM:
+            self._local.drop_orphans()
             for scope in list(self._local):
                 if not scope.startswith("room:"):
                     self._local.drop(scope)
@@ -592,10 +657,15 @@ class Bus:
 
         Raises InvalidQuery, or StoreUnavailable if no tier can answer.
         """
+        if type(limit) is not int:  # True is 1 to a cache
+            limit = limit_of(limit)
         key: Any = limit  # nothing else: what is asked for in nearly every case makes no tuple
         narrower = entity is not None or agent is not None or world is not None
         if room is not None and not narrower and before is None and after is None:
-            scope = f"room:{table}:{room}"
+            try:
+                scope = ROOM_SCOPES[table][room]
+            except (KeyError, TypeError):
+                scope = room_scope(table, room)
         else:
             scope = scope_of(table, room, entity, agent, world)
             key = (limit, entity, agent, world)
@@ -619,7 +689,7 @@ class Bus:
         before: Place | None,
         after: Place | None,
     ) -> Memories:
-        if not isinstance(limit, int) or not 1 <= limit <= MAX_LIMIT:
+        if not 1 <= limit <= MAX_LIMIT:
             raise InvalidQuery(f"limit must be between 1 and {MAX_LIMIT}, not {limit!r}")
         query = query_of(table, room, entity, agent, world, before, after)
 
@@ -680,6 +750,7 @@ class Bus:
 
         Raises LogUnavailable while writes wait in the outbox: they have no version yet that could be waited for.
         """
+        self._check_process()
         if self._outbox is not None and self._outbox.waiting:
             raise LogUnavailable(
                 f"{self._outbox.waiting} writes wait in the outbox: a token can't name them yet"
@@ -735,11 +806,14 @@ class Bus:
         # All of it is fanned out. What the fan-out has not brought here yet, a heartbeat fetches.
         while not await self._feed.sync():
             logger.debug("the heartbeat failed; another one")
+        # What is being loaded under a scope that the bus does not listen to may be from before.
+        self._local.drop_orphans()
 
     # What it tells of itself
 
     def stats(self) -> Stats:
         """Figures since the bus was opened."""
+        self._check_process()
         local, shared, feed, tiers = self._local, self._shared, self._feed, self._tiers
         return Stats(
             hits_local=local.hits,
@@ -829,6 +903,35 @@ class Bus:
         if dead:
             problems.append(f"{dead} dead letters: writes that no worker could apply")
         return str(self._link.server), max(backlog, 0), dead
+
+
+_buses: weakref.WeakSet[Bus] = weakref.WeakSet()
+"""All that there are in this process."""
+
+
+def _after_fork() -> None:
+    for bus in list(_buses):
+        bus._fork()
+
+
+def _at_exit() -> None:
+    """A bus that nobody closed ends with the process. To take it apart would be of no use, and its tasks and
+    connections would complain of it, each with a traceback."""
+    for bus in list(_buses):
+        if bus._state == "open":
+            _keep_forever(bus)
+
+
+if hasattr(os, "register_at_fork"):  # not on Windows, which does not fork
+    os.register_at_fork(after_in_child=_after_fork)
+atexit.register(_at_exit)
+
+
+def _keep_forever(thing: object) -> None:
+    """Have the interpreter not forget an object, nor what it refers to, even as it ends."""
+    import ctypes
+
+    ctypes.pythonapi.Py_IncRef(ctypes.py_object(thing))
 
 
 __all__ = ["KEEP", "Bus", "Receipt", "connect"]

@@ -202,6 +202,8 @@ class Feed:
                     await work()
                     return
                 except Exception:
+                    if asyncio._get_running_loop() is None:  # it is being forgotten, together with its loop
+                        return
                     self.restarted_tasks += 1
                     logger.exception("%s died; starting it again", name)
                     await asyncio.sleep(self._settings.redis_create_retry_interval / 1000)

@@ -24,6 +24,7 @@ from ..errors import Rejected, SettingsError, StoreUnavailable
 from ..events import Event
 from ..keys import Dimensions
 from ..settings import Settings
+from ..tasks import in_background
 from . import Applied, merge, migrations
 from .merge import Delta, Room
 from .reader import SqlReader
@@ -171,12 +172,9 @@ class SqliteReader(SqlReader):
             self._keep(connection)
 
     async def _open_connection(self) -> aiosqlite.Connection:
-        connecting = aiosqlite.connect(self._path, timeout=self._timeout, isolation_level=None)
-        # A process that ends without closing its bus must not wait for this thread: it reads, and has nothing to lose.
-        # Before 0.22 the connection itself was the thread.
-        thread: Any = getattr(connecting, "_thread", connecting)
-        thread.daemon = True
-        connection = await connecting
+        connection = await in_background(
+            aiosqlite.connect(self._path, timeout=self._timeout, isolation_level=None)
+        )
         await connection.execute_fetchall("PRAGMA query_only = ON")
         return connection
 
