@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Iterable
 from typing import Any
 
 import aiosqlite
+
+logger = logging.getLogger("mnemobus")
 
 _PATIENCE = 0.5
 
@@ -33,4 +36,15 @@ def in_background(connecting: aiosqlite.Connection) -> aiosqlite.Connection:
     # Before 0.22 the connection itself was the thread.
     thread: Any = getattr(connecting, "_thread", connecting)
     thread.daemon = True
+    run = thread.run
+
+    def run_until_nobody_waits() -> None:
+        try:
+            run()
+        except RuntimeError as error:
+            if "loop is closed" not in str(error):
+                raise
+            logger.debug("a statement ended after the loop whose task had asked for it: %s", error)
+
+    thread.run = run_until_nobody_waits
     return connecting
