@@ -74,6 +74,7 @@ def test_the_table_of_keys_has_every_key() -> None:
     made = [
         keys.layout,
         keys.epoch,
+        keys.workers,
         keys.log(0),
         keys.producers(0),
         keys.meter(0),

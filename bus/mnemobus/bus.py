@@ -21,7 +21,6 @@ from types import TracebackType
 from typing import Any, Final, Literal
 
 import orjson
-from redis.exceptions import RedisError
 
 from .connection import AWAY, Link
 from .errors import (
@@ -33,19 +32,19 @@ from .errors import (
     LogUnavailable,
     MemoryNotFound,
     NotCommitted,
-    SettingsError,
     StoreError,
     StoreUnavailable,
     WrongLoop,
 )
 from .events import DELETE, DELETE_ROOM, PUT, UPDATE, Event
 from .feed import Feed
+from .health import Checkup
 from .keys import (
     Dimensions,
     Version,
     id_scope,
 )
-from .local import MISS, LocalCache, clock
+from .local import MISS, LocalCache
 from .log import Publisher, Syncer
 from .marks import Marks, Write
 from .memory import (
@@ -181,6 +180,16 @@ class Bus:
         self._shadow = Shadow(settings, self._ask, self._local, self._shared, self._marks)
         self._outbox = (
             None if settings.outbox == "off" else Outbox(self._link, self.id, self._kept, self._published)
+        )
+        self._checkup = Checkup(
+            self._link,
+            self._reader,
+            self._local,
+            self._feed,
+            self._shared,
+            self._shadow,
+            self._outbox,
+            self.id,
         )
         self._publishers = [
             Publisher(self._link, p, self.id, self._logged, self._outbox)
@@ -850,59 +859,10 @@ class Bus:
             breaches_shared=self._shadow.breaches_shared,
         )
 
-    async def health(self) -> Health:
-        """How the bus is, now: asks Redis and the store."""
+    async def health(self, timeout: float = 2.0) -> Health:
+        """How the bus is, now: asks Redis and the store, for ``timeout`` seconds at most. Raises only BusClosed."""
         self._check_open()
-        problems: list[str] = []
-        redis, backlog, dead = await self._redis_health(problems)
-        try:
-            schema = await self._reader.schema()
-            store = f"schema {schema}"
-        except StoreError as error:
-            store = str(error)
-            problems.append(f"the store can't be read: {error}")
-        if self._outbox is not None and self._outbox.waiting:
-            problems.append(f"{self._outbox.waiting} writes wait in the outbox {self._outbox.where}")
-        if self._outbox is not None and self._outbox.trouble:
-            problems.append(f"while Redis is away, writes can't wait in the outbox: {self._outbox.trouble}")
-        if self._shared.trouble:
-            problems.append(f"results can't be shared, so reads go to the store: {self._shared.trouble}")
-        shadow = self._shadow
-        if shadow.breaches_local or shadow.breaches_shared:
-            problems.append(
-                f"copies were older than promised: {shadow.breaches_local} local, {shadow.breaches_shared} shared;"
-                " the log names them"
-            )
-        age = clock() - self._feed.last_good
-        if clock() < self._local.fresh_until:
-            feed = f"local copies are served; verified {age:.1f} s ago"
-        else:
-            feed = "local copies are not served"
-            problems.append(f"the feed is not verified: {self._feed.trouble or 'no heartbeat yet'}")
-        return Health(not problems, redis, store, feed, backlog, dead, tuple(problems))
-
-    async def _redis_health(self, problems: list[str]) -> tuple[str, int, int]:
-        keys = self._link.keys
-        partitions = range(self.settings.log_partitions)
-        try:
-            replies = await self._link.pipeline(
-                [("HMGET", keys.meter(p), "added", "applied") for p in partitions]
-                + [("XLEN", keys.dead(p)) for p in partitions],
-                pool=self._link.probe,
-            )
-        except (*AWAY, RedisError, SettingsError) as error:
-            problems.append(f"Redis can't be used: {error}")
-            return str(error), -1, -1
-        for reply in replies:
-            if isinstance(reply, Exception):
-                problems.append(f"Redis can't be used: {reply}")
-                return str(reply), -1, -1
-        meters, letters = replies[: len(partitions)], replies[len(partitions) :]
-        backlog = sum(int(added or 0) - int(applied or 0) for added, applied in meters)
-        dead = sum(letters)
-        if dead:
-            problems.append(f"{dead} dead letters: writes that no worker could apply")
-        return str(self._link.server), max(backlog, 0), dead
+        return await self._checkup.health(timeout)
 
 
 _buses: weakref.WeakSet[Bus] = weakref.WeakSet()

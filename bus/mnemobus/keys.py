@@ -122,6 +122,10 @@ class Keyspace:
         """A hash: log_partitions and feed_partitions, as the first to connect wrote them."""
         self.epoch = f"{{{prefix}}}:epoch"
         """A hash: run_id of the server that the epoch began with, and the epoch."""
+        self.workers = f"{{{prefix}}}:workers"
+        """A hash: consumer name of a worker process -> what it last told of itself (vitals.py)."""
+        self.probe = f"{{{prefix}}}:probe"
+        """Never made: a write to it, where only a key that is there would change, shows whether writes are taken."""
         self._log = [f"{{{prefix}:l{p}}}:" for p in range(log_partitions)]
         self._feed = [f"{{{prefix}:f{f}}}:" for f in range(feed_partitions)]
 

@@ -15,7 +15,7 @@ from .upkeep import Lifecycle
 def make_broker(settings: Settings) -> StreamBroker:
     """A broker with the actor that applies batches, and a queue for each log partition. Connects to nothing."""
     broker = StreamBroker(settings)
-    applier = Applier(settings, broker.link, open_writer(settings), broker.stopping)
+    applier = Applier(settings, broker.link, open_writer(settings), broker.stopping, broker.state)
     broker.add_middleware(Lifecycle(broker, applier))
 
     def apply(batch: Batch) -> None:
