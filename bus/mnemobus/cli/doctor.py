@@ -14,9 +14,9 @@ from typing import Any
 import redis.asyncio
 from redis.exceptions import RedisError
 
-from ..connection import AWAY
 from ..errors import MnemobusError, SchemaError, SettingsError
 from ..keys import Keyspace
+from ..redis_errors import AWAY
 from ..settings import POLICIES, Settings, hide_password
 from ..store import SCHEMA, open_reader
 from .console import emit, out, size

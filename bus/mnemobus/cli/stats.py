@@ -10,10 +10,10 @@ from typing import Any
 import redis.asyncio
 from redis.exceptions import RedisError
 
-from ..connection import AWAY
 from ..embedded import reading_clients
 from ..errors import MnemobusError, SettingsError
 from ..keys import APPLY_GROUP, COPY_GROUP, REPLAY_GROUP, Version
+from ..redis_errors import AWAY, meaning
 from ..settings import Settings, hide_password
 from ..store import open_reader
 from .console import emit, out, run_until_signal, size
@@ -107,7 +107,7 @@ async def redis_figures(settings: Settings) -> dict[str, Any]:
     except SettingsError as error:
         return {"address": where, "error": str(error)}
     except (*AWAY, RedisError) as error:
-        return {"address": where, "error": f"Redis at {where} can't be asked: {error}"}
+        return {"address": where, "error": f"Redis at {where} can't be asked: {meaning(error)}"}
     return {
         "address": where,
         "version": server.get("valkey_version") or server.get("redis_version"),

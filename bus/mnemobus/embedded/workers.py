@@ -16,8 +16,9 @@ from pathlib import Path
 from redis.exceptions import RedisError
 
 from .. import private
-from ..connection import AWAY, Link
+from ..connection import Link
 from ..keys import Keyspace
+from ..redis_errors import AWAY
 from ..settings import Settings
 from . import tethered
 from .processes import STOP_TIMEOUT, end, spawn
