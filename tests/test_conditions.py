@@ -626,7 +626,6 @@ def test_workers_wait_for_it_to_pass_and_stop_when_asked(
 def test_a_worker_is_not_started_with_an_address_that_makes_no_sense(
     world: World, command: Callable[..., Any]
 ) -> None:
-    world.url += "/?nonsense=1"
-    ended = command("worker", settings=world.settings())
+    ended = command("worker", settings=world.settings(), REDIS_URL=f"{world.url}/?nonsense=1")
     assert ended.status == 2
     assert "nonsense" in ended.err and "Traceback" not in ended.err
