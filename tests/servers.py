@@ -213,11 +213,16 @@ class RedisServer:
     """A Redis of a test's own: on a port that stays the same, with an append-only file, in a folder of its own."""
 
     def __init__(
-        self, binary: str, folder: Path, *options: str, environment: dict[str, str] | None = None
+        self,
+        binary: str,
+        folder: Path,
+        *options: str,
+        environment: dict[str, str] | None = None,
+        port: int | None = None,
     ) -> None:
         self.binary, self.folder, self.options = binary, folder, options
         self.environment = environment or {}
-        self.port = free_port()
+        self.port = port or free_port()
         self.url = f"redis://127.0.0.1:{self.port}"
         self._process: subprocess.Popen[Any] | None = None
 

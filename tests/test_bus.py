@@ -12,12 +12,13 @@ import os
 import pickle
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import pytest
+import redis
 
 import mnemobus
 from mnemobus import (
@@ -756,3 +757,26 @@ def test_a_process_that_never_closes_its_bus_ends_all_the_same(settings: Setting
     environment = os.environ | settings.environment()
     done = subprocess.run([sys.executable, "-c", program], env=environment, timeout=60, capture_output=True)
     assert done.returncode == 0, done.stderr.decode()
+
+
+async def test_observe_ends_in_time_though_its_cancellation_is_lost(connect: Connect) -> None:
+    # Given a Redis that can't be asked, and a cancellation that is lost, as happens while a connection is made
+    async with connect() as bus:
+        await bus.write(Memory(table="messages", room="r1", content={}))
+
+        lost: list[asyncio.CancelledError] = []
+
+        async def state(partitions: Sequence[int]) -> list[Any]:
+            try:
+                await asyncio.sleep(0.5)
+            except asyncio.CancelledError as error:
+                if lost:
+                    raise
+                lost.append(error)
+            raise redis.ConnectionError("no connection")
+
+        bus._marks.state = state  # type: ignore[method-assign]
+        # If it observes a token, then it gives up when its time is over
+        async with asyncio.timeout(5):
+            with pytest.raises(NotCommitted, match=r"was not in the store after 0\.1 s"):
+                await bus.observe(bus.token(), timeout=0.1)

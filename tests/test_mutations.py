@@ -70,6 +70,27 @@ MUTATIONS = [
         "scenarios/test_messages.py::test_g5_exactly_one_lost_message_on_a_quiet_key_is_found_and_repaired_within_the_bound",
     ),
     Mutation(
+        "the heartbeat proves that its server takes writes (G5)",
+        "bus/mnemobus/feed.py",
+        "                self._link.proof(),\n",
+        '                ("TIME",),\n',
+        "test_feed.py::test_g5_a_server_that_has_become_a_replica_vouches_for_nothing",
+    ),
+    Mutation(
+        "a full server that says so before all else is asked for its role (G5)",
+        "bus/mnemobus/feed.py",
+        '        if info.get("role") != "master":\n',
+        "        if False:\n",
+        "test_feed.py::test_g5_a_full_replica_that_does_not_say_that_it_is_one_vouches_for_nothing",
+    ),
+    Mutation(
+        "a connection whose server takes no writes is not used again (G7)",
+        "bus/mnemobus/wire.py",
+        "            self.refusal = error\n",
+        "            pass\n",
+        "scenarios/test_failover.py::test_g7_without_an_outbox_a_failover_that_lasts_is_a_clear_error_and_a_short_one_is_none",
+    ),
+    Mutation(
         "a copy is served only while the feed is verified (G5)",
         "bus/mnemobus/local.py",
         "        if now >= self.fresh_until or now >= bucket.expires:\n",
@@ -79,9 +100,16 @@ MUTATIONS = [
     Mutation(
         "the epoch: an unseen run id begins a new one (G5)",
         "bus/mnemobus/lua/epoch.lua",
-        "if known[1] == ARGV[1] then",
+        "if known[1] == ARGV[1] and (ARGV[3] == '' or known[3] == ARGV[3]) then",
         "if known[1] then",
         "test_feed.py::test_g5_a_restart_of_redis_begins_a_new_epoch",
+    ),
+    Mutation(
+        "the epoch: a server that was a replica meanwhile begins a new one (G5)",
+        "bus/mnemobus/connection.py",
+        '    return history if history.strip("0") else ""\n',
+        '    return ""\n',
+        "test_feed.py::test_g5_a_server_that_was_a_replica_meanwhile_begins_a_new_epoch",
     ),
     Mutation(
         "the sequence number: a call that is repeated is answered and not done again (G1)",

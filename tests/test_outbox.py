@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import re
 import shutil
@@ -58,6 +59,24 @@ def logged(settings: Settings) -> list[str]:
 
 def files(settings: Settings) -> list[Path]:
     return sorted((settings.data_dir / "outbox").glob("*.db"))
+
+
+async def test_g7_what_waits_is_published_as_soon_as_a_heartbeat_finds_redis_back(
+    settings: Settings,
+    server: RedisServer,
+    connect: Callable[..., mnemobus.Bus],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    # Given a write in the outbox, which is tried again after half a minute
+    async with connect(redis_create_retry_interval=30_000) as bus:
+        await bus.write(said("0"))
+        server.kill()
+        assert (await bus.write(said("1"))).outboxed
+        await eventually(lambda: "1 writes wait in the outbox" in caplog.text)
+        # If Redis is back before, then the outbox does not wait for that
+        await asyncio.to_thread(server.start)
+        await eventually(lambda: bus.stats().outbox == 0)
+        assert sorted(logged(settings)) == ["0", "1"]
 
 
 async def test_g7_with_redis_away_writes_wait_and_are_published_once_and_in_order(

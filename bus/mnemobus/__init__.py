@@ -2,6 +2,7 @@
 
 from .bus import KEEP, Bus, Receipt, connect
 from .errors import (
+    AccessDenied,
     BacklogFull,
     BadEvent,
     BusClosed,
@@ -39,6 +40,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "KEEP",
+    "AccessDenied",
     "BacklogFull",
     "BadEvent",
     "Bus",

@@ -21,8 +21,9 @@ from types import TracebackType
 from typing import Any, Final, Literal
 
 import orjson
+from redis.exceptions import RedisError
 
-from .connection import AWAY, Link
+from .connection import Link
 from .errors import (
     BusClosed,
     DimensionChanged,
@@ -32,6 +33,7 @@ from .errors import (
     LogUnavailable,
     MemoryNotFound,
     NotCommitted,
+    SettingsError,
     StoreError,
     StoreUnavailable,
     WrongLoop,
@@ -77,6 +79,7 @@ from .query import (
     room_scope,
     scope_of,
 )
+from .redis_errors import AWAY
 from .settings import Settings
 from .shadow import Shadow
 from .shared import SharedCache
@@ -191,6 +194,8 @@ class Bus:
             self._outbox,
             self.id,
         )
+        if self._outbox is not None:
+            self._feed.on_back.append(self._outbox.hurry)
         self._publishers = [
             Publisher(self._link, p, self.id, self._logged, self._outbox)
             for p in range(settings.log_partitions)
@@ -517,6 +522,7 @@ class Bus:
             (indexes, self._publishers[partition].publish([events[index] for index in indexes]))
             for partition, indexes in by_partition.items()
         ]
+        epoch = self._link.epoch
         writes: list[Any] = [None] * len(events)
         try:
             for indexes, parts in futures:
@@ -542,6 +548,10 @@ class Bus:
                     "the log can't be reached: the write is in the outbox, and will be logged, but is not synced"
                 )
             await asyncio.gather(*(self._syncers[partition].sync() for partition in by_partition))
+            if epoch and epoch != self._link.epoch:
+                raise DurabilityUnavailable(
+                    "Redis failed over or restarted before the write was synced: it may be lost"
+                )
         elif durability == "committed":
             await asyncio.gather(*(receipt.committed(self.settings.write_timeout) for receipt in receipts))
         return receipts
@@ -774,9 +784,10 @@ class Bus:
         """
         self._check_open()
         wanted = self._parse_token(token)
+        deadline = asyncio.get_running_loop().time() + timeout
         try:
-            async with asyncio.timeout(timeout):
-                await self._observe(wanted)
+            async with asyncio.timeout_at(deadline):
+                await self._observe(wanted, deadline)
         except TimeoutError:
             raise NotCommitted(
                 f"what the token names was not in the store after {timeout:g} s. Are workers running?"
@@ -794,13 +805,15 @@ class Bus:
             raise InvalidQuery("the token is of a bus with other log partitions")
         return wanted
 
-    async def _observe(self, wanted: dict[int, Version]) -> None:
+    async def _observe(self, wanted: dict[int, Version], deadline: float) -> None:
+        """Return once all of it is applied and fanned out, and that is known here; TimeoutError after the deadline."""
         left = dict(wanted)
         pause = 0.002
         while left:
+            self._check_time(deadline)
             try:
                 states = await self._marks.state(list(left))
-            except AWAY as error:
+            except (*AWAY, RedisError, SettingsError) as error:
                 logger.debug("can't ask what is applied: %s", error)
             else:
                 left = {
@@ -814,9 +827,16 @@ class Bus:
             pause = min(pause * 1.5, 0.05)
         # All of it is fanned out. What the fan-out has not brought here yet, a heartbeat fetches.
         while not await self._feed.sync():
+            self._check_time(deadline)
             logger.debug("the heartbeat failed; another one")
         # What is being loaded under a scope that the bus does not listen to may be from before.
         self._local.drop_orphans()
+
+    @staticmethod
+    def _check_time(deadline: float) -> None:
+        """A timeout cancels once, and that may be lost while a connection is made: see tasks.py."""
+        if asyncio.get_running_loop().time() > deadline:
+            raise TimeoutError
 
     # What it tells of itself
 

@@ -12,8 +12,8 @@ from typing import Any, NamedTuple
 
 import redis.exceptions as redis
 
-from .connection import is_full
 from .errors import SchemaError, SettingsError
+from .redis_errors import code_of
 
 SLOW = "is it the right address? Is the server overloaded, or paused?"
 PLAIN = "does it speak TLS? If not, write redis:// in REDIS_URL, not rediss://"
@@ -32,19 +32,6 @@ class Trouble(NamedTuple):
 
 # Redis
 
-_CODES: tuple[tuple[type[Exception], str], ...] = (
-    (redis.AuthenticationError, "WRONGPASS"),
-    (redis.BusyLoadingError, "LOADING"),
-    (redis.MaxConnectionsError, "MAXCLIENTS"),
-    (redis.ReadOnlyError, "READONLY"),
-    (redis.MasterDownError, "MASTERDOWN"),
-    (redis.NoPermissionError, "NOPERM"),
-    (redis.MovedError, "MOVED"),
-    (redis.AskError, "MOVED"),
-    (redis.ClusterDownError, "CLUSTERDOWN"),
-)
-"""redis-py takes the code off the text of these."""
-
 _ADVICE = {
     "READONLY": "point REDIS_URL at the server that takes writes; if this is a failover, it ends by itself",
     "MASTERDOWN": "a replica that has lost its primary: point REDIS_URL at the server that takes writes",
@@ -56,6 +43,7 @@ _ADVICE = {
     "NOAUTH": "set REDIS_PASSWORD, or REDIS_URL with a password",
     "WRONGPASS": "correct REDIS_PASSWORD, or the user and password in REDIS_URL",
     "MOVED": "it is a Redis Cluster, which is not supported: use a server that is none",
+    "ASK": "it is a Redis Cluster, which is not supported: use a server that is none",
     "CLUSTERDOWN": "it is a Redis Cluster, which is not supported: use a server that is none",
     "BUSY": "a script of somebody's blocks the server: redis-cli SCRIPT KILL",
     "MAXCLIENTS": "raise maxclients there, or have fewer connections (REDIS_POOL_MAX)",
@@ -115,19 +103,6 @@ _WORDS = (
 )
 
 
-def code_of(error: BaseException) -> str:
-    """The code of an error that Redis answered, as it is on the wire ("READONLY"); empty where there is none."""
-    if isinstance(error, redis.ResponseError) and is_full(error):
-        return "OOM"
-    for kind, code in _CODES:
-        if isinstance(error, kind):
-            return code if code not in ("WRONGPASS",) or "required" not in str(error) else "NOAUTH"
-    if "The user executing the script can't" in str(error):
-        return "NOPERM"
-    word = str(error).lstrip("-").partition(" ")[0]
-    return word if word in _ADVICE else ""
-
-
 def of_redis(error: BaseException, address: str) -> Trouble:
     """What an error comes from that Redis answered, or that came of trying to reach it."""
     text = " ".join(str(error).split()) or "no answer in time"
@@ -135,7 +110,7 @@ def of_redis(error: BaseException, address: str) -> Trouble:
     if isinstance(error, SettingsError) or text.startswith("Redis at "):
         return Trouble(text, words)
     code = code_of(error)
-    if code:
+    if code in _ADVICE:
         shown = text if text.startswith(code) else f"{code} {text}"
         what = _MATTERS.get(code, "answers an error")
         return Trouble(f"Redis at {address} {what}: {shown}", words or _ADVICE[code])

@@ -4,7 +4,8 @@
 
     MnemobusError
      ├─ SettingsError            a setting is missing, malformed or contradicts what is in Redis
-     │   └─ UnsafeRedis          the Redis server could evict the log
+     │   ├─ UnsafeRedis          the Redis server could evict the log
+     │   └─ AccessDenied         Redis refuses the login, or its user lacks a permission
      ├─ InvalidMemory            a write was refused before anything left the process
      │   ├─ MemoryTooLarge
      │   └─ DimensionChanged     a write would change a memory's table, room, agent, entity or world
@@ -42,6 +43,10 @@ class SettingsError(MnemobusError):
 
 class UnsafeRedis(SettingsError):
     """The Redis server could evict the log; the message names the fix."""
+
+
+class AccessDenied(SettingsError):
+    """Redis refuses the login, or its user lacks a permission; the message says which."""
 
 
 class InvalidMemory(MnemobusError, ValueError):

@@ -21,11 +21,12 @@ from typing import TYPE_CHECKING, Any
 
 from redis.exceptions import RedisError
 
-from .connection import AWAY, Call, Link, parse_info, script
-from .diagnosis import SLOW, Trouble, code_of, of_redis, of_server, of_store
+from .connection import Call, Link, parse_info, script
+from .diagnosis import SLOW, Trouble, of_redis, of_server, of_store
 from .errors import MnemobusError, SettingsError
 from .keys import APPLY_GROUP, Keyspace, Version
 from .local import LocalCache, clock
+from .redis_errors import AWAY, code_of
 from .settings import Settings
 from .stats import Health
 from .store import Reader

@@ -34,18 +34,20 @@ from typing import Any, Protocol
 from redis.exceptions import ResponseError
 from tenacity import AsyncRetrying, RetryCallState, retry_if_exception_type, wait_random_exponential
 
-from .connection import AWAY, Link, evalsha, is_full, script
+from .connection import Link, evalsha, script
 from .errors import (
     BacklogFull,
     DurabilityUnavailable,
     LogFull,
     LogUnavailable,
     MnemobusError,
+    SettingsError,
     WriteFailed,
 )
 from .events import Event
 from .keys import Version
 from .marks import Write
+from .redis_errors import AWAY, PASSING, Unfit, code_of, meaning
 from .settings import Settings
 from .wire import Wire, pack
 
@@ -54,9 +56,6 @@ logger = logging.getLogger("mnemobus.log")
 CALL_EVENTS = 1_000
 CALL_BYTES = 8 << 20
 """What one call carries at most; a script blocks the server while it runs."""
-
-_PASSING = ("READONLY", "LOADING", "MASTERDOWN", "NOREPLICAS", "CLUSTERDOWN", "TRYAGAIN", "UNBLOCKED")
-"""Errors of a server that is failing over or starting: trying again helps."""
 
 _PATIENCE = 0.5
 """Seconds that a log which can't be reached is waited for before writes go to the outbox."""
@@ -69,19 +68,17 @@ async def append(
 ) -> list[Version]:
     """One call: put events, as field names and values, into a log partition; their versions.
 
-    May be repeated, and is answered the same then. Raises one of AWAY if the outcome is unknown; Unready, BacklogFull
-    or LogFull if nothing was written; Overtaken if the producer has gone on to another call.
+    May be repeated, and is answered the same then. Raises one of AWAY if the outcome is unknown; Unready, BacklogFull,
+    LogFull, another WriteFailed, or a SettingsError if nothing was written; Overtaken if the producer has gone on to
+    another call.
     """
     epoch = link.epoch
     try:
         reply = await link.run("publish", *_call(link, partition, producer, sequence, events))
+    except Unfit as error:
+        raise Unready(f"{error}; nothing was written") from error
     except ResponseError as error:
-        if is_full(error):
-            raise LogFull(
-                f"Redis at {link.address} is out of memory (maxmemory); nothing was written. Raise maxmemory,"
-                " or lower MNEMOBUS_RETENTION"
-            ) from None
-        raise _refusal(link, partition, producer, str(error)) from error
+        raise _refusal(link, partition, producer, error) from error
     return _versions(link, epoch, reply)
 
 
@@ -110,29 +107,33 @@ def _call(
     return [keys.log(partition), keys.producers(partition), keys.meter(partition)], arguments
 
 
-def _refusal(link: Link, partition: int, producer: str, text: str) -> WriteFailed:
-    word, _, number = text.partition(" ")
-    if word == "BACKLOG":
+def _refusal(link: Link, partition: int, producer: str, error: ResponseError) -> WriteFailed:
+    code, number = code_of(error), str(error).rpartition(" ")[2]
+    if code == "OOM":
+        return LogFull(
+            f"Redis at {link.address} is out of memory (maxmemory); nothing was written. Raise maxmemory,"
+            " or lower MNEMOBUS_RETENTION"
+        )
+    if code == "BACKLOG":
         return BacklogFull(
             f"log partition {partition} holds {number} events that no worker has applied yet"
             f" (MNEMOBUS_MAX_BACKLOG is {link.settings.max_backlog}); nothing was written. Are workers"
             " running? `mnemobus doctor` tells"
         )
-    if word == "SUPERSEDED":
+    if code == "SUPERSEDED":
         return Overtaken(
             f"producer {producer} is in use by another process, or went on without this write: nothing was written"
         )
-    if word == "TAKEN":
+    if code == "TAKEN":
         return Overtaken(
             f"producer {producer} is in use by another process, which has made call {number} of it: nothing was written"
         )
-    if text.startswith(_PASSING):
-        return Unready(f"Redis at {link.address} does not take writes now: {text}")
-    return WriteFailed(f"the log refuses the write: {text}")
+    refused = f"Redis at {link.address} refuses the write; nothing was written: {meaning(error)}"
+    return Unready(refused) if code in PASSING else WriteFailed(refused)
 
 
 class Unready(LogUnavailable):
-    """The server fails over, or starts: it takes no writes yet. Nothing was written."""
+    """The server takes no writes now: it fails over, starts, or has no room on its disk, say. Nothing was written."""
 
 
 class Overtaken(WriteFailed):
@@ -405,9 +406,14 @@ class Publisher:
                     except AWAY:
                         unanswered = True
                         raise
+                    except SettingsError as error:
+                        # It was fit for use when the bus was opened: somebody will see to it, and the outbox can wait.
+                        if self._overflow is None and not unanswered:
+                            raise
+                        raise Unready(f"{error}: nothing was written") from error
         except AWAY as error:
             raise self._unreachable(error) from error
-        except (BacklogFull, LogFull) as error:
+        except (BacklogFull, LogFull, Unready) as error:
             if not unanswered:
                 raise
             # A first copy of the call may be on its way yet, and arrive when there is room again.
@@ -507,13 +513,15 @@ class Syncer:
         while loop.time() < deadline:
             try:
                 replies = await self._link.pipeline([("HINCRBY", self._meter, "syncs", 1), wait])
-            except AWAY as error:
+            except (SettingsError, *AWAY) as error:
                 raise DurabilityUnavailable(
                     f"the write is in the log, but Redis went away before it was synced: {error}"
                 ) from error
             for reply in replies:
                 if isinstance(reply, Exception):
-                    raise DurabilityUnavailable(f"the write is in the log, but can't be synced: {reply}")
+                    raise DurabilityUnavailable(
+                        f"the write is in the log, but can't be synced: {meaning(reply)}"
+                    ) from reply
             if (replies[1][0] if local else replies[1]) >= 1:
                 return
         raise DurabilityUnavailable(

@@ -23,9 +23,12 @@ from contextlib import suppress
 from itertools import islice
 from typing import NamedTuple, TypeVar
 
-from .connection import AWAY, Call, Link, script
-from .errors import NotCommitted, WriteRejected
+from redis.exceptions import RedisError
+
+from .connection import Call, Link, script
+from .errors import NotCommitted, SettingsError, WriteRejected
 from .keys import APPLY_GROUP, Version
+from .redis_errors import AWAY
 from .tasks import end
 from .wire import Command
 
@@ -294,7 +297,7 @@ class Marks:
             while wanted := self._wanted():
                 try:
                     await self._ask(wanted)
-                except AWAY as error:
+                except (*AWAY, RedisError, SettingsError) as error:  # the heartbeat says so
                     logger.debug("can't ask what is applied: %s", error)
                 except Exception:  # the poller must live as long as somebody waits
                     logger.exception("asking Redis what is applied failed; going on")

@@ -38,12 +38,13 @@ from typing import Any, TypeVar
 import aiosqlite
 
 from . import private
-from .connection import AWAY, Link
-from .errors import MnemobusError, OutboxError, OutboxFull, OutboxInUse
+from .connection import Link
+from .errors import BacklogFull, LogFull, MnemobusError, OutboxError, OutboxFull, OutboxInUse
 from .events import Event
 from .keys import Version
 from .log import CALL_BYTES, CALL_EVENTS, Field, Overtaken, append
 from .marks import Write
+from .redis_errors import AWAY
 from .tasks import end, in_background
 
 logger = logging.getLogger("mnemobus.outbox")
@@ -109,7 +110,10 @@ class OutboxFile:
             await self._prepare(self._database)
         except OSError as error:
             await self._abandon()
-            raise OutboxError(f"the outbox {self.path} can't be used: {error.strerror or error}") from error
+            raise OutboxError(
+                f"the outbox {self.path} can't be used: {error.strerror or error}. Set MNEMOBUS_OUTBOX, or"
+                " MNEMOBUS_DATA_DIR, to a place that can be written"
+            ) from error
         except sqlite3.Error as error:
             await self._abandon()
             if "locked" in str(error):
@@ -128,6 +132,8 @@ class OutboxFile:
         [version] = await self._one("PRAGMA user_version") or [0]
         if version not in (0, _SCHEMA):
             raise OutboxError(f"the outbox {self.path} is of version {version}: written by a newer mnemobus")
+        if version == 0 and await self._one("SELECT 1 FROM sqlite_master"):
+            raise OutboxError(f"the outbox {self.path} can't be used: it is a database of something else")
         if version == 0:
             await database.execute("CREATE TABLE meta (name TEXT PRIMARY KEY, value TEXT NOT NULL)")
             await database.execute(
@@ -143,10 +149,10 @@ class OutboxFile:
         await database.execute("COMMIT")
         rows = await database.execute_fetchall("SELECT name, value FROM meta")
         values = {str(name): str(value) for name, value in rows}
-        if values["owner"] != self._owner:
+        if values.get("owner") != self._owner or "producer" not in values:
+            owner = values.get("owner", "nobody")
             raise OutboxError(
-                f"the outbox {self.path} has writes for {values['owner']}, not for {self._owner}: it belongs to"
-                " another bus"
+                f"the outbox {self.path} has writes for {owner}, not for {self._owner}: it belongs to another bus"
             )
         self._producer = values["producer"]
         self.entries, self.bytes = await self._one("SELECT count(*), coalesce(sum(size), 0) FROM writes") or (
@@ -171,14 +177,14 @@ class OutboxFile:
         async with self._lock:  # a transaction may still be under way, though its caller was cancelled
             remove = remove and not self.entries
             if not self.entries and self._database is not None:
-                self._spare.unlink(missing_ok=True)
+                _remove(self._spare)
             if remove:
                 # Before the lock on it is gone: nobody else can have put anything in it.
-                self.path.unlink(missing_ok=True)
+                _remove(self.path)
             await self._abandon()
             if remove:
                 for suffix in ("-wal", "-journal"):
-                    self.path.with_name(self.path.name + suffix).unlink(missing_ok=True)
+                    _remove(self.path.with_name(self.path.name + suffix))
 
     async def append(
         self,
@@ -256,7 +262,7 @@ class OutboxFile:
             (partition, CALL_EVENTS),
         ):
             size += length
-            if rows and size > (CALL_BYTES if self._spare.exists() else _SPARE_CALL):
+            if rows and size > (CALL_BYTES if self._has_spare else _SPARE_CALL):
                 break
             rows.append(number)
         return rows
@@ -287,9 +293,16 @@ class OutboxFile:
 
         await self._insist(update)
 
+    @property
+    def _has_spare(self) -> bool:
+        try:
+            return self._spare.exists()
+        except OSError:  # its folder can't be looked into any more
+            return False
+
     async def _keep_spare(self) -> None:
         """Have some space on the disk for the way out. OutboxFull if there is none."""
-        if self._spare.exists():
+        if self._has_spare:
             return
 
         def allocate() -> None:
@@ -300,7 +313,7 @@ class OutboxFile:
                     else:
                         file.write(bytes(self._spare_bytes))
             except OSError as error:
-                self._spare.unlink(missing_ok=True)
+                _remove(self._spare)
                 if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
                     raise OutboxFull(
                         f"the disk of the outbox {self.path} is full; nothing was written"
@@ -314,9 +327,9 @@ class OutboxFile:
         try:
             return await self._transaction(work, entries, size)
         except OutboxFull:
-            if not self._spare.exists():
+            if not self._has_spare:
                 raise
-            self._spare.unlink(missing_ok=True)
+            _remove(self._spare)
             return await self._transaction(work, entries, size)
 
     async def _transaction(self, work: Callable[[], Awaitable[T]], entries: int = 0, size: int = 0) -> T:
@@ -358,8 +371,16 @@ def _has_begun(path: Path) -> bool:
     """Whether there is anything in a file, or was: one that is empty may be about to be locked by who made it."""
     try:
         return path.stat().st_size > 0
-    except FileNotFoundError:  # its owner has just removed it
+    except OSError:  # its owner has just removed it, or it is nobody's that we are
         return False
+
+
+def _remove(path: Path) -> None:
+    """Remove a file, if it is there; what can't be removed is found, empty, by the next bus that opens."""
+    try:
+        path.unlink(missing_ok=True)
+    except OSError as error:
+        logger.warning("%s can't be removed: %s", path, error)
 
 
 def _retrieve(task: asyncio.Future[Any]) -> None:
@@ -426,6 +447,7 @@ class Outbox:
         self._task: asyncio.Task[None] | None = None
         self._empty = asyncio.Event()
         self._empty.set()
+        self._hurried = asyncio.Event()
         self.away = False
         """Whether the log could not be reached when it was last tried."""
         self.kept = 0
@@ -514,6 +536,10 @@ class Outbox:
         if self._task is None:
             self._task = asyncio.create_task(self._drain(), name="mnemobus-outbox")
 
+    def hurry(self) -> None:
+        """The log can be reached again: publish now what waits."""
+        self._hurried.set()
+
     async def _drain(self) -> None:
         """Publish until nothing waits. Whatever goes wrong is logged, and tried again."""
         least = self._link.settings.redis_create_retry_interval / 1000
@@ -527,6 +553,7 @@ class Outbox:
                 except AWAY as error:
                     self.away, reason = True, f"the log can't be reached ({error})"
                 except MnemobusError as error:
+                    self.away = not isinstance(error, (BacklogFull, LogFull))
                     reason = str(error)
                 except Exception as error:
                     logger.exception("publishing from the outbox failed")
@@ -534,7 +561,10 @@ class Outbox:
                 if reason != said:
                     said = reason
                     logger.warning("%d writes wait in the outbox: %s", self.waiting, reason)
-                await asyncio.sleep(pause)
+                self._hurried.clear()
+                with suppress(TimeoutError):
+                    async with asyncio.timeout(pause):
+                        await self._hurried.wait()
                 pause = min(2 * pause, 1.0)
             logger.warning("the outbox is empty again: all of it is in the log")
             self._empty.set()

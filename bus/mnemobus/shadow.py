@@ -26,12 +26,12 @@ from typing import Any
 
 from redis.exceptions import RedisError
 
-from .connection import AWAY
 from .errors import MnemobusError
 from .local import MISS, Bucket, LocalCache, clock
 from .marks import Marks
 from .memory import Row, unpack_memories
 from .query import Question, Versions, versions_of
+from .redis_errors import AWAY
 from .settings import Settings
 from .shared import SharedCache
 from .tasks import end

@@ -17,10 +17,12 @@ from collections.abc import Callable
 from contextlib import suppress
 from itertools import count
 
-from redis.exceptions import ResponseError
+from redis.exceptions import RedisError, ResponseError
 
-from .connection import AWAY, Link
+from .connection import Link
+from .errors import SettingsError
 from .local import clock
+from .redis_errors import AWAY, REPLACED, code_of, meaning
 
 logger = logging.getLogger("mnemobus.shared")
 
@@ -70,9 +72,11 @@ class SharedCache:
 
     def refused(self, error: Exception) -> None:
         """Redis answered a lookup or a fill with an error: it is full, or a key of another kind is in the way."""
+        if code_of(error) in REPLACED or code_of(error) == "BUSY":
+            return  # it can't be used at all, and the feed says so
         log = logger.debug if self.trouble else logger.warning
-        log("the shared cache can't be used: %s", error)
-        self._trouble, self._trouble_until = str(error), clock() + _SPELL
+        log("the shared cache can't be used: %s", meaning(error))
+        self._trouble, self._trouble_until = meaning(error), clock() + _SPELL
 
     async def lookup(self, scope: str, field: bytes, ttl: float) -> bytes | Lease | None:
         """The result; or a lease to fill it; or None if it is neither there nor ours to fill."""
@@ -127,5 +131,5 @@ class SharedCache:
 
     async def discard(self, scope: str) -> None:
         """Drop a bucket whose content makes no sense."""
-        with suppress(ResponseError, *AWAY):
+        with suppress(RedisError, SettingsError, *AWAY):
             await self._link.command("UNLINK", self._link.keys.bucket(self._link.epoch, scope))

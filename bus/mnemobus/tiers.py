@@ -24,13 +24,13 @@ from typing import Any
 
 from redis.exceptions import RedisError
 
-from .connection import AWAY
 from .errors import SettingsError, StoreUnavailable
 from .feed import Feed
 from .keys import Keyspace
 from .local import MISS, Bucket, LocalCache, clock
 from .marks import Marks
 from .query import Plan
+from .redis_errors import AWAY
 from .settings import Settings
 from .shared import Lease, SharedCache
 

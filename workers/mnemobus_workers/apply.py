@@ -32,10 +32,11 @@ from tenacity import RetryCallState, Retrying, retry_if_exception, wait_random_e
 from tenacity.nap import sleep_using_event
 from tenacity.stop import stop_when_event_set
 
-from mnemobus.connection import AWAY, Call, Script, ThreadedLink, script
+from mnemobus.connection import Call, Script, ThreadedLink, script
 from mnemobus.errors import BadEvent, MnemobusError, Rejected
 from mnemobus.events import DELETE_ROOM, Event, decode, version_of
 from mnemobus.keys import Dimensions, Version, id_scope
+from mnemobus.redis_errors import AWAY, meaning
 from mnemobus.settings import Settings
 from mnemobus.store import Applied, Refused, Writer
 from mnemobus.wire import Command
@@ -165,11 +166,11 @@ class Applier:
             if error is not None:
                 self._state.waits(what, error)
             log = logger.warning if state.attempt_number in (1, 10, 100) else logger.debug
-            log("%s: %s; trying again until it works", what, error)
+            log("%s: %s; trying again until it works", what, meaning(error))
 
         retrying = Retrying(
             retry=retry_if_exception(_passes),
-            wait=wait_random_exponential(multiplier=0.1, max=2),
+            wait=wait_random_exponential(multiplier=0.1, max=1),
             sleep=sleep_using_event(self._stopping),
             stop=stop_when_event_set(self._stopping),
             before_sleep=before_sleep,

@@ -38,12 +38,13 @@ from typing import Any
 import dramatiq
 from dramatiq.errors import ConnectionClosed, QueueNotFound
 from dramatiq.middleware import Middleware
-from redis.exceptions import RedisError, ResponseError
-from tenacity import Retrying, retry_if_exception_type, stop_after_delay, wait_random_exponential
+from redis.exceptions import RedisError
+from tenacity import Retrying, retry_if_exception, stop_after_delay, wait_random_exponential
 
-from mnemobus.connection import AWAY, ThreadedLink
+from mnemobus.connection import ThreadedLink
 from mnemobus.errors import MnemobusError
 from mnemobus.keys import APPLY_GROUP
+from mnemobus.redis_errors import AWAY, code_of, is_away, meaning
 from mnemobus.settings import Settings
 
 from .report import State
@@ -259,14 +260,11 @@ class StreamConsumer(dramatiq.Consumer):
             return None
         try:
             batch = self._next()
-        except ResponseError as error:
-            if "NOGROUP" in str(error):
+        except (MnemobusError, RedisError, *AWAY) as error:
+            if code_of(error) == "NOGROUP":
                 self._make_group()
             else:
                 self._wait_out(error)
-            return None
-        except (MnemobusError, RedisError, *AWAY) as error:
-            self._wait_out(error)
             return None
         if self._away:
             logger.info("log partition %d: Redis is back", self._partition)
@@ -281,7 +279,9 @@ class StreamConsumer(dramatiq.Consumer):
         self._away += 1
         self._broker.state.waits(self._what, error)
         if self._away == 1:
-            logger.warning("log partition %d can't be read, trying until it can: %s", self._partition, error)
+            logger.warning(
+                "log partition %d can't be read, trying until it can: %s", self._partition, meaning(error)
+            )
         time.sleep(min(1.0, 0.05 * 2 ** min(self._away, 5)))
 
     def _make_group(self) -> None:
@@ -289,11 +289,9 @@ class StreamConsumer(dramatiq.Consumer):
         try:
             self._link.run("group", [self._key], [APPLY_GROUP])
             logger.info("log partition %d: made the consumer group %r", self._partition, APPLY_GROUP)
-        except ResponseError as error:
-            if "BUSYGROUP" not in str(error):  # else another worker was faster
+        except (MnemobusError, RedisError, *AWAY) as error:
+            if code_of(error) != "BUSYGROUP":  # else another worker was faster
                 self._wait_out(error)
-        except (MnemobusError, *AWAY) as error:
-            self._wait_out(error)
 
     def _next(self) -> Batch | None:
         now = time.monotonic()
@@ -384,7 +382,7 @@ class StreamConsumer(dramatiq.Consumer):
     def _acknowledge(self, ids: Sequence[bytes]) -> None:
         keys = [self._key, self._link.keys.meter(self._partition)]
         for attempt in Retrying(
-            retry=retry_if_exception_type(AWAY),
+            retry=retry_if_exception(is_away),
             wait=wait_random_exponential(multiplier=0.05, max=0.5),
             stop=stop_after_delay(_ACK_PATIENCE),
             reraise=True,
@@ -399,7 +397,7 @@ class StreamConsumer(dramatiq.Consumer):
             self._acknowledge(message.batch.ids)
         except (MnemobusError, RedisError, *AWAY) as error:
             # One that was refused in the handshake is not fit for use until somebody sees to that.
-            away = isinstance(error, (MnemobusError, *AWAY))
+            away = isinstance(error, MnemobusError) or is_away(error)
             if away and not self._broker.stopping.is_set():
                 raise ConnectionClosed(
                     f"log partition {self._partition} can't be confirmed now: {error}"

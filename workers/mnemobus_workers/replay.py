@@ -28,11 +28,12 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from redis.exceptions import OutOfMemoryError, RedisError, ResponseError
+from redis.exceptions import RedisError
 
-from mnemobus.connection import AWAY, ThreadedLink
+from mnemobus.connection import ThreadedLink
 from mnemobus.errors import LogTrimmed, MnemobusError, SettingsError
 from mnemobus.keys import COPY_GROUP, REPLAY_GROUP, ZERO, Version
+from mnemobus.redis_errors import AWAY, code_of
 from mnemobus.settings import Settings
 from mnemobus.store import open_writer
 
@@ -308,14 +309,13 @@ class Replay:
 
         def move() -> Exception | None:
             for reply in self._link.pipeline([alive, moved]):
-                if isinstance(reply, ResponseError) and (
-                    "NOGROUP" in str(reply) or "key to exist" in str(reply)
-                ):
+                if not isinstance(reply, Exception):
+                    continue
+                if code_of(reply) == "NOGROUP":
                     return reply
-                if isinstance(reply, OutOfMemoryError):
+                if code_of(reply) == "OOM":
                     continue  # Redis 7.0 moves no group while it is full; then it is moved later, and more is kept
-                if isinstance(reply, Exception):
-                    raise reply
+                raise reply
             return None
 
         if self._applier.insist("the log", move) is not None:

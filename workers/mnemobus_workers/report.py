@@ -11,9 +11,9 @@ from contextlib import contextmanager
 from redis.exceptions import RedisError
 
 import mnemobus
-from mnemobus.connection import AWAY, ThreadedLink
-from mnemobus.diagnosis import code_of
+from mnemobus.connection import ThreadedLink
 from mnemobus.errors import MnemobusError
+from mnemobus.redis_errors import AWAY, code_of
 from mnemobus.vitals import REPORT_EVERY, Report, read
 
 logger = logging.getLogger("mnemobus.report")

@@ -17,9 +17,9 @@ import orjson
 from dramatiq.middleware import Middleware
 from redis.exceptions import RedisError
 
-from mnemobus.connection import AWAY
 from mnemobus.errors import MnemobusError
 from mnemobus.keys import APPLY_GROUP, COPY_GROUP, REPLAY_GROUP
+from mnemobus.redis_errors import AWAY, meaning
 
 from .apply import Applier
 from .broker import Stopping, StreamBroker
@@ -142,7 +142,7 @@ class Upkeep:
             work()
         except (RedisError, MnemobusError, *AWAY) as error:
             self._state.failed(what, error)
-            logger.warning("%s failed, trying again later: %s", what, error)
+            logger.warning("%s failed, trying again later: %s", what, meaning(error))
         except Exception as error:
             self.failures += 1
             self._state.failed(what, error)

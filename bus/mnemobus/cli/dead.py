@@ -16,9 +16,10 @@ import orjson
 import typer
 from redis.exceptions import RedisError, ResponseError
 
-from ..connection import AWAY, Link, is_full
+from ..connection import Link
 from ..errors import LogFull, LogUnavailable, MnemobusError, SettingsError
 from ..keys import ZERO, Version
+from ..redis_errors import AWAY, code_of, meaning
 from ..settings import Settings
 from .console import emit, err, out, run_until_signal
 from .moments import moment_of
@@ -139,7 +140,7 @@ class Letters:
         try:
             id = await self._link.run("requeue", places, [letter.id])
         except ResponseError as error:
-            if is_full(error):
+            if code_of(error) == "OOM":
                 raise LogFull(
                     f"Redis at {self._link.address} is out of memory (maxmemory); {letter.version} stays a dead"
                     " letter. Raise maxmemory, or lower MNEMOBUS_RETENTION"
@@ -167,7 +168,7 @@ async def _letters(settings: Settings, partition: int | None) -> AsyncIterator[L
     except AWAY as error:
         raise LogUnavailable(f"Redis at {link.address} can't be reached: {error}") from error
     except RedisError as error:
-        raise LogUnavailable(f"Redis at {link.address} refuses: {error}") from error
+        raise LogUnavailable(f"Redis at {link.address} refuses: {meaning(error)}") from error
     finally:
         await link.close()
 

@@ -14,11 +14,12 @@ from typing import Any
 import redis.asyncio
 from redis.exceptions import RedisError, ResponseError
 
-from ..connection import AWAY, evaluate
+from ..connection import evaluate
 from ..diagnosis import Trouble, of_redis, of_server, of_store
 from ..errors import MnemobusError, SettingsError
 from ..health import AGENT_RIGHTS, NOBODY, WORKER_RIGHTS, forbidden, rights, write_probe
 from ..keys import Keyspace
+from ..redis_errors import AWAY
 from ..settings import POLICIES, Settings, hide_password
 from ..store import SCHEMA, open_reader
 from ..vitals import LATE, Log, Worker, judge, read

@@ -11,10 +11,10 @@ from typing import Any
 import redis.asyncio
 from redis.exceptions import RedisError
 
-from ..connection import AWAY
 from ..diagnosis import of_redis
 from ..errors import MnemobusError, SettingsError
 from ..keys import APPLY_GROUP, COPY_GROUP, REPLAY_GROUP, Version
+from ..redis_errors import AWAY
 from ..settings import Settings, hide_password
 from ..store import open_reader
 from ..vitals import read, reading_clients

@@ -16,8 +16,9 @@ from pathlib import Path
 from redis.exceptions import RedisError
 
 from .. import private
-from ..connection import AWAY, Link
+from ..connection import Link
 from ..keys import Keyspace
+from ..redis_errors import AWAY
 from ..settings import Settings
 from ..vitals import reading_clients
 from . import tethered
