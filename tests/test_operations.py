@@ -152,7 +152,7 @@ def wipe(settings: Settings) -> None:
 
     connection = sqlite3.connect(settings.database_url.removeprefix("sqlite:///"))
     with connection:
-        for table in ("memories", "room_tombstones"):
+        for table in ("mnemobus_memories", "mnemobus_room_tombstones"):
             connection.execute(f"DELETE FROM {table}")
     connection.close()
 

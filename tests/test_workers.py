@@ -101,7 +101,7 @@ def locked(settings: Settings) -> Iterator[None]:
         connection.execute("BEGIN IMMEDIATE")
     else:
         connection = psycopg.connect(url)
-        connection.execute("LOCK TABLE memories IN EXCLUSIVE MODE")
+        connection.execute("LOCK TABLE mnemobus.memories IN EXCLUSIVE MODE")
     try:
         yield
     finally:

@@ -4,7 +4,8 @@
 
     MnemobusError
      ├─ SettingsError            a setting is missing, malformed or contradicts what is in Redis
-     │   └─ UnsafeRedis          the Redis server could evict the log
+     │   ├─ UnsafeRedis          the Redis server could evict the log
+     │   └─ IdentityMismatch     the store is not the one that belongs to this bus
      ├─ InvalidMemory            a write was refused before anything left the process
      │   ├─ MemoryTooLarge
      │   └─ DimensionChanged     a write would change a memory's table, room, agent, entity or world
@@ -41,6 +42,10 @@ class SettingsError(MnemobusError):
 
 class UnsafeRedis(SettingsError):
     """The Redis server could evict the log; the message names the fix."""
+
+
+class IdentityMismatch(SettingsError):
+    """The store and the bus in Redis don't belong together; the message names both."""
 
 
 class InvalidMemory(MnemobusError, ValueError):
