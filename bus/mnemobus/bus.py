@@ -25,6 +25,7 @@ from .errors import (
     BusClosed,
     DimensionChanged,
     DurabilityUnavailable,
+    IdentityMismatch,
     InvalidMemory,
     InvalidQuery,
     LogUnavailable,
@@ -36,6 +37,7 @@ from .errors import (
 )
 from .events import DELETE, DELETE_ROOM, PUT, UPDATE, Event
 from .feed import Feed
+from .identity import Acquaintance
 from .keys import (
     Dimensions,
     Version,
@@ -185,6 +187,7 @@ class Bus:
         self._closing: asyncio.Task[None] | None = None
         self._epochs = 0
         self._link.on_epoch.append(self._count_epoch)
+        self._acquaintance = Acquaintance(self._link, self._reader, self._local.clear)
 
     # Life
 
@@ -209,6 +212,7 @@ class Bus:
             for what, error in (("Redis", redis_error), ("the store", store_error)):
                 if error is not None:
                     logger.warning("%s is away, going on without it: %s", what, error)
+            await self._acquaintance.start()
             if self._outbox is not None:
                 await self._outbox.open()
         except BaseException as error:
@@ -254,6 +258,7 @@ class Bus:
             steps.push_async_callback(self._close_store)
             steps.callback(self._local.stop)
             steps.push_async_callback(self._feed.close)
+            steps.push_async_callback(self._acquaintance.close)
             steps.push_async_callback(self._marks.close)
             steps.push_async_callback(self._shadow.close)
             if self._outbox is not None:
@@ -275,6 +280,11 @@ class Bus:
         await self.close()
 
     def _check_open(self) -> None:
+        self._check_state()
+        if self._acquaintance.refused:
+            raise IdentityMismatch(self._acquaintance.refused)
+
+    def _check_state(self) -> None:
         if self._state != "open":
             raise BusClosed(f"the bus is {'closed' if self._state == 'closed' else 'not open yet'}")
 
@@ -778,7 +788,7 @@ class Bus:
 
     async def health(self) -> Health:
         """How the bus is, now: asks Redis and the store."""
-        self._check_open()
+        self._check_state()
         problems: list[str] = []
         redis, backlog, dead = await self._redis_health(problems)
         try:
@@ -787,6 +797,7 @@ class Bus:
         except StoreError as error:
             store = str(error)
             problems.append(f"the store can't be read: {error}")
+        problems += await self._acquaintance.problems()
         if self._outbox is not None and self._outbox.waiting:
             problems.append(f"{self._outbox.waiting} writes wait in the outbox {self._outbox.where}")
         if self._outbox is not None and self._outbox.trouble:

@@ -122,6 +122,10 @@ class Keyspace:
         """A hash: log_partitions and feed_partitions, as the first to connect wrote them."""
         self.epoch = f"{{{prefix}}}:epoch"
         """A hash: run_id of the server that the epoch began with, and the epoch."""
+        self.identity = f"{{{prefix}}}:identity"
+        """A hash: this bus, its store, and what workers note of them (see identity.py)."""
+        self.resync = f"{{{prefix}}}:resync"
+        """Names the worker that applies the log again to a store which went back in time; expires."""
         self._log = [f"{{{prefix}:l{p}}}:" for p in range(log_partitions)]
         self._feed = [f"{{{prefix}:f{f}}}:" for f in range(feed_partitions)]
 

@@ -46,6 +46,7 @@ from mnemobus.errors import MnemobusError
 from mnemobus.keys import APPLY_GROUP
 from mnemobus.settings import Settings
 
+from .standing import Standing
 from .unmoved import Unmoved
 
 logger = logging.getLogger("mnemobus.broker")
@@ -129,6 +130,8 @@ class StreamBroker(dramatiq.Broker):
         self.consumer_name = f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(4)}"
         self.queues: dict[str, int] = {}
         self.held = Held(settings.log_partitions)
+        self.standing: Standing | None = None
+        """Whether this process may take batches; None: it may."""
         self.stopping = threading.Event()
         """Set once the worker shuts down: nothing is waited for any more."""
 
@@ -249,6 +252,10 @@ class StreamConsumer(dramatiq.Consumer):
         self._away = 0
 
     def __next__(self) -> BatchProxy | None:
+        standing = self._broker.standing
+        if standing is not None and standing.refused:
+            self._broker.stopping.wait(self._timeout)
+            return None
         if not self._broker.held.wait_for_room(self._partition, self._timeout):
             return None
         try:

@@ -98,6 +98,9 @@ class Reader(Protocol):
     Memories that are deleted are nowhere to be seen.
     """
 
+    openings: int
+    """Rises when the reader had to connect anew, and may have come to another store."""
+
     async def open(self) -> None:
         """Connect, and create the schema in a database that has none.
 

@@ -303,14 +303,12 @@ class _Server:
         """Apply the migrations that are missing; others may be at the same."""
         with self.connect() as connection:
             self.check_encoding(connection)
-            for migration in migrations.load("postgres"):
-                if self.look(connection).number >= migration.number:
-                    continue
+            while migrations.following("postgres", self.look(connection).number):
                 try:
                     with connection.transaction():
                         connection.execute("SELECT pg_advisory_xact_lock(%s, %s)", (_LOCKS, _MIGRATING))
                         found = self.look(connection)
-                        if found.number < migration.number:
+                        for migration in migrations.following("postgres", found.number):
                             self._migrate(connection, migration, found)
                 except errors.InsufficientPrivilege as error:
                     role = connection.info.user
@@ -441,6 +439,7 @@ class PostgresReader(SqlReader):
         self._server = _Server(settings)
         self._names = self._server.names
         self._may_create = create
+        self.openings = 0
         self._pool: AsyncConnectionPool[AsyncConnection[Any]] | None = None
         self._prepared = False
         self._preparing = asyncio.Lock()
@@ -508,6 +507,7 @@ class PostgresReader(SqlReader):
         except psycopg.Error as error:
             if not (broken and again and self._pool):
                 raise self._server.error(error) from error
+            self.openings += 1
             await self._pool.drain()  # the others are as old
         return await self._query(query, parameters, again=False)
 

@@ -131,6 +131,7 @@ class SqliteReader(SqlReader):
         self._idle: list[aiosqlite.Connection] = []
         self._file: File | None = None
         """The one that the idle connections have open."""
+        self.openings = 0
 
     async def open(self) -> None:
         self._closed = False
@@ -205,6 +206,7 @@ class SqliteReader(SqlReader):
             file = _file(self._path)
             if file != self._file:  # replaced: what is open is the one that was there before
                 self._file = file
+                self.openings += 1
                 while self._idle:
                     self._idle.pop().stop()
             if self._idle:
@@ -572,13 +574,11 @@ def _frozen(found: dict[str, set[str]]) -> Columns:
 def _upgrade(connection: sqlite3.Connection, path: Path, namespace: str) -> None:
     """Apply the migrations that are missing; others may be at the same."""
     before = f"{namespace}_"
-    for migration in migrations.load("sqlite"):
-        if _look(connection, path, namespace).number >= migration.number:
-            continue
+    while migrations.following("sqlite", _look(connection, path, namespace).number):
         connection.execute("BEGIN IMMEDIATE")
         try:
             found = _look(connection, path, namespace)
-            if found.number < migration.number:
+            for migration in migrations.following("sqlite", found.number):
                 if found.old is not None:
                     _move(connection, before)
                 for statement in _statements(prefixed(migration.sql, before)):
