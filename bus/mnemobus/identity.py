@@ -176,7 +176,9 @@ class Acquaintance:
         self._reader = reader
         self._on_refusal = on_refusal
         self._agreed: tuple[str, str, str, int] | None = None
-        """Bus, store and life, and the reader's openings, when it was last looked at both sides."""
+        """Bus, store and life, and the reader's openings, when it was last looked at both sides. None while the store
+        has heard of no bus yet: another one may still get it."""
+        self._known = False
         self._task: asyncio.Task[None] | None = None
         self.refused = ""
         """Why this bus and this store must not be used together."""
@@ -214,18 +216,18 @@ class Acquaintance:
             if not self.refused:
                 logger.error("%s", error)
             self.refused = str(error)
-            self._agreed = None
+            self._agreed, self._known = None, False
             self._on_refusal()
             raise
         if self.refused:
             logger.info("the store %s and the bus belong together again", identity.where)
-        self.refused = ""
-        self._agreed = (there.bus, there.store, there.life, openings)
+        self.refused, self._known = "", True
+        self._agreed = (there.bus, there.store, there.life, openings) if identity.bus is not None else None
         return identity, there
 
     async def _watch(self) -> None:
         while True:
-            await asyncio.sleep(LOOK_EVERY if self._agreed else _LEARN_EVERY)
+            await asyncio.sleep(LOOK_EVERY if self._known else _LEARN_EVERY)
             try:
                 if self._agreed is None or await self._now() != self._agreed:
                     await self._agree()

@@ -15,7 +15,8 @@ import redis.asyncio
 from redis.exceptions import RedisError
 
 from ..connection import AWAY
-from ..errors import MnemobusError, SchemaError, SettingsError
+from ..errors import IdentityMismatch, MnemobusError, SchemaError, SettingsError
+from ..identity import Registered, check, check_owner, misgivings
 from ..keys import Keyspace
 from ..settings import POLICIES, Settings, hide_password
 from ..store import SCHEMA, open_reader
@@ -73,6 +74,7 @@ async def examine(settings: Settings) -> list[Finding]:
     """Everything there is to look at, the server first."""
     where = hide_password(settings.redis_url)
     findings: list[Finding] = []
+    there = Registered()
     try:
         async with looking_at(settings) as client:
             server = await info(client)
@@ -82,6 +84,7 @@ async def examine(settings: Settings) -> list[Finding]:
             findings.append(Finding("redis", OK, f"{product} at {where}"))
             findings += _server(settings, server)
             findings.append(await _layout(settings, client))
+            there = await _registered(settings, client)
     except SettingsError as error:
         findings.append(
             Finding("redis", FAIL, str(error), "set REDIS_PASSWORD, or REDIS_URL with a password")
@@ -92,6 +95,7 @@ async def examine(settings: Settings) -> list[Finding]:
     else:
         findings += _workers(settings, await redis_figures(settings))
     findings.append(await _store(settings))
+    findings += await _belonging(settings, there)
     return findings
 
 
@@ -184,6 +188,34 @@ async def _layout(settings: Settings, client: redis.asyncio.Redis) -> Finding:
     return Finding(
         "layout", OK, f"{settings.log_partitions} log and {settings.feed_partitions} feed partitions"
     )
+
+
+async def _registered(settings: Settings, client: redis.asyncio.Redis) -> Registered:
+    keys = Keyspace(settings.redis_key_prefix, settings.log_partitions, settings.feed_partitions)
+    return Registered.of(await client.execute_command("HGETALL", keys.identity))
+
+
+async def _belonging(settings: Settings, there: Registered) -> list[Finding]:
+    """Whether the store is the bus's, and the one that it was."""
+    keys = Keyspace(settings.redis_key_prefix, settings.log_partitions, settings.feed_partitions)
+    reader = open_reader(settings, create=False)
+    try:
+        await reader.open()
+        identity = await reader.identity()
+        address = hide_password(settings.redis_url)
+        check_owner(keys, address, identity)
+        if not there.store:
+            return []
+        check(keys, address, identity, there)
+    except IdentityMismatch as error:
+        return [Finding("identity", FAIL, str(error))]
+    except MnemobusError:  # the store can't be read: that is told already
+        return [Finding("identity", FAIL, problem) for problem in there.problems]
+    finally:
+        await reader.close()
+    found = misgivings(identity, there)
+    words = f"the store {there.store[:8]} belongs to the bus {keys.prefix!r}"
+    return [Finding("identity", FAIL, each) for each in found] or [Finding("identity", OK, words)]
 
 
 def _workers(settings: Settings, figures: dict[str, Any]) -> Iterator[Finding]:

@@ -154,6 +154,10 @@ class SqliteReader(SqlReader):
             raise _unavailable(self._path, error) from error
 
     def _schema(self) -> int:
+        if not self._path.exists():
+            if self._prepared:
+                raise FileNotFoundError("the file was removed")
+            return 0
         connection = _connect(self._path, self._timeout)
         try:
             return _look(connection, self._path, self._namespace).number
