@@ -298,7 +298,8 @@ async def test_the_doctor_finds_nothing_where_nothing_is_wrong(
     assert read.status == 0 and read.json["ok"]
     found = checks(read)
     assert {check: status for check, (status, _, _) in found.items()} == dict.fromkeys(
-        ("redis", "policy", "memory", "persistence", "layout", "workers", "backlog", "dead letters", "store"),
+        {"redis", "policy", "memory", "persistence", "layout", "workers", "backlog", "dead letters", "store"}
+        | {"identity"},
         "ok",
     )
     assert not any(advice for _, _, advice in found.values())

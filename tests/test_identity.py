@@ -422,7 +422,7 @@ async def test_g1_a_file_that_is_replaced_under_the_workers_swallows_nothing(
             # Then all of it is in the file that is there now, and what the backup did not have comes back
             wanted = {f"{when} {n}" for when in ("before", "after") for n in range(20)} | {"since"}
             await eventually(lambda: texts(settings) == wanted)
-            assert "was replaced or removed" in caplog.text
+            assert "was replaced; opening it again" in caplog.text
             # And agents read it, too
 
             async def seen() -> bool:

@@ -200,8 +200,10 @@ class Acquaintance:
             identity, there = await self._agree()
         except IdentityMismatch as error:
             return [str(error)]
-        except (StoreError, SettingsError, RedisError, *AWAY):
+        except (StoreError, *AWAY):
             return []
+        except (SettingsError, RedisError) as error:
+            return [f"Redis does not tell which store this bus has: {error}"]
         return misgivings(identity, there)
 
     async def _agree(self) -> tuple[Identity, Registered]:

@@ -14,10 +14,11 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any
 
 import orjson
-from redis.exceptions import RedisError
+from redis.exceptions import OutOfMemoryError, RedisError
 
 from mnemobus.connection import AWAY, ThreadedLink, script
 from mnemobus.errors import IdentityMismatch, MnemobusError
@@ -122,9 +123,10 @@ class Standing:
                 "history": identity.history or there.history,
             }
             self._link.client.hset(self._key, mapping=known)
-        self._link.client.hincrby(self._key, "beats", 1)
         self.resyncing = bool(why) or there.resync is not None
         self._see_to_resync(there)
+        with suppress(OutOfMemoryError):  # a full Redis has other worries
+            self._link.client.hincrby(self._key, "beats", 1)
 
     def stop(self) -> None:
         """Leave what is under way to others."""

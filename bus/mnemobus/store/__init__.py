@@ -160,7 +160,8 @@ class Writer(Protocol):
         """Who the store is."""
 
     def serve(self, bus: str, prefix: str, life: str, *, instead: bool = False) -> None:
-        """Note that this bus commits here; in the place of another one only if ``instead``."""
+        """Note that this bus commits here; in the place of another one only if ``instead``. What was known of how
+        far the store reaches was about the log of the life before."""
 
     def reach(self, moment: int) -> None:
         """Note that all that the log had before this moment (ms) is in the store."""

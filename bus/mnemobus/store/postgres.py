@@ -195,7 +195,9 @@ class _Statements:
             f"SELECT store::text, bus::text, prefix, life, reached_ms FROM {names.identity}".encode()
         )
         self.serve = (
-            f"UPDATE {names.identity} SET bus = %s, prefix = %s, life = %s WHERE bus IS NULL OR bus = %s OR %s"
+            f"UPDATE {names.identity} SET bus = %s, prefix = %s, life = %s,"
+            " reached_ms = CASE WHEN life IS NOT DISTINCT FROM %s THEN reached_ms END"
+            " WHERE bus IS NULL OR bus = %s OR %s"
         ).encode()
         self.reach = (
             f"UPDATE {names.identity} SET reached_ms = %s WHERE coalesce(reached_ms, 0) < %s".encode()
@@ -583,7 +585,7 @@ class PostgresWriter:
         return _identity(found, place, history, self._server.where)
 
     def serve(self, bus: str, prefix: str, life: str, *, instead: bool = False) -> None:
-        self._run(lambda c: c.execute(self._server.sql.serve, (bus, prefix, life, bus, instead)))
+        self._run(lambda c: c.execute(self._server.sql.serve, (bus, prefix, life, life, bus, instead)))
 
     def reach(self, moment: int) -> None:
         self._run(lambda c: c.execute(self._server.sql.reach, (moment, moment)))

@@ -102,7 +102,8 @@ class _Statements:
         self.store = f"SELECT store FROM {names.identity}"
         self.identity = f"SELECT store, bus, prefix, life, reached_ms FROM {names.identity}"
         self.serve = (
-            f"UPDATE {names.identity} SET bus = ?, prefix = ?, life = ? WHERE bus IS NULL OR bus = ? OR ?"
+            f"UPDATE {names.identity} SET bus = ?, prefix = ?, life = ?,"
+            " reached_ms = CASE WHEN life IS ? THEN reached_ms END WHERE bus IS NULL OR bus = ? OR ?"
         )
         self.reach = f"UPDATE {names.identity} SET reached_ms = ? WHERE coalesce(reached_ms, 0) < ?"
         self.lacks = (
@@ -318,7 +319,7 @@ class SqliteWriter:
 
     def serve(self, bus: str, prefix: str, life: str, *, instead: bool = False) -> None:
         with self._using() as connection:
-            connection.execute(self._sql.serve, (bus, prefix, life, bus, instead))
+            connection.execute(self._sql.serve, (bus, prefix, life, life, bus, instead))
 
     def reach(self, moment: int) -> None:
         with self._using() as connection:
@@ -359,15 +360,17 @@ class SqliteWriter:
     def _connected(self) -> sqlite3.Connection:
         if self._closed:
             raise StoreUnavailable(f"SQLite {self._path}: the writer is closed")
-        if self._file is not None and _file(self._path) != self._file:
-            logger.warning("SQLite %s was replaced or removed; opening it again", self._path)
+        file = _file(self._path)
+        if file is None and (self._connection is not None or self._expected is not None):
+            # To make a new one would be to begin with nothing, where people believe that all is there. What is open is
+            # kept: it may be put back, and until then no other file can have its inode.
+            raise StoreUnavailable(f"SQLite {self._path} was removed. {_PUT_BACK}")
+        if self._connection is not None and file != self._file:
+            logger.warning("SQLite %s was replaced; opening it again", self._path)
             self._disconnect()
-            _set_aside(self._path, self._log)
-            self._file = None
         if self._connection is None:
-            if self._expected is not None and not self._path.exists():
-                # To make a new one would be to begin with nothing, where people believe that all is there.
-                raise StoreUnavailable(f"SQLite {self._path} was removed. {_PUT_BACK}")
+            if self._file not in (None, file):
+                _set_aside(self._path, self._log)
             connection, file = self._open()
             try:
                 # NORMAL would not sync the log at a commit, and a loss of power could take the last ones
