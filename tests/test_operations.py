@@ -74,6 +74,8 @@ def test_the_table_of_keys_has_every_key() -> None:
     made = [
         keys.layout,
         keys.epoch,
+        keys.identity,
+        keys.resync,
         keys.log(0),
         keys.producers(0),
         keys.meter(0),

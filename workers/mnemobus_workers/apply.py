@@ -115,11 +115,6 @@ class Applier:
             with suppress(IdentityMismatch):
                 self._standing.agree()
 
-    @property
-    def is_open(self) -> bool:
-        """Whether the store has been opened."""
-        return self._open
-
     def close(self) -> None:
         with self._opening:
             self._open = False

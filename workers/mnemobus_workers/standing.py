@@ -85,6 +85,8 @@ class Standing:
         self._stretch: dict[int, tuple[str, Version]] = {}
         """The witnesses when the store was last told how far it reaches."""
         self._resync: Resync | None = None
+        self.begun = False
+        """Whether the store was there once: before that there is nothing to look at."""
         self.refused = ""
         """Why this process must not take part, or empty."""
         self.resyncing = False
@@ -93,6 +95,7 @@ class Standing:
     def agree(self) -> tuple[Identity, Registered]:
         """Find out whether this process may commit. IdentityMismatch if not, and ``refused`` says so to others."""
         identity = self._writer.identity()
+        self.begun = True
         try:
             there = agree(self._link, identity, "worker")
             self._check_place(identity, there)

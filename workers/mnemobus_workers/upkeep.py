@@ -126,7 +126,7 @@ class Upkeep:
 
     def _look(self) -> None:
         """Whether the store is the bus's, and what it was. What stands in the way is said once."""
-        if self._broker.standing is None or not self._applier.is_open:
+        if self._broker.standing is None or not self._broker.standing.begun:
             return
         try:
             self._broker.standing.look()
