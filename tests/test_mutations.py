@@ -179,7 +179,7 @@ MUTATIONS = [
         "bus/mnemobus/identity.py",
         "    if there.store != identity.store:\n",
         "    if False:\n",
-        "test_identity.py::test_an_agent_with_another_database_than_the_workers_is_refused",
+        "test_identity.py::test_an_agent_that_came_first_with_a_wrong_database_gives_way_to_the_workers",
     ),
     Mutation(
         "the witnesses: a store that lost what was committed is noticed (G1)",
