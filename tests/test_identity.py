@@ -306,6 +306,32 @@ async def test_an_agent_that_starts_while_redis_is_away_learns_later_that_it_is_
         await eventually(refused)
 
 
+async def test_g4_nobody_shares_what_comes_from_a_store_that_may_be_another(
+    settings: Settings, own_redis: Callable[..., RedisServer], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server = own_redis()
+    settings = settings.model_copy(update={"redis_url": server.url})
+    server.stop()
+    monkeypatch.setattr(identity, "_LEARN_EVERY", 3600)
+    # Given an agent that could not find out yet whether its store is the bus's, as Redis was away
+    async with opened(settings, local_max_entries=0) as bus:
+        server.start()
+
+        # When it reads, with Redis back
+        async def asked() -> bool:
+            await bus.recent("messages", room="r")
+            with redis.Redis.from_url(server.url) as client:
+                return bool(list(client.scan_iter("*:b:*")))
+
+        await eventually(asked)
+        # Then it looks what others have shared, and shares nothing
+        assert bus.stats().fills == bus.stats().hits_shared == 0
+        # And once it knows, it does
+        await bus._acquaintance._agree()
+        await eventually(lambda: bus.stats().fills or asked())
+        await eventually(lambda: bus.stats().fills)
+
+
 async def test_a_copy_of_the_store_is_not_used_by_a_second_pool_beside_it(
     both: Settings, pool_of: PoolOf, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -163,7 +163,16 @@ class Bus:
         self._shared = SharedCache(self._link, settings.lease)
         self._marks = Marks(self._link)
         self._feed = Feed(self._link, self._local, self._marks, self.id)
-        self._tiers = Tiers(settings, self._link.keys, self._local, self._shared, self._feed, self._marks)
+        self._acquaintance = Acquaintance(self._link, self._reader, self._local.clear)
+        self._tiers = Tiers(
+            settings,
+            self._link.keys,
+            self._local,
+            self._shared,
+            self._feed,
+            self._marks,
+            self._acquaintance.knows,
+        )
         self._shadow = Shadow(settings, self._ask, self._local, self._shared, self._marks)
         self._outbox = (
             None if settings.outbox == "off" else Outbox(self._link, self.id, self._kept, self._published)
@@ -187,7 +196,6 @@ class Bus:
         self._closing: asyncio.Task[None] | None = None
         self._epochs = 0
         self._link.on_epoch.append(self._count_epoch)
-        self._acquaintance = Acquaintance(self._link, self._reader, self._local.clear)
 
     # Life
 

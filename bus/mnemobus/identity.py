@@ -155,9 +155,10 @@ def _taken(keys: Keyspace, address: str, identity: Identity) -> IdentityMismatch
 def misgivings(identity: Identity, there: Registered) -> list[str]:
     """What is wrong between a store and a bus that belong together; a sentence each."""
     found = there.problems
-    if identity.life is not None and there.stamped and identity.life != there.life and not there.rival:
+    if identity.life is not None and identity.life != there.life and not there.rival:
         found.append(
-            f"the store ({identity.where}) is served by workers of another Redis than this one, as far as it has heard"
+            f"the store ({identity.where}) was last written by workers of another Redis than this one, or of before it"
+            " lost its data: no worker of this one has come since, or both use the store"
         )
     if identity.place and there.place and identity.place != there.place:
         found.append(
@@ -193,6 +194,10 @@ class Acquaintance:
 
     async def close(self) -> None:
         await end([self._task])
+
+    def knows(self) -> bool:
+        """Whether the store is known to be the bus's."""
+        return self._known
 
     async def problems(self) -> list[str]:
         """What `Bus.health` has to say of all this, now; nothing while Redis or the store is away."""

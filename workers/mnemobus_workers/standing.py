@@ -98,6 +98,11 @@ class Standing:
         self.begun = True
         try:
             there = agree(self._link, identity, "worker")
+            if identity.bus is None:  # another bus may be about to say so, too: the first one counts
+                self._writer.serve(there.bus, self._link.keys.prefix, there.life)
+                identity = self._writer.identity()
+                check_owner(self._link.keys, self._link.address, identity)
+                check(self._link.keys, self._link.address, identity, there)
             self._check_place(identity, there)
         except IdentityMismatch as error:
             if str(error) != self.refused:
