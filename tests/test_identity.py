@@ -328,8 +328,12 @@ async def test_g4_nobody_shares_what_comes_from_a_store_that_may_be_another(
         assert bus.stats().fills == bus.stats().hits_shared == 0
         # And once it knows, it does
         await bus._acquaintance._agree()
-        await eventually(lambda: bus.stats().fills or asked())
-        await eventually(lambda: bus.stats().fills)
+
+        async def shared() -> bool:
+            await bus.recent("messages", room="r")
+            return bus.stats().fills > 0
+
+        await eventually(shared)
 
 
 async def test_a_copy_of_the_store_is_not_used_by_a_second_pool_beside_it(
