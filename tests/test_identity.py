@@ -150,6 +150,11 @@ async def test_a_second_pool_with_another_database_takes_no_batch(
                     await write(bus, text)
                 assert texts(both) == set(said)
                 await eventually(lambda: "taking no part" in caplog.text)
+                # And once it knows, it takes none from them
+                caplog.clear()
+                for n in range(20):
+                    await write(bus, f"more {n}")
+                assert "from another worker" not in caplog.text
                 assert (await bus.health()).ok
         assert texts(elsewhere(both, tmp_path)) == set()
 
