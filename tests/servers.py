@@ -226,13 +226,16 @@ class RedisServer:
         assert self._process is not None
         return self._process.pid
 
-    def start(self) -> None:
+    def start(self, *, wait: bool = True) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
         command = [self.binary, "--port", str(self.port), "--bind", "127.0.0.1", "--dir", str(self.folder)]
         command += ["--appendonly", "yes", "--save", "", *self.options]
         with (self.folder / "server.log").open("ab") as log:
             self._process = spawn(command, stdout=log, stderr=log, env=os.environ | self.environment)
-        wait_until(lambda: _pings(self.url), what=f"{self.binary} to answer; see {self.folder}/server.log")
+        if wait:
+            wait_until(
+                lambda: _pings(self.url), what=f"{self.binary} to answer; see {self.folder}/server.log"
+            )
 
     def stop(self) -> None:
         """SIGTERM: it saves what it has."""

@@ -76,6 +76,7 @@ def test_the_table_of_keys_has_every_key() -> None:
         keys.epoch,
         keys.identity,
         keys.resync,
+        keys.workers,
         keys.log(0),
         keys.producers(0),
         keys.meter(0),

@@ -56,6 +56,70 @@ def test_keywords_override_the_environment_and_that_the_file(
     assert Settings.load().lease == 3
 
 
+def test_an_empty_variable_is_none_for_every_setting(clean: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    plain = Settings.load()
+    for name in [*all_names(), "DATABASE_URL"]:
+        for empty in ("", " ", '""', "\n"):
+            clean.setenv(name, empty)
+            assert Settings.load() == plain, name
+        # Nor does it hide what the file says
+        clean.setenv(name, "")
+        (tmp_path / ".env").write_text("MNEMOBUS_LEASE=3\nREDIS_URL=redis://file\nMNEMOBUS_DURABILITY=\n")
+        found = Settings.load()
+        assert (found.lease, found.redis_url, found.durability) == (3, "redis://file", "logged")
+        (tmp_path / ".env").unlink()
+        clean.delenv(name)
+    # Also as a keyword, which others fill from the environment
+    assert Settings.load(redis_url="", redis_db="", outbox=" ") == plain
+
+
+def all_names() -> list[str]:
+    """Every variable."""
+    return [str(field.validation_alias.choices[1]) for field in Settings.model_fields.values()]  # type: ignore[union-attr]
+
+
+def test_what_comes_along_from_files_is_taken_off(clean: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    # As `docker --env-file` and files of secrets hand values over
+    clean.setenv("REDIS_URL", '"redis://h:1/2"\n')
+    clean.setenv("MNEMOBUS_DURABILITY", " 'committed' ")
+    clean.setenv("MNEMOBUS_LEASE", "3\r\n")
+    clean.setenv("REDIS_PASSWORD", "' with quotes and spaces '\n")
+    settings = Settings.load()
+    assert (settings.redis_url, settings.durability, settings.lease) == ("redis://h:1/2", "committed", 3)
+    assert settings.redis_password == "' with quotes and spaces '"
+    # As some editors save files
+    (tmp_path / ".env").write_bytes(b"\xef\xbb\xbfMNEMOBUS_HEARTBEAT=0.5\n")
+    assert Settings.load().heartbeat == 0.5
+    (tmp_path / ".env").write_bytes("MNEMOBUS_HEARTBEAT=0.5\n".encode("utf-16"))
+    with pytest.raises(SettingsError, match=r"\.env can't be read as text in UTF-8"):
+        Settings.load()
+
+
+def test_database_url_of_another_program_comes_last_and_is_named(
+    clean: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    # Given a variable that another program reads, too
+    clean.setenv("DATABASE_URL", "mysql://u:hunter2@h/d")
+    with pytest.raises(SettingsError) as caught:
+        Settings.load()
+    assert str(caught.value).startswith("DATABASE_URL: must be sqlite:///path/to/file.db or postgresql://")
+    assert "it is read only where the same name with MNEMOBUS_ in front is not set" in str(caught.value)
+    # Then what is set for mnemobus wins, wherever it is set
+    (tmp_path / ".env").write_text("MNEMOBUS_DATABASE_URL=sqlite:///file.db\n")
+    assert Settings.load().database_url == "sqlite:///file.db"
+    clean.setenv("MNEMOBUS_DATABASE_URL", "sqlite:///environment.db")
+    assert Settings.load().database_url == "sqlite:///environment.db"
+    # And an error names the one that is meant
+    clean.setenv("MNEMOBUS_DATABASE_URL", "mysql://x")
+    with pytest.raises(SettingsError, match=r"^MNEMOBUS_DATABASE_URL: must be"):
+        Settings.load()
+    # It is read from the file as well
+    clean.delenv("MNEMOBUS_DATABASE_URL")
+    clean.delenv("DATABASE_URL")
+    (tmp_path / ".env").write_text("DATABASE_URL=postgres://h/d\n")
+    assert Settings.load().database_url == "postgresql://h/d"
+
+
 @pytest.mark.parametrize(
     ("name", "value", "message"),
     [

@@ -29,6 +29,7 @@ from .errors import (
     UnsafeRedis,
     WriteFailed,
     WriteRejected,
+    WrongLoop,
 )
 from .keys import Version
 from .memory import Context, Memories, Memory
@@ -75,5 +76,6 @@ __all__ = [
     "Version",
     "WriteFailed",
     "WriteRejected",
+    "WrongLoop",
     "connect",
 ]

@@ -7,10 +7,13 @@ A write goes to the log (log.py) and leaves marks on what it touches (marks.py).
 from __future__ import annotations
 
 import asyncio
+import atexit
 import base64
 import binascii
 import logging
+import os
 import secrets
+import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AsyncExitStack, suppress
@@ -18,7 +21,6 @@ from types import TracebackType
 from typing import Any, Final, Literal
 
 import orjson
-from redis.exceptions import RedisError
 
 from .connection import AWAY, Link
 from .errors import (
@@ -31,19 +33,20 @@ from .errors import (
     LogUnavailable,
     MemoryNotFound,
     NotCommitted,
-    SettingsError,
     StoreError,
     StoreUnavailable,
+    WrongLoop,
 )
 from .events import DELETE, DELETE_ROOM, PUT, UPDATE, Event
 from .feed import Feed
+from .health import Checkup
 from .identity import Acquaintance
 from .keys import (
     Dimensions,
     Version,
     id_scope,
 )
-from .local import MISS, LocalCache, clock
+from .local import MISS, LocalCache
 from .log import Publisher, Syncer
 from .marks import Marks, Write
 from .memory import (
@@ -65,12 +68,15 @@ from .query import (
     GET_FIELD,
     MANY,
     ONE,
+    ROOM_SCOPES,
     Place,
     Plan,
     Question,
     cursor_of,
     field_of,
+    limit_of,
     query_of,
+    room_scope,
     scope_of,
 )
 from .settings import Settings
@@ -147,7 +153,10 @@ def connect(**settings: Any) -> Bus:
 
 
 class Bus:
-    """An agent's way to its memories. One per process (or event loop); tasks share it.
+    """An agent's way to its memories. One per event loop; tasks share it.
+
+    It belongs to the event loop in which it is opened. In any other, in another thread or after a fork, calls raise
+    WrongLoop. One that is not yet open may be forked: each process then opens a bus of its own.
 
     Any call may be cancelled at any time. A cancelled write may or may not have been logged; the bus
     behaves as if it had been.
@@ -155,6 +164,12 @@ class Bus:
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
+        self._assemble()
+        _buses.add(self)
+
+    def _assemble(self) -> None:
+        """Make its parts, none of which does anything before `open`."""
+        settings = self.settings
         self.id = secrets.token_hex(8)
         """Names this bus among all that share its Redis: its producer id in the log."""
         self._link = Link(settings)
@@ -177,6 +192,17 @@ class Bus:
         self._outbox = (
             None if settings.outbox == "off" else Outbox(self._link, self.id, self._kept, self._published)
         )
+        self._checkup = Checkup(
+            self._link,
+            self._reader,
+            self._local,
+            self._feed,
+            self._shared,
+            self._shadow,
+            self._outbox,
+            self.id,
+            self._acquaintance,
+        )
         self._publishers = [
             Publisher(self._link, p, self.id, self._logged, self._outbox)
             for p in range(settings.log_partitions)
@@ -191,11 +217,26 @@ class Bus:
         """By table, those that this bus wrote before the store had any."""
         self._seen: dict[int, Version] = {}
         """The last version that this bus wrote or observed, by log partition: its token."""
-        self._state = "new"
+        self._state: Literal["new", "open", "closed", "forked"] = "new"
+        self._loop: asyncio.AbstractEventLoop | None = None
+        """That in which it was opened."""
         self._opening: list[asyncio.Task[Any]] = []
         self._closing: asyncio.Task[None] | None = None
         self._epochs = 0
         self._link.on_epoch.append(self._count_epoch)
+
+    def _fork(self) -> None:
+        """Called in a child process, for what it has inherited."""
+        if self._state == "new":
+            on_drop = self.on_drop
+            self._assemble()  # under an id of its own: the log takes two processes of one id for one
+            self.on_drop = on_drop
+        elif self._closing is None or not self._closing.done():
+            self._state = "forked"
+            self._local.stop()
+            # Connections, files and locks are the parent's. Whatever is done with them here, closing them when they
+            # are forgotten included, would harm it. So they are never forgotten.
+            _keep_forever(self)
 
     # Life
 
@@ -205,8 +246,14 @@ class Bus:
         A Redis or a store that is away is no error (the bus degrades, and recovers), both are. A Redis that is not
         fit for use (it could evict the log, refuses the login, is laid out differently) is a SettingsError.
         """
+        if self._state == "forked":
+            raise self._elsewhere()
         if self._state != "new":
             raise BusClosed("a bus is opened once; connect() gives a new one")
+        self._loop = asyncio._get_running_loop()
+        if self._loop is None:
+            raise WrongLoop("a bus needs an event loop of asyncio (or uvloop's), and none is running here")
+        self._shadow.loop = self._loop
         self._state = "open"
         redis, store = asyncio.create_task(self._open_redis()), asyncio.create_task(self._open_store())
         self._opening = [redis, store]
@@ -253,6 +300,12 @@ class Bus:
 
         If it is cancelled, the bus goes on closing; a repeated call waits for that.
         """
+        if self._state == "forked" or (
+            self._loop is not asyncio._get_running_loop()
+            and self._state != "new"
+            and not (self._closing is not None and self._closing.done())
+        ):
+            raise self._elsewhere()
         if self._closing is None:
             self._state = "closed"
             self._closing = asyncio.create_task(self._close(), name="mnemobus-close")
@@ -288,13 +341,34 @@ class Bus:
         await self.close()
 
     def _check_open(self) -> None:
+        """That the bus may be used, here: of every call but a hit in L1, which needs no loop. IdentityMismatch if
+        its store turned out to be another's."""
         self._check_state()
         if self._acquaintance.refused:
             raise IdentityMismatch(self._acquaintance.refused)
 
     def _check_state(self) -> None:
+        self._check_process()
         if self._state != "open":
             raise BusClosed(f"the bus is {'closed' if self._state == 'closed' else 'not open yet'}")
+        if asyncio._get_running_loop() is not self._loop:
+            raise self._elsewhere()
+
+    def _check_process(self) -> None:
+        if self._state == "forked":
+            raise self._elsewhere()
+
+    def _elsewhere(self) -> WrongLoop:
+        if self._state == "forked":
+            return WrongLoop(
+                "the bus was opened before this process was forked, and belongs to its parent. Open a bus in each"
+                " process, after the fork"
+            )
+        ended = self._loop is not None and self._loop.is_closed()
+        return WrongLoop(
+            f"the bus was opened in another event loop{', which has ended' if ended else ''}. A bus belongs to the loop"
+            " in which it is opened: open one in each, or hand calls over with asyncio.run_coroutine_threadsafe()"
+        )
 
     def _count_epoch(self, epoch: str) -> None:
         self._epochs += 1
@@ -448,7 +522,8 @@ class Bus:
         durability: Durability | None,
         embedding_lengths: Mapping[str, int] | None = None,
     ) -> list[Receipt]:
-        durability = durability or self.settings.durability
+        if durability is None:
+            durability = self.settings.durability
         if durability not in ("logged", "synced", "committed"):
             raise InvalidQuery(f"durability must be logged, synced or committed, not {durability!r}")
         if durability == "synced":
@@ -522,6 +597,7 @@ class Bus:
     def _drop(self, event: Event) -> list[str]:
         """Drop what a write touches; the scopes that are known from the event alone."""
         if event.op == DELETE_ROOM:
+            self._local.drop_orphans()
             for scope in list(self._local):
                 if not scope.startswith("room:"):
                     self._local.drop(scope)
@@ -610,10 +686,15 @@ class Bus:
 
         Raises InvalidQuery, or StoreUnavailable if no tier can answer.
         """
+        if type(limit) is not int:  # True is 1 to a cache
+            limit = limit_of(limit)
         key: Any = limit  # nothing else: what is asked for in nearly every case makes no tuple
         narrower = entity is not None or agent is not None or world is not None
         if room is not None and not narrower and before is None and after is None:
-            scope = f"room:{table}:{room}"
+            try:
+                scope = ROOM_SCOPES[table][room]
+            except (KeyError, TypeError):
+                scope = room_scope(table, room)
         else:
             scope = scope_of(table, room, entity, agent, world)
             key = (limit, entity, agent, world)
@@ -637,7 +718,7 @@ class Bus:
         before: Place | None,
         after: Place | None,
     ) -> Memories:
-        if not isinstance(limit, int) or not 1 <= limit <= MAX_LIMIT:
+        if not 1 <= limit <= MAX_LIMIT:
             raise InvalidQuery(f"limit must be between 1 and {MAX_LIMIT}, not {limit!r}")
         query = query_of(table, room, entity, agent, world, before, after)
 
@@ -698,6 +779,7 @@ class Bus:
 
         Raises LogUnavailable while writes wait in the outbox: they have no version yet that could be waited for.
         """
+        self._check_process()
         if self._outbox is not None and self._outbox.waiting:
             raise LogUnavailable(
                 f"{self._outbox.waiting} writes wait in the outbox: a token can't name them yet"
@@ -753,11 +835,14 @@ class Bus:
         # All of it is fanned out. What the fan-out has not brought here yet, a heartbeat fetches.
         while not await self._feed.sync():
             logger.debug("the heartbeat failed; another one")
+        # What is being loaded under a scope that the bus does not listen to may be from before.
+        self._local.drop_orphans()
 
     # What it tells of itself
 
     def stats(self) -> Stats:
         """Figures since the bus was opened."""
+        self._check_process()
         local, shared, feed, tiers = self._local, self._shared, self._feed, self._tiers
         return Stats(
             hits_local=local.hits,
@@ -794,60 +879,39 @@ class Bus:
             breaches_shared=self._shadow.breaches_shared,
         )
 
-    async def health(self) -> Health:
-        """How the bus is, now: asks Redis and the store."""
+    async def health(self, timeout: float = 2.0) -> Health:
+        """How the bus is, now: asks Redis and the store, for ``timeout`` seconds at most. Raises only BusClosed."""
         self._check_state()
-        problems: list[str] = []
-        redis, backlog, dead = await self._redis_health(problems)
-        try:
-            schema = await self._reader.schema()
-            store = f"schema {schema}"
-        except StoreError as error:
-            store = str(error)
-            problems.append(f"the store can't be read: {error}")
-        problems += await self._acquaintance.problems()
-        if self._outbox is not None and self._outbox.waiting:
-            problems.append(f"{self._outbox.waiting} writes wait in the outbox {self._outbox.where}")
-        if self._outbox is not None and self._outbox.trouble:
-            problems.append(f"while Redis is away, writes can't wait in the outbox: {self._outbox.trouble}")
-        if self._shared.trouble:
-            problems.append(f"results can't be shared, so reads go to the store: {self._shared.trouble}")
-        shadow = self._shadow
-        if shadow.breaches_local or shadow.breaches_shared:
-            problems.append(
-                f"copies were older than promised: {shadow.breaches_local} local, {shadow.breaches_shared} shared;"
-                " the log names them"
-            )
-        age = clock() - self._feed.last_good
-        if clock() < self._local.fresh_until:
-            feed = f"local copies are served; verified {age:.1f} s ago"
-        else:
-            feed = "local copies are not served"
-            problems.append(f"the feed is not verified: {self._feed.trouble or 'no heartbeat yet'}")
-        return Health(not problems, redis, store, feed, backlog, dead, tuple(problems))
+        return await self._checkup.health(timeout)
 
-    async def _redis_health(self, problems: list[str]) -> tuple[str, int, int]:
-        keys = self._link.keys
-        partitions = range(self.settings.log_partitions)
-        try:
-            replies = await self._link.pipeline(
-                [("HMGET", keys.meter(p), "added", "applied") for p in partitions]
-                + [("XLEN", keys.dead(p)) for p in partitions],
-                pool=self._link.probe,
-            )
-        except (*AWAY, RedisError, SettingsError) as error:
-            problems.append(f"Redis can't be used: {error}")
-            return str(error), -1, -1
-        for reply in replies:
-            if isinstance(reply, Exception):
-                problems.append(f"Redis can't be used: {reply}")
-                return str(reply), -1, -1
-        meters, letters = replies[: len(partitions)], replies[len(partitions) :]
-        backlog = sum(int(added or 0) - int(applied or 0) for added, applied in meters)
-        dead = sum(letters)
-        if dead:
-            problems.append(f"{dead} dead letters: writes that no worker could apply")
-        return str(self._link.server), max(backlog, 0), dead
+
+_buses: weakref.WeakSet[Bus] = weakref.WeakSet()
+"""All that there are in this process."""
+
+
+def _after_fork() -> None:
+    for bus in list(_buses):
+        bus._fork()
+
+
+def _at_exit() -> None:
+    """A bus that nobody closed ends with the process. To take it apart would be of no use, and its tasks and
+    connections would complain of it, each with a traceback."""
+    for bus in list(_buses):
+        if bus._state == "open":
+            _keep_forever(bus)
+
+
+if hasattr(os, "register_at_fork"):  # not on Windows, which does not fork
+    os.register_at_fork(after_in_child=_after_fork)
+atexit.register(_at_exit)
+
+
+def _keep_forever(thing: object) -> None:
+    """Have the interpreter not forget an object, nor what it refers to, even as it ends."""
+    import ctypes
+
+    ctypes.pythonapi.Py_IncRef(ctypes.py_object(thing))
 
 
 __all__ = ["KEEP", "Bus", "Receipt", "connect"]

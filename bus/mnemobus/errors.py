@@ -26,6 +26,7 @@
      ├─ BadEvent                 an entry of the log that can't be decoded
      ├─ LogTrimmed               a replay asks for events that the log no longer has
      ├─ EmbeddedServerError      no server binary for the embedded Redis, or it did not start
+     ├─ WrongLoop                the bus was used in another event loop, thread or process than it was opened in
      └─ BusClosed                the bus was used before it was opened or after it was closed
 """
 
@@ -146,3 +147,7 @@ class EmbeddedServerError(MnemobusError):
 
 class BusClosed(MnemobusError, RuntimeError):
     """The bus was used before it was opened or after it was closed."""
+
+
+class WrongLoop(MnemobusError, RuntimeError):
+    """The bus was used in another event loop, thread or process than the one in which it was opened."""

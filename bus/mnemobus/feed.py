@@ -163,6 +163,8 @@ class Feed:
         """Whether the last heartbeat reached Redis."""
         self.trouble = ""
         """Why it did not, for people."""
+        self.deaf = ""
+        """Why nothing can be heard of what is published, for people; empty while it can."""
         self.last_good = 0.0
         """When, by `clock`, the last good heartbeat began."""
         self.invalidations = 0
@@ -202,6 +204,8 @@ class Feed:
                     await work()
                     return
                 except Exception:
+                    if asyncio._get_running_loop() is None:  # it is being forgotten, together with its loop
+                        return
                     self.restarted_tasks += 1
                     logger.exception("%s died; starting it again", name)
                     await asyncio.sleep(self._settings.redis_create_retry_interval / 1000)
@@ -263,6 +267,7 @@ class Feed:
                 while True:
                     self._hear(await connection.read_response(timeout=float("inf"), push_request=True))
             except (*AWAY, RedisError, SettingsError) as error:
+                self.deaf = str(error) or "no answer in time"
                 if str(error) != said:
                     said = str(error)
                     logger.warning("the feed's connection to Redis at %s broke: %s", self._link.address, said)
@@ -292,6 +297,7 @@ class Feed:
             else:
                 self._receive(partition, message)
         elif kind == b"subscribe":
+            self.deaf = ""
             partition = self._by_channel.get(channel)
             if partition is not None and not partition.confirmed:
                 partition.confirmed = True

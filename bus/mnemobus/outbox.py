@@ -44,7 +44,7 @@ from .events import Event
 from .keys import Version
 from .log import CALL_BYTES, CALL_EVENTS, Field, Overtaken, append
 from .marks import Write
-from .tasks import end
+from .tasks import end, in_background
 
 logger = logging.getLogger("mnemobus.outbox")
 
@@ -102,8 +102,9 @@ class OutboxFile:
             if self._own:
                 private.make_folder(self.path.parent)
                 private.make_database(self.path)
-            self._database = await aiosqlite.connect(
-                f"{self.path.absolute().as_uri()}?mode={mode}", uri=True, timeout=0, isolation_level=None
+            address = f"{self.path.absolute().as_uri()}?mode={mode}"
+            self._database = await in_background(
+                aiosqlite.connect(address, uri=True, timeout=0, isolation_level=None)
             )
             await self._prepare(self._database)
         except OSError as error:

@@ -6,10 +6,14 @@ What the order of the steps has to keep:
 - The bucket is taken before anything is read, so that an invalidation which comes meanwhile takes the bucket out of
   sight, and the fill with it (G4). It is a live one only if the bus listens to the scope's feed partition.
 - Redis is not asked while no heartbeat reaches it: its buckets may be of an epoch that is over.
-- Concurrent reads of one query share the load of the first, unless an invalidation came between them: then the later
-  one finds another bucket, without a load. Nor is a load shared that began ``max_staleness`` ago (in a process that was
-  paused, say, and has not heard yet what came meanwhile): what it brings may be as old (G5). The load is part of the
-  first one's task: if that is cancelled, the others begin again, and one of them loads.
+- Concurrent reads of one query share the load of the first, unless an invalidation or a write of this bus came between
+  them: then the later one finds another bucket, without a load. Where nothing may be cached they share an orphan
+  bucket, for as long as they load: else a Redis that is away would turn each read into a query. Those that have waited
+  in vain for a write of this bus, and answer stale, share with each other only. A read that meets a write of this bus
+  which was logged after it began shares with nobody.
+- Nor is a load shared that began ``max_staleness`` ago (in a process that was paused, say, and has not heard yet what
+  came meanwhile): what it brings may be as old (G5). The load is part of the first one's task: if that is cancelled,
+  the others begin again, and one of them loads.
 """
 
 from __future__ import annotations
@@ -108,10 +112,13 @@ class Tiers:
         while True:
             stale = plan.scope in self._marks and not await self._wait_for_own_writes(plan.scope)
             joined = self._feed.joined(partition) or await self._feed.join(partition, _JOIN_PATIENCE)
-            if joined and not stale and plan.scope not in self._marks:
+            marked = plan.scope in self._marks
+            if joined and not stale and not marked:
                 bucket = self._local.open(plan.name, partition, self._settings.ttl(plan.table))
+            elif marked and not stale:
+                bucket = Bucket(plan.name, partition, 0.0)
             else:
-                bucket = self._local.orphan(plan.name, partition)
+                bucket = self._local.orphan(plan.name, partition, stale=stale)
             load = self._loads.get((bucket, plan.key))
             if load is None or clock() - load.began >= self._settings.max_staleness:
                 kept, source, last_known = await self._lead(plan, bucket)

@@ -42,6 +42,7 @@ from mnemobus.store import Applied, Refused, Writer
 from mnemobus.wire import Command
 
 from .broker import Batch, Entry, Stopping
+from .report import State
 from .standing import Standing, Witness, witness
 
 logger = logging.getLogger("mnemobus.apply")
@@ -84,6 +85,7 @@ class Applier:
         link: ThreadedLink,
         writer: Writer,
         stopping: threading.Event,
+        state: State | None = None,
         standing: Standing | None = None,
     ) -> None:
         self._settings = settings
@@ -93,6 +95,7 @@ class Applier:
         self._open = False
         self._opening = threading.Lock()
         self._stopping = stopping
+        self._state = state or State()
         self._shared_places = lru_cache(_PLACES)(self._find_places)
         self._figures = threading.Lock()
         self._events = 0
@@ -173,6 +176,8 @@ class Applier:
 
         def before_sleep(state: RetryCallState) -> None:
             error = state.outcome.exception() if state.outcome else None
+            if error is not None:
+                self._state.waits(what, error)
             log = logger.warning if state.attempt_number in (1, 10, 100) else logger.debug
             log("%s: %s; trying again until it works", what, error)
 
@@ -185,7 +190,8 @@ class Applier:
             reraise=True,
         )
         try:
-            return retrying(work)
+            with self._state.trying(what):
+                return retrying(work)
         except Exception as error:
             if not _passes(error):
                 raise

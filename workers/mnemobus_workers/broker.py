@@ -46,6 +46,7 @@ from mnemobus.errors import MnemobusError
 from mnemobus.keys import APPLY_GROUP
 from mnemobus.settings import Settings
 
+from .report import State
 from .standing import Standing
 from .unmoved import Unmoved
 
@@ -105,10 +106,12 @@ class BatchProxy(dramatiq.MessageProxy):
         )
         self.batch = batch
         self.stopped = False
+        self.error: BaseException | None = None
 
     def stuff_exception(self, exception: BaseException) -> None:
         super().stuff_exception(exception)
         self.stopped = isinstance(exception, Stopping)
+        self.error = exception
         self.fail()
 
 
@@ -134,6 +137,8 @@ class StreamBroker(dramatiq.Broker):
         """Whether this process may take batches; None: it may."""
         self.stopping = threading.Event()
         """Set once the worker shuts down: nothing is waited for any more."""
+        self.state = State()
+        """What this process tells of itself."""
 
     def declare_queue(self, queue_name: str) -> None:
         if queue_name in self.queues:
@@ -239,6 +244,7 @@ class StreamConsumer(dramatiq.Consumer):
         self._settings = broker.settings
         self._partition = partition
         self._queue = queue_name(partition)
+        self._what = f"log partition {partition}"
         self._key = broker.link.keys.log(partition)
         self._timeout = timeout / 1000
         # A read that blocks longer than the socket would time out on its own connection.
@@ -272,6 +278,7 @@ class StreamConsumer(dramatiq.Consumer):
         if self._away:
             logger.info("log partition %d: Redis is back", self._partition)
             self._away = 0
+            self._broker.state.goes_on(self._what)
         if batch is None:
             return None
         self._broker.held.add(batch)
@@ -279,6 +286,7 @@ class StreamConsumer(dramatiq.Consumer):
 
     def _wait_out(self, error: Exception) -> None:
         self._away += 1
+        self._broker.state.waits(self._what, error)
         if self._away == 1:
             logger.warning("log partition %d can't be read, trying until it can: %s", self._partition, error)
         time.sleep(min(1.0, 0.05 * 2 ** min(self._away, 5)))
@@ -405,6 +413,9 @@ class StreamConsumer(dramatiq.Consumer):
                 ) from error
             # It stays pending, will be claimed, and applied again, to no effect.
             logger.error("%r is applied but could not be confirmed: %s", message.batch, error)
+            self._broker.state.failed("confirming a batch", error)
+        else:
+            self._broker.state.applied(len(message.batch.entries))
         self._broker.held.drop(message.batch)
 
     def nack(self, message: dramatiq.MessageProxy) -> None:
@@ -415,6 +426,8 @@ class StreamConsumer(dramatiq.Consumer):
         if message.stopped:
             self._broker.hand_back(message.batch, begun=False)
         else:
+            if message.error is not None:
+                self._broker.state.failed("applying a batch", message.error)
             logger.warning("%r was not applied; it stays pending and will be claimed again", message.batch)
 
     def requeue(self, messages: Iterable[dramatiq.MessageProxy]) -> None:

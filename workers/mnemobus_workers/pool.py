@@ -18,7 +18,7 @@ def make_broker(settings: Settings) -> StreamBroker:
     broker = StreamBroker(settings)
     writer = open_writer(settings)
     standing = broker.standing = Standing(settings, broker.link, writer, broker.consumer_name)
-    applier = Applier(settings, broker.link, writer, broker.stopping, standing)
+    applier = Applier(settings, broker.link, writer, broker.stopping, broker.state, standing)
     broker.add_middleware(Lifecycle(broker, applier))
 
     def apply(batch: Batch) -> None:

@@ -1,4 +1,4 @@
-"""What a worker process does besides applying: it renews what it holds, and keeps the log tidy.
+"""What a worker process does besides applying: it renews what it holds, tells how it is, and keeps the log tidy.
 
 Two threads per process: one for all that Redis alone is asked for, one for what the store is asked as well. Nothing
 that goes wrong in them ends them: it is logged, and tried again the next time.
@@ -24,6 +24,7 @@ from mnemobus.keys import APPLY_GROUP, COPY_GROUP, REPLAY_GROUP
 
 from .apply import Applier
 from .broker import Stopping, StreamBroker
+from .report import Reporter
 
 logger = logging.getLogger("mnemobus.upkeep")
 
@@ -41,6 +42,8 @@ PRODUCER_WATCHED = 3600.0
 have jumped ahead, and a producer that is at work must not be forgotten for that."""
 _SAMPLES = 32
 """Deliveries that are remembered over the time of retention."""
+_SETTLES = 0.2
+"""Seconds that a change may take to be told: what is over by then is told with it."""
 _TRIM_ROUNDS = 20
 _SCAN = 500
 
@@ -78,6 +81,8 @@ class Upkeep:
         self._applier = applier
         self._settings = broker.settings
         self._link = broker.link
+        self._state = broker.state
+        self._reporter = Reporter(broker.link, broker.consumer_name, broker.state, broker.settings.claim_idle)
         self._stop = threading.Event()
         self._threads: list[threading.Thread] = []
         partitions = range(self._settings.log_partitions)
@@ -95,20 +100,38 @@ class Upkeep:
 
     def stop(self) -> None:
         self._stop.set()
+        self._state.changed.set()
         for thread in self._threads:
             thread.join()
+        if self._threads:
+            self._reporter.leave()
         if self._broker.standing is not None:
             self._broker.standing.stop()
 
     def _run(self) -> None:
         opener = threading.Thread(target=self._open_store, name="mnemobus-open-store", daemon=True)
         opener.start()
-        tidy_at = time.monotonic() + random.uniform(0, TIDY_EVERY)
-        while not self._stop.wait(self._settings.claim_idle / 3):
-            self._attempt("renewing what is being applied", self._broker.renew)
-            if time.monotonic() >= tidy_at:
+        renew_every = self._settings.claim_idle / 3
+        now = time.monotonic()
+        renew_at, tidy_at, tell_at = now + renew_every, now + random.uniform(0, TIDY_EVERY), now
+        while not self._stop.is_set():
+            # What changes is told at once, but not several times in a fraction of a second.
+            if self._state.changed.wait(max(0.0, min(renew_at, tell_at) - now)):
+                self._stop.wait(_SETTLES)
+            now = time.monotonic()
+            if self._stop.is_set():
+                break
+            if now >= renew_at:
+                self._attempt("renewing what is being applied", self._broker.renew)
+                renew_at = now + renew_every
+            if now >= tell_at or self._state.changed.is_set():
+                self._state.changed.clear()
+                self._reporter.tell()
+                tell_at = now + self._reporter.every
+            if now >= tidy_at:
                 self._attempt("tidying the log", self.tidy)
-                tidy_at = time.monotonic() + random.uniform(0.5, 1.5) * TIDY_EVERY
+                tidy_at = now + random.uniform(0.5, 1.5) * TIDY_EVERY
+            now = time.monotonic()
 
     def _open_store(self) -> None:
         """Make the schema before the first event comes: agents wait for it."""
@@ -116,8 +139,9 @@ class Upkeep:
             self._applier.open()
         except Stopping as error:
             logger.info("%s", error)
-        except Exception:
+        except Exception as error:
             self.failures += 1
+            self._state.failed("opening the store", error)
             logger.exception("the store can't be opened; the next batch tries again")
 
     def _look_again_and_again(self) -> None:
@@ -145,14 +169,17 @@ class Upkeep:
         try:
             work()
         except (RedisError, MnemobusError, *AWAY) as error:
+            self._state.failed(what, error)
             logger.warning("%s failed, trying again later: %s", what, error)
-        except Exception:
+        except Exception as error:
             self.failures += 1
+            self._state.failed(what, error)
             logger.exception("%s failed, trying again later", what)
 
     def tidy(self) -> None:
-        """Trim the log, forget replays, consumers and producers that are long gone, and set meters right."""
+        """Trim the log, forget replays, consumers, producers and workers that are long gone, and set meters right."""
         keys, link = self._link.keys, self._link
+        self._reporter.tidy()
         for partition in range(self._settings.log_partitions):
             log = keys.log(partition)
             self._forget_replays(partition)

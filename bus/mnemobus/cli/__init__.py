@@ -178,16 +178,17 @@ def _import(
     already is skipped. If the stored one differs (it was updated since), it is
     left as it is, unless --overwrite is given. A memory that was deleted since
     is imported again. A line without id gets one that is made of what the line
-    says: the same line is the same memory, however often it comes.
+    says: the same line is the same memory, however often it comes. Lines with
+    equal dates and without ids keep the order of the file.
 
-    Each bad line is named, with its number and the reason; the exit status is 1
+    The file may be compressed by gzip. Each bad line is named, with its number and the reason; the exit status is 1
     if there were any.
 
     \b
     Examples:
       mnemobus import conversations.jsonl
       mnemobus import --on-error skip big.jsonl
-      zcat old.jsonl.gz | mnemobus import -
+      jq -c '.[]' array.json | mnemobus import -
     """
     if on_error not in ("stop", "skip"):
         raise typer.BadParameter(f"{on_error!r} is neither 'stop' nor 'skip'.", param_hint="--on-error")

@@ -23,7 +23,7 @@ from ..store import open_reader
 from .binary import Binary, find_server
 from .processes import end, free_port, log_tail, sole_use, spawn
 from .server import START_TIMEOUT, EmbeddedRedis, with_port
-from .workers import WorkerPool, await_workers, reading_clients
+from .workers import WorkerPool, await_workers
 
 logger = logging.getLogger("mnemobus.embedded")
 
@@ -124,7 +124,6 @@ __all__ = [
     "find_server",
     "free_port",
     "log_tail",
-    "reading_clients",
     "sole_use",
     "spawn",
     "with_port",

@@ -19,6 +19,7 @@ from .. import private
 from ..connection import AWAY, Link
 from ..keys import Keyspace
 from ..settings import Settings
+from ..vitals import reading_clients
 from . import tethered
 from .processes import STOP_TIMEOUT, end, spawn
 from .tethered import PID_FILE
@@ -130,16 +131,3 @@ async def await_workers(settings: Settings, processes: int = 1) -> None:
             await asyncio.sleep(0.05)
     finally:
         await link.close()
-
-
-def reading_clients(clients: bytes | str, within: float = 10.0) -> int:
-    """How many connections wait for the log, by CLIENT LIST: a worker process has one per log partition.
-
-    A consumer group tells who *got* something last; before Redis 7, a worker on an idle log is not in it at all.
-    """
-    text = clients.decode("utf-8", "replace") if isinstance(clients, bytes) else clients
-    found = 0
-    for line in text.splitlines():
-        fields = dict(word.partition("=")[::2] for word in line.split())
-        found += fields.get("cmd") == "xreadgroup" and int(fields.get("idle", 0)) <= within
-    return found

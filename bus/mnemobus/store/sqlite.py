@@ -28,6 +28,7 @@ from ..errors import Rejected, SettingsError, StoreUnavailable
 from ..events import Event
 from ..keys import Dimensions, Version
 from ..settings import Settings
+from ..tasks import in_background
 from . import SCHEMA, Applied, Identity, merge, migrations
 from .layout import OURS, TABLES, Columns, Found, Names, check_old, check_own, prefixed
 from .merge import Delta, Room
@@ -239,12 +240,9 @@ class SqliteReader(SqlReader):
     async def _open_connection(self) -> aiosqlite.Connection:
         # A file that was removed is not made again: it would be empty.
         uri = f"{self._path.as_uri()}?mode=rw"
-        connecting = aiosqlite.connect(uri, uri=True, timeout=self._timeout, isolation_level=None)
-        # A process that ends without closing its bus must not wait for this thread: it reads, and has nothing to lose.
-        # Before 0.22 the connection itself was the thread.
-        thread: Any = getattr(connecting, "_thread", connecting)
-        thread.daemon = True
-        connection = await connecting
+        connection = await in_background(
+            aiosqlite.connect(uri, uri=True, timeout=self._timeout, isolation_level=None)
+        )
         await connection.execute_fetchall("PRAGMA query_only = ON")
         return connection
 
