@@ -155,9 +155,10 @@ class Upkeep:
         try:
             self._broker.standing.look()
             self._said = ""
-        except IdentityMismatch:
-            pass  # it has told
+        except IdentityMismatch as error:
+            self._state.failed("who the store is", error)  # the log has it
         except (RedisError, MnemobusError, *AWAY) as error:
+            self._state.failed("looking after the store", error)
             if str(error) != self._said:
                 self._said = str(error)
                 logger.warning("looking after the store failed, trying again: %s", error)
