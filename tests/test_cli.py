@@ -121,14 +121,14 @@ async def test_stats_are_those_of_log_workers_feed_and_store(
         )
         assert got["store"] == {
             "url": pool.database_url,
-            "schema": 1,
+            "schema": 2,
             "tables": {"messages": 12},
             "memories": 12,
         }
         # And people see them
         assert shown.status == 0
         assert re.search(r"│ +2 │ +\d+ │ +0 │ +- │ +0 │ +1 │ +\d+ │", shown.out)
-        assert f"{pool.database_url}, schema 1: messages 12" in shown.out
+        assert f"{pool.database_url}, schema 2: messages 12" in shown.out
 
 
 async def test_stats_tell_what_waits(settings: Settings, connect: Connect, command: Start) -> None:
@@ -300,13 +300,13 @@ async def test_the_doctor_finds_nothing_where_nothing_is_wrong(
     assert {check: status for check, (status, _, _) in found.items()} == dict.fromkeys(
         (
             "redis", "policy", "memory", "persistence", "writes", "rights", "layout", "workers", "backlog",
-            "dead letters", "store", "outbox",
+            "dead letters", "store", "outbox", "identity",
         ),
         "ok",
     )  # fmt: skip
     assert not any(advice for _, _, advice in found.values())
     assert plain.status == 0
-    assert re.search(r"^ok    store         sqlite:.*, schema 1$", plain.out, re.MULTILINE)
+    assert re.search(r"^ok    store         sqlite:.*, schema 2$", plain.out, re.MULTILINE)
 
 
 def test_the_doctor_where_nothing_runs_yet(settings: Settings, database_url: str, command: Start) -> None:
@@ -420,11 +420,11 @@ def test_the_doctor_where_the_schema_is_of_another_version(settings: Settings, c
     writer.close()
     path = Path(settings.database_url.removeprefix("sqlite:///"))
     with sqlite3.connect(path) as database:
-        database.execute("INSERT INTO migrations (number) VALUES (7)")
+        database.execute("INSERT INTO mnemobus_migrations (number) VALUES (7)")
     newer = checks(command("doctor", "--json", settings=settings))["store"]
     assert (
         newer[0] == "warn"
-        and "has schema 7, newer than 1" in newer[1]
+        and "has schema 7, newer than 2" in newer[1]
         and newer[2] == "upgrade mnemobus here"
     )
 
@@ -509,10 +509,10 @@ async def spoil(self, reports):
     with sqlite3.connect({database!r}) as connection:
         message = self._rooms[0].message(0)
         connection.execute(
-            "UPDATE memories SET content = '{{}}' WHERE id = ?", (bytes.fromhex(message.replace("-", "")),)
+            "UPDATE mnemobus_memories SET content = '{{}}' WHERE id = ?", (bytes.fromhex(message.replace("-", "")),)
         )
         connection.execute(
-            "UPDATE memories SET content = '{{}}' WHERE room = ?", (self._rooms[1].name,)
+            "UPDATE mnemobus_memories SET content = '{{}}' WHERE room = ?", (self._rooms[1].name,)
         )
     await prove(self, reports)
 

@@ -502,7 +502,7 @@ def rows(settings: Settings) -> int:
 
     path = settings.database_url.removeprefix("sqlite:///")
     with contextlib.closing(sqlite3.connect(path)) as connection:
-        return int(connection.execute("SELECT count(*) FROM memories").fetchone()[0])
+        return int(connection.execute("SELECT count(*) FROM mnemobus_memories").fetchone()[0])
 
 
 LINE = b'{"table": "messages", "room": "%d", "content": {"text": "hi"}}\n'

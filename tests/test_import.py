@@ -458,7 +458,7 @@ async def test_g1_an_import_that_was_stopped_half_way_is_completed_by_the_next(
 
 def _rows(settings: Settings) -> int:
     with sqlite3.connect(settings.database_url.removeprefix("sqlite:///")) as connection:
-        return int(connection.execute("SELECT count(*) FROM memories").fetchone()[0])
+        return int(connection.execute("SELECT count(*) FROM mnemobus_memories").fetchone()[0])
 
 
 async def test_g1_an_import_outlives_a_killed_worker(

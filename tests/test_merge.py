@@ -20,6 +20,7 @@ from mnemobus.keys import Dimensions, Version
 from mnemobus.settings import Settings
 from mnemobus.store import Query, Writer
 from mnemobus.store.merge import Delta, collapse
+from rows import named
 
 MEMORIES = 3
 """Two in the first room, one in the second."""
@@ -166,6 +167,7 @@ class Store:
             FROM memories AS m LEFT JOIN room_tombstones AS t ON t.tbl = m.tbl AND t.room = m.room
             WHERE m.room LIKE ? ORDER BY id
         """
+        statement = named(self.url, statement)
         parameters = (f"{world.name}/%",)
         if self.url.startswith("sqlite"):
             with closing(sqlite3.connect(self.url.removeprefix("sqlite:///"))) as connection:

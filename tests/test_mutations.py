@@ -203,6 +203,27 @@ MUTATIONS = [
         "test_log.py::test_g1_a_refusal_is_not_believed_while_an_unanswered_copy_may_still_arrive",
     ),
     Mutation(
+        "the identity: an agent with another database than the workers is refused (G6)",
+        "bus/mnemobus/identity.py",
+        "    if there.store != identity.store:\n",
+        "    if False:\n",
+        "test_identity.py::test_an_agent_that_came_first_with_a_wrong_database_gives_way_to_the_workers",
+    ),
+    Mutation(
+        "the witnesses: a store that lost what was committed is noticed (G1)",
+        "workers/mnemobus_workers/standing.py",
+        "        lost = self._writer.lacks(dict(there.witnesses.values()))\n",
+        "        lost: list[str] = []\n",
+        "test_identity.py::test_a_store_that_went_back_in_time_gets_from_the_log_what_it_lost",
+    ),
+    Mutation(
+        "the file: what is committed is in the one that is there now (G1)",
+        "bus/mnemobus/store/sqlite.py",
+        "        if self._connection is not None and file != self._file:\n",
+        "        if False:\n",
+        "test_identity.py::test_g1_a_file_that_is_replaced_under_the_workers_swallows_nothing",
+    ),
+    Mutation(
         "newer writes wait behind the outbox (G7)",
         "bus/mnemobus/log.py",
         "return self._overflow is not None and self._overflow.waiting > 0",

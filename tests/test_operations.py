@@ -74,6 +74,8 @@ def test_the_table_of_keys_has_every_key() -> None:
     made = [
         keys.layout,
         keys.epoch,
+        keys.identity,
+        keys.resync,
         keys.workers,
         keys.log(0),
         keys.producers(0),
@@ -153,7 +155,7 @@ def wipe(settings: Settings) -> None:
 
     connection = sqlite3.connect(settings.database_url.removeprefix("sqlite:///"))
     with connection:
-        for table in ("memories", "room_tombstones"):
+        for table in ("mnemobus_memories", "mnemobus_room_tombstones"):
             connection.execute(f"DELETE FROM {table}")
     connection.close()
 

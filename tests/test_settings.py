@@ -483,7 +483,7 @@ async def test_database_pool_max_and_timeout(settings: Settings, postgres_url: s
             assert 1 <= row[0] <= 2
             # A query that hangs is given up
             async with other.transaction():
-                await other.execute("lock table memories in access exclusive mode")
+                await other.execute("lock table mnemobus.memories in access exclusive mode")
                 with pytest.raises(StoreUnavailable):
                     await bus.recent("messages", room="other")
         assert len(await bus.recent("messages", room="other")) == 0

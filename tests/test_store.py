@@ -22,11 +22,12 @@ from urllib.parse import urlsplit, urlunsplit
 import pytest
 
 from mnemobus import store
-from mnemobus.errors import Rejected, SchemaError, SettingsError, StoreUnavailable
+from mnemobus.errors import Rejected, SchemaError, SettingsError, StoreError, StoreUnavailable
 from mnemobus.events import DELETE, DELETE_ROOM, PUT, UPDATE, Event
 from mnemobus.keys import Dimensions, Version
 from mnemobus.settings import Settings
 from mnemobus.store import Cursor, Query, Reader, Writer, migrations
+from rows import named
 
 DIMENSIONS = Dimensions("messages", "r1")
 
@@ -107,13 +108,13 @@ def sql(url: str, statement: str) -> list[tuple[Any, ...]]:
     """Ask the database itself."""
     if url.startswith("sqlite"):
         with closing(sqlite3.connect(url.removeprefix("sqlite:///"))) as connection:
-            rows = connection.execute(statement).fetchall()
+            rows = connection.execute(named(url, statement)).fetchall()
             connection.commit()
             return rows
     import psycopg
 
-    with psycopg.connect(url, autocommit=True) as connection:
-        cursor = connection.execute(statement.encode())
+    with psycopg.connect(url, autocommit=True, options="-csearch_path=mnemobus") as connection:
+        cursor = connection.execute(named(url, statement).encode())
         return cursor.fetchall() if cursor.description else []
 
 
@@ -488,7 +489,7 @@ def test_a_listing_reads_its_index_and_sorts_nothing(
     if url.startswith("sqlite"):
         with closing(sqlite3.connect(url.removeprefix("sqlite:///"))) as connection:
             plan = str(connection.execute(f"EXPLAIN QUERY PLAN {statement}", parameters).fetchall())
-        assert f"USING INDEX memories_{dimension} (tbl=? AND {dimension}=?" in plan
+        assert f"USING INDEX mnemobus_memories_{dimension} (tbl=? AND {dimension}=?" in plan
         assert "TEMP B-TREE" not in plan
         assert "created_us" in plan or bound is None
     else:
@@ -678,8 +679,8 @@ def test_any_number_of_processes_may_create_the_schema(url: str) -> None:
         if url.startswith("sqlite"):
             place = f"{url}.{n}"
         else:
-            sql(url, f"CREATE SCHEMA s{n}")
-            place = f"{url}?options=-csearch_path%3Ds{n}"
+            place = url
+            sql(url, "DROP SCHEMA IF EXISTS mnemobus CASCADE")
         for process in processes:
             assert process.stdin
             process.stdin.write(f"{place}\n")
@@ -743,7 +744,7 @@ async def test_a_migration_that_fails_leaves_nothing_behind(
     before = migrations.load
     broken = migrations.Migration(store.SCHEMA + 1, "x", "CREATE TABLE half (n integer);\nSELECT nothing;\n")
     monkeypatch.setattr(migrations, "load", lambda kind: [*before(kind), broken])
-    with pytest.raises(StoreUnavailable, match="nothing"), opened(url):
+    with pytest.raises(StoreError, match="nothing"), opened(url):
         pass
     assert sql(url, "SELECT max(number) FROM migrations") == [(store.SCHEMA,)]
     with pytest.raises(Exception, match="half"):
@@ -1033,7 +1034,7 @@ async def test_postgres_waits_no_longer_than_told(postgres_url: str) -> None:
     with opened(postgres_url, database_timeout=0.3) as writer, psycopg.connect(postgres_url) as other:
         reader = store.open_reader(settings(postgres_url, database_timeout=0.3))
         await reader.open()
-        other.execute("LOCK TABLE memories")
+        other.execute("LOCK TABLE mnemobus.memories")
         with pytest.raises(StoreUnavailable, match="canceling statement due to statement timeout"):
             writer.apply([put(id, 1)])
         with pytest.raises(StoreUnavailable, match="canceling statement due to statement timeout"):
@@ -1065,9 +1066,9 @@ async def test_postgres_missing_tables_are_no_fault_of_the_data(postgres_url: st
         reader = store.open_reader(settings(postgres_url))
         await reader.open()
         sql(postgres_url, "DROP TABLE memories")
-        with pytest.raises(StoreUnavailable, match='relation "memories" does not exist'):
+        with pytest.raises(SchemaError, match=r'relation "mnemobus\.memories" does not exist'):
             writer.apply([put(new_id(), 1)])
-        with pytest.raises(StoreUnavailable, match='relation "memories" does not exist'):
+        with pytest.raises(SchemaError, match=r'relation "mnemobus\.memories" does not exist'):
             await reader.get(new_id())
         await reader.close()
 
@@ -1099,7 +1100,7 @@ def test_postgres_refuses_data_in_its_own_words(postgres_url: str, bad: Event, w
         ("08006", StoreUnavailable),
         ("25006", StoreUnavailable),
         ("40P01", StoreUnavailable),
-        ("42501", StoreUnavailable),
+        ("42501", SchemaError),
         ("53100", StoreUnavailable),
         ("57014", StoreUnavailable),
         ("58030", StoreUnavailable),

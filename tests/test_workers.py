@@ -101,7 +101,7 @@ def locked(settings: Settings) -> Iterator[None]:
         connection.execute("BEGIN IMMEDIATE")
     else:
         connection = psycopg.connect(url)
-        connection.execute("LOCK TABLE memories IN EXCLUSIVE MODE")
+        connection.execute("LOCK TABLE mnemobus.memories IN EXCLUSIVE MODE")
     try:
         yield
     finally:
@@ -530,6 +530,7 @@ async def test_mnemobus_feed_length_is_about_how_many_messages_the_feed_keeps(
                 "batch_size": 1,
                 "feed_length": length,
                 "redis_key_prefix": f"{settings.redis_key_prefix}-{number}",
+                "database_url": f"{settings.database_url}.{number}",
             }
         )
         async with opened(own) as bus:

@@ -28,6 +28,7 @@ from .errors import (
     BusClosed,
     DimensionChanged,
     DurabilityUnavailable,
+    IdentityMismatch,
     InvalidMemory,
     InvalidQuery,
     LogUnavailable,
@@ -41,6 +42,7 @@ from .errors import (
 from .events import DELETE, DELETE_ROOM, PUT, UPDATE, Event
 from .feed import Feed
 from .health import Checkup
+from .identity import Acquaintance
 from .keys import (
     Dimensions,
     Version,
@@ -179,7 +181,16 @@ class Bus:
         self._shared = SharedCache(self._link, settings.lease)
         self._marks = Marks(self._link)
         self._feed = Feed(self._link, self._local, self._marks, self.id)
-        self._tiers = Tiers(settings, self._link.keys, self._local, self._shared, self._feed, self._marks)
+        self._acquaintance = Acquaintance(self._link, self._reader, self._local.clear)
+        self._tiers = Tiers(
+            settings,
+            self._link.keys,
+            self._local,
+            self._shared,
+            self._feed,
+            self._marks,
+            self._acquaintance.knows,
+        )
         self._shadow = Shadow(settings, self._ask, self._local, self._shared, self._marks)
         self._outbox = (
             None if settings.outbox == "off" else Outbox(self._link, self.id, self._kept, self._published)
@@ -193,6 +204,7 @@ class Bus:
             self._shadow,
             self._outbox,
             self.id,
+            self._acquaintance,
         )
         if self._outbox is not None:
             self._feed.on_back.append(self._outbox.hurry)
@@ -260,6 +272,7 @@ class Bus:
             for what, error in (("Redis", redis_error), ("the store", store_error)):
                 if error is not None:
                     logger.warning("%s is away, going on without it: %s", what, error)
+            await self._acquaintance.start()
             if self._outbox is not None:
                 await self._outbox.open()
         except BaseException as error:
@@ -311,6 +324,7 @@ class Bus:
             steps.push_async_callback(self._close_store)
             steps.callback(self._local.stop)
             steps.push_async_callback(self._feed.close)
+            steps.push_async_callback(self._acquaintance.close)
             steps.push_async_callback(self._marks.close)
             steps.push_async_callback(self._shadow.close)
             if self._outbox is not None:
@@ -332,7 +346,13 @@ class Bus:
         await self.close()
 
     def _check_open(self) -> None:
-        """That the bus may be used, here: of every call but a hit in L1, which needs no loop."""
+        """That the bus may be used, here: of every call but a hit in L1, which needs no loop. IdentityMismatch if
+        its store turned out to be another's."""
+        self._check_state()
+        if self._acquaintance.refused:
+            raise IdentityMismatch(self._acquaintance.refused)
+
+    def _check_state(self) -> None:
         self._check_process()
         if self._state != "open":
             raise BusClosed(f"the bus is {'closed' if self._state == 'closed' else 'not open yet'}")
@@ -881,7 +901,7 @@ class Bus:
 
     async def health(self, timeout: float = 2.0) -> Health:
         """How the bus is, now: asks Redis and the store, for ``timeout`` seconds at most. Raises only BusClosed."""
-        self._check_open()
+        self._check_state()
         return await self._checkup.health(timeout)
 
 

@@ -5,7 +5,8 @@
     MnemobusError
      ├─ SettingsError            a setting is missing, malformed or contradicts what is in Redis
      │   ├─ UnsafeRedis          the Redis server could evict the log
-     │   └─ AccessDenied         Redis refuses the login, or its user lacks a permission
+     │   ├─ AccessDenied         Redis refuses the login, or its user lacks a permission
+     │   └─ IdentityMismatch     the store is not the one that belongs to this bus
      ├─ InvalidMemory            a write was refused before anything left the process
      │   ├─ MemoryTooLarge
      │   └─ DimensionChanged     a write would change a memory's table, room, agent, entity or world
@@ -47,6 +48,10 @@ class UnsafeRedis(SettingsError):
 
 class AccessDenied(SettingsError):
     """Redis refuses the login, or its user lacks a permission; the message says which."""
+
+
+class IdentityMismatch(SettingsError):
+    """The store and the bus in Redis don't belong together; the message names both."""
 
 
 class InvalidMemory(MnemobusError, ValueError):

@@ -17,6 +17,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 from redis.exceptions import RedisError
@@ -35,6 +36,7 @@ from .wire import Argument, Command
 
 if TYPE_CHECKING:
     from .feed import Feed
+    from .identity import Acquaintance
     from .outbox import Outbox
     from .shadow import Shadow
     from .shared import SharedCache
@@ -55,7 +57,8 @@ WORKER_RIGHTS = (
     "EVAL 0 1 KEY", "EVALSHA 0 1 KEY", "XADD LOG * a b", "XADD FEED * a b", "XRANGE LOG - +", "XREVRANGE FEED + -",
     "XREADGROUP GROUP g c STREAMS LOG >", "XACK LOG g 1-1", "XCLAIM LOG g c 0 1-1", "XDEL LOG 1-1", "XTRIM LOG MINID 0",
     "XGROUP CREATE LOG g 0", "XINFO CONSUMERS LOG", "XPENDING LOG g", "HGET LOG a", "HSET KEY a b", "HINCRBY LOG a 1",
-    "HDEL KEY a", "HSCAN LOG 0", "DEL KEY", "UNLINK FEED", "TIME", "PUBLISH FEED a",
+    "HDEL KEY a", "HSCAN LOG 0", "DEL KEY", "UNLINK FEED", "TIME", "PUBLISH FEED a", "HGETALL KEY", "HSETNX KEY a b",
+    "GET KEY", "SET KEY a", "PEXPIRE KEY 1", "PTTL KEY",
 )  # fmt: skip
 """What a worker asks of Redis."""
 
@@ -91,6 +94,7 @@ class Checkup:
         shadow: Shadow,
         outbox: Outbox | None,
         bus_id: str,
+        acquaintance: Acquaintance,
     ) -> None:
         self._settings: Settings = link.settings
         self._link = link
@@ -101,11 +105,14 @@ class Checkup:
         self._shadow = shadow
         self._outbox = outbox
         self._channel = link.keys.agent_channel(bus_id)
+        self._acquaintance = acquaintance
 
     async def health(self, timeout: float) -> Health:
         """How the bus is, now; takes ``timeout`` seconds at most, and does not raise."""
-        redis, store = await asyncio.gather(self._redis(timeout), self._store(timeout))
-        problems = [*redis.problems, *store.problems, *self._ours()]
+        redis, store, belonging = await asyncio.gather(
+            self._redis(timeout), self._store(timeout), self._belonging(timeout)
+        )
+        problems = [*redis.problems, *store.problems, *belonging, *self._ours()]
         feed, blind = self._feed_state()
         if blind:
             problems.append(blind)
@@ -120,6 +127,13 @@ class Checkup:
             unique,
             redis.workers,
         )
+
+    async def _belonging(self, timeout: float) -> list[str]:
+        """Whether the store is the bus's, and the one that it was; nothing where that can't be told in time."""
+        with suppress(TimeoutError):
+            async with asyncio.timeout(timeout):
+                return await self._acquaintance.problems()
+        return []
 
     def _ours(self) -> list[str]:
         """What is wrong in this process."""

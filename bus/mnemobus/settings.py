@@ -37,6 +37,7 @@ POLICIES = (
 )
 """The eviction policies under which Redis can't drop the log: its keys never expire."""
 
+_NAMESPACE = re.compile(r"(?!pg_|sqlite_)[a-z][a-z0-9_]{0,39}\Z")
 _SIZE = re.compile(r"(\d+)\s*(b|kb?|mb?|gb?)?\Z", re.IGNORECASE)
 _UNITS = {"": 1, "b": 1, "k": 1000, "kb": 1024, "m": 1000**2, "mb": 1024**2, "g": 1000**3, "gb": 1024**3}
 
@@ -115,6 +116,7 @@ class Settings(BaseSettings):
 
     # The store
     database_url: str = _own("DATABASE_URL", "sqlite:///.mnemobus/memories.db", repr=False)
+    database_namespace: str = _own("DATABASE_NAMESPACE", "mnemobus")
     database_pool_max: Count = _own("DATABASE_POOL_MAX", 8)
     database_timeout: Positive = _own("DATABASE_TIMEOUT", 5.0)
     data_dir: Path = _own("DATA_DIR", Path(".mnemobus"))
@@ -174,6 +176,16 @@ class Settings(BaseSettings):
     @classmethod
     def _outbox(cls, value: str) -> str:
         return str(_at_home(Path(value))) if value.startswith("~") else value
+
+    @field_validator("database_namespace")
+    @classmethod
+    def _namespace(cls, value: str) -> str:
+        if not _NAMESPACE.match(value):
+            raise ValueError(
+                "must be a lower-case letter and up to 39 more letters, digits and _, and not begin with pg_ or"
+                " sqlite_: the database keeps these for itself"
+            )
+        return value
 
     @field_validator("redis_eviction_policy")
     @classmethod

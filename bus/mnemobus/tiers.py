@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import Callable
 from typing import Any
 
 from redis.exceptions import RedisError
@@ -87,6 +88,7 @@ class Tiers:
         shared: SharedCache,
         feed: Feed,
         marks: Marks,
+        knows: Callable[[], bool],
     ) -> None:
         self._settings = settings
         self._keys = keys
@@ -94,6 +96,8 @@ class Tiers:
         self._shared = shared
         self._feed = feed
         self._marks = marks
+        self._knows = knows
+        """Whether the store is known to be the bus's. Others must not be given what another store has."""
         self._loads: dict[tuple[Bucket, Any], Load] = {}
         """Reads under way, by bucket and query."""
         self.misses = 0
@@ -178,7 +182,7 @@ class Tiers:
         self.misses += 1
         packed = plan.kind.pack(found)
         kept = self._keep(plan, bucket, found, len(packed))
-        if lease is not None:
+        if lease is not None and self._knows():
             try:
                 await self._shared.fill(lease, packed)
             except (*AWAY, SettingsError) as error:

@@ -23,6 +23,7 @@ import threading
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from functools import lru_cache
 from typing import TypeVar
 
@@ -33,16 +34,17 @@ from tenacity.nap import sleep_using_event
 from tenacity.stop import stop_when_event_set
 
 from mnemobus.connection import Call, Script, ThreadedLink, script
-from mnemobus.errors import BadEvent, MnemobusError, Rejected
+from mnemobus.errors import BadEvent, IdentityMismatch, MnemobusError, Rejected
 from mnemobus.events import DELETE_ROOM, Event, decode, version_of
 from mnemobus.keys import Dimensions, Version, id_scope
-from mnemobus.redis_errors import AWAY, meaning
+from mnemobus.redis_errors import AWAY, code_of, meaning
 from mnemobus.settings import Settings
 from mnemobus.store import Applied, Refused, Writer
 from mnemobus.wire import Command
 
 from .broker import Batch, Entry, Stopping
 from .report import State
+from .standing import Standing, Witness, witness
 
 logger = logging.getLogger("mnemobus.apply")
 
@@ -85,10 +87,12 @@ class Applier:
         writer: Writer,
         stopping: threading.Event,
         state: State | None = None,
+        standing: Standing | None = None,
     ) -> None:
         self._settings = settings
         self._link = link
         self._writer = writer
+        self._standing = standing
         self._open = False
         self._opening = threading.Lock()
         self._stopping = stopping
@@ -100,11 +104,20 @@ class Applier:
         self._reported = time.monotonic()
 
     def open(self) -> None:
-        """Open the store, waiting for it if need be. Stopping if the worker shuts down meanwhile."""
+        """Open the store, waiting for it if need be. Stopping if the worker shuts down meanwhile, or if the store is
+        not the bus's."""
         with self._opening:
             if not self._open:
                 self.insist("the store", self._writer.open)
+                self.insist("who the store is", self._agree)
                 self._open = True
+        if self._standing is not None and self._standing.refused:
+            raise Stopping(self._standing.refused)
+
+    def _agree(self) -> None:
+        if self._standing is not None:
+            with suppress(IdentityMismatch):
+                self._standing.agree()
 
     def close(self) -> None:
         with self._opening:
@@ -125,7 +138,8 @@ class Applier:
             cleared = applied.cleared
         if dead:
             self.insist("the dead letters", lambda: self._bury(batch, dead))
-        self.insist("the fan-out", lambda: self._fan_out(batch.partition, events, cleared, dict(dead)))
+        last = witness(batch.partition, events, dict(dead)) if self._standing is not None else None
+        self.insist("the fan-out", lambda: self._fan_out(batch.partition, events, cleared, dict(dead), last))
         self._report(len(batch.entries))
 
     def repeat(self, partition: int, events: Sequence[Event], *, fan_out: bool) -> Applied:
@@ -211,6 +225,7 @@ class Applier:
         events: Sequence[Event],
         cleared: Sequence[tuple[str, Dimensions]],
         dead: dict[Version, str],
+        last: Witness | None = None,
     ) -> None:
         fanout = self._script()
         while True:
@@ -225,10 +240,17 @@ class Applier:
             # A flush begins an epoch without breaking a connection. Where there is none, nobody has filled a bucket
             # since the flush, and whoever does so later reads what is committed already.
             calls.append(("HGET", self._link.keys.epoch, "epoch"))
-            *_, current = replies = self._link.pipeline(calls)
+            if last is not None:
+                calls.append(("HSET", self._link.keys.identity, *last))
+            replies = self._link.pipeline(calls)
+            noted = replies.pop() if last is not None else None
+            # A full Redis notes nothing new. The witness of an earlier batch has to do.
+            if isinstance(noted, Exception) and code_of(noted) != "OOM":
+                raise noted
             for reply in replies:
                 if isinstance(reply, Exception):
                     raise reply
+            current = replies[-1]
             if current is not None and current.decode() != self._link.epoch:
                 self._link.enter(current.decode())
             if epoch == self._link.epoch:

@@ -48,6 +48,7 @@ from mnemobus.redis_errors import AWAY, code_of, is_away, meaning
 from mnemobus.settings import Settings
 
 from .report import State
+from .standing import Standing
 from .unmoved import Unmoved
 
 logger = logging.getLogger("mnemobus.broker")
@@ -133,6 +134,8 @@ class StreamBroker(dramatiq.Broker):
         self.consumer_name = f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(4)}"
         self.queues: dict[str, int] = {}
         self.held = Held(settings.log_partitions)
+        self.standing: Standing | None = None
+        """Whether this process may take batches; None: it may."""
         self.stopping = threading.Event()
         """Set once the worker shuts down: nothing is waited for any more."""
         self.state = State()
@@ -256,6 +259,10 @@ class StreamConsumer(dramatiq.Consumer):
         self._away = 0
 
     def __next__(self) -> BatchProxy | None:
+        standing = self._broker.standing
+        if standing is not None and standing.refused:
+            self._broker.stopping.wait(self._timeout)
+            return None
         if not self._broker.held.wait_for_room(self._partition, self._timeout):
             return None
         try:

@@ -1,6 +1,7 @@
 """What a worker process does besides applying: it renews what it holds, tells how it is, and keeps the log tidy.
 
-One thread per process. Nothing that goes wrong in it ends it: it is logged, and tried again the next time.
+Two threads per process: one for all that Redis alone is asked for, one for what the store is asked as well. Nothing
+that goes wrong in them ends them: it is logged, and tried again the next time.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import orjson
 from dramatiq.middleware import Middleware
 from redis.exceptions import RedisError
 
-from mnemobus.errors import MnemobusError
+from mnemobus.errors import IdentityMismatch, MnemobusError
 from mnemobus.keys import APPLY_GROUP, COPY_GROUP, REPLAY_GROUP
 from mnemobus.redis_errors import AWAY, meaning
 
@@ -83,23 +84,29 @@ class Upkeep:
         self._state = broker.state
         self._reporter = Reporter(broker.link, broker.consumer_name, broker.state, broker.settings.claim_idle)
         self._stop = threading.Event()
-        self._thread: threading.Thread | None = None
+        self._threads: list[threading.Thread] = []
         partitions = range(self._settings.log_partitions)
         self._delivered = [Delivered(self._settings.retention) for _ in partitions]
         self._leaving: list[dict[bytes, tuple[bytes, float]]] = [{} for _ in partitions]
         """Producers that are about to be forgotten: their record, and since when it is watched."""
         self.failures = 0
+        self._said = ""
 
     def start(self) -> None:
-        self._thread = threading.Thread(target=self._run, name="mnemobus-upkeep", daemon=True)
-        self._thread.start()
+        # The store may keep whoever looks at it waiting for as long as it likes, and renewing must not wait.
+        for name, work in (("upkeep", self._run), ("standing", self._look_again_and_again)):
+            self._threads.append(threading.Thread(target=work, name=f"mnemobus-{name}", daemon=True))
+            self._threads[-1].start()
 
     def stop(self) -> None:
         self._stop.set()
         self._state.changed.set()
-        if self._thread is not None:
-            self._thread.join()
+        for thread in self._threads:
+            thread.join()
+        if self._threads:
             self._reporter.leave()
+        if self._broker.standing is not None:
+            self._broker.standing.stop()
 
     def _run(self) -> None:
         opener = threading.Thread(target=self._open_store, name="mnemobus-open-store", daemon=True)
@@ -137,6 +144,28 @@ class Upkeep:
             self._state.failed("opening the store", error)
             logger.exception("the store can't be opened; the next batch tries again")
 
+    def _look_again_and_again(self) -> None:
+        while not self._stop.wait(self._settings.claim_idle / 3):
+            self._look()
+
+    def _look(self) -> None:
+        """Whether the store is the bus's, and what it was. What stands in the way is said once."""
+        if self._broker.standing is None or not self._broker.standing.begun:
+            return
+        try:
+            self._broker.standing.look()
+            self._said = ""
+        except IdentityMismatch as error:
+            self._state.failed("who the store is", error)  # the log has it
+        except (RedisError, MnemobusError, *AWAY) as error:
+            self._state.failed("looking after the store", error)
+            if str(error) != self._said:
+                self._said = str(error)
+                logger.warning("looking after the store failed, trying again: %s", error)
+        except Exception:
+            self.failures += 1
+            logger.exception("looking after the store failed, trying again")
+
     def _attempt(self, what: str, work: Any) -> None:
         try:
             work()
@@ -155,7 +184,8 @@ class Upkeep:
         for partition in range(self._settings.log_partitions):
             log = keys.log(partition)
             self._forget_replays(partition)
-            self._trim(partition)
+            if self._broker.standing is None or not self._broker.standing.resyncing:
+                self._trim(partition)
             link.run("reap", [log], [APPLY_GROUP, int(CONSUMER_IDLE * 1000)])
             self._forget_producers(partition)
             off = link.run("settle", [log, keys.meter(partition)], [APPLY_GROUP])

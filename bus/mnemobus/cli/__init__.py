@@ -432,6 +432,30 @@ def _dead_drop(
     )
 
 
+@app.command("adopt")
+def _adopt(
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Don't ask.")] = False, json: Json = False
+) -> None:
+    """Make the database of MNEMOBUS_DATABASE_URL, as it is, the store of this bus. Asks first.
+
+    A bus has one store, and a store one bus; who comes with another is refused.
+    This says that a change is intended: the bus has moved to another database,
+    another bus (a new REDIS_KEY_PREFIX, another Redis) goes on with this one,
+    or what this one has lost is accepted.
+
+    Stop all agents and workers first. Workers that start afterwards apply what
+    the log still has of what the store may lack.
+
+    \b
+    Examples:
+      mnemobus adopt
+      MNEMOBUS_DATABASE_URL=postgresql://me@new/memories mnemobus adopt --yes
+    """
+    from .adopt import run
+
+    raise typer.Exit(run(yes=yes, json=json))
+
+
 @app.command("doctor")
 def _doctor(json: Json = False) -> None:
     """Check Redis, the store and the workers, and say what to do about what is wrong.

@@ -16,8 +16,9 @@ from redis.exceptions import RedisError, ResponseError
 
 from ..connection import evaluate
 from ..diagnosis import Trouble, of_redis, of_server, of_store
-from ..errors import MnemobusError, SettingsError
+from ..errors import IdentityMismatch, MnemobusError, SettingsError
 from ..health import AGENT_RIGHTS, NOBODY, WORKER_RIGHTS, forbidden, rights, write_probe
+from ..identity import Registered, check, check_owner, misgivings
 from ..keys import Keyspace
 from ..redis_errors import AWAY
 from ..settings import POLICIES, Settings, hide_password
@@ -72,14 +73,17 @@ async def examine(settings: Settings) -> list[Finding]:
     """Everything there is to look at, the server first."""
     where = hide_password(settings.redis_url)
     findings: list[Finding] = []
+    there = Registered()
     try:
         async with looking_at(settings) as client:
+            there = await _registered(settings, client)
             await _redis(settings, client, where, findings)
     except (SettingsError, *AWAY, RedisError) as error:
         if exit_status(findings) == 0:  # else this follows from what was found
             findings.append(_fail("redis", of_redis(error, where)))
     findings += await _store(settings)
     findings += await asyncio.to_thread(lambda: list(look_at_outbox(settings)))
+    findings += await _belonging(settings, there)
     return findings
 
 
@@ -265,6 +269,34 @@ async def _layout(settings: Settings, client: redis.asyncio.Redis) -> Finding:
     return Finding(
         "layout", OK, f"{settings.log_partitions} log and {settings.feed_partitions} feed partitions"
     )
+
+
+async def _registered(settings: Settings, client: redis.asyncio.Redis) -> Registered:
+    keys = Keyspace(settings.redis_key_prefix, settings.log_partitions, settings.feed_partitions)
+    return Registered.of(await client.execute_command("HGETALL", keys.identity))
+
+
+async def _belonging(settings: Settings, there: Registered) -> list[Finding]:
+    """Whether the store is the bus's, and the one that it was."""
+    keys = Keyspace(settings.redis_key_prefix, settings.log_partitions, settings.feed_partitions)
+    reader = open_reader(settings, create=False)
+    try:
+        await reader.open()
+        identity = await reader.identity()
+        address = hide_password(settings.redis_url)
+        check_owner(keys, address, identity)
+        if not there.store:
+            return []
+        check(keys, address, identity, there)
+    except IdentityMismatch as error:
+        return [Finding("identity", FAIL, str(error))]
+    except MnemobusError:  # the store can't be read: that is told already
+        return [Finding("identity", FAIL, problem) for problem in there.problems]
+    finally:
+        await reader.close()
+    found = misgivings(identity, there)
+    words = f"the store {there.store[:8]} belongs to the bus {keys.prefix!r}"
+    return [Finding("identity", FAIL, each) for each in found] or [Finding("identity", OK, words)]
 
 
 def _workers(

@@ -6,17 +6,17 @@ and a `Writer`, synchronous, for the threads of the worker pool. One suite of te
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
 from ..errors import SettingsError
 from ..events import Event
-from ..keys import Dimensions
+from ..keys import Dimensions, Version
 from ..memory import Row
 from ..settings import Settings
 
-SCHEMA = 1
+SCHEMA = 2
 """The number of the last migration that this version of mnemobus needs."""
 
 
@@ -67,6 +67,29 @@ class Applied:
     cleared: list[tuple[str, Dimensions]] = field(default_factory=list)
 
 
+@dataclass(frozen=True, slots=True)
+class Identity:
+    """Who a store is: what identity.py compares.
+
+    store    a UUID in hex, made with the schema; a copy of the database has the same
+    bus      of the bus whose workers commit here, or None where none did yet; its key ``prefix``; and its ``life``
+             in Redis, which is another once Redis was flushed, or is another server
+    reached  all that the log had before this moment (ms, by the clock of Redis) is in the store; None: not known
+    place    what a copy of the store does not share with it, or "" where that can't be told
+    history  changes when the server goes on from an earlier state, as after a failover; or ""
+    where    the store, for people
+    """
+
+    store: str
+    bus: str | None
+    prefix: str | None
+    life: str | None
+    reached: int | None
+    place: str
+    history: str
+    where: str
+
+
 class Reader(Protocol):
     """What the bus reads through. Safe for concurrent tasks of one event loop; cancelling a call leaves
     it usable.
@@ -74,6 +97,9 @@ class Reader(Protocol):
     Every method raises StoreUnavailable if the database can't be reached or is in no state to answer.
     Memories that are deleted are nowhere to be seen.
     """
+
+    openings: int
+    """Rises when the reader had to connect anew, and may have come to another store."""
 
     async def open(self) -> None:
         """Connect, and create the schema in a database that has none.
@@ -101,6 +127,9 @@ class Reader(Protocol):
     async def schema(self) -> int:
         """The number of the last migration that was applied; 0 in a database without schema."""
 
+    async def identity(self) -> Identity:
+        """Who the store is."""
+
     async def totals(self) -> dict[str, int]:
         """How many memories each table has, for people: may be slow."""
 
@@ -121,8 +150,24 @@ class Writer(Protocol):
         """Commit a batch in one transaction; idempotent, and independent of the order of batches.
 
         Events of one memory merge field by field, the highest version winning, with what is stored (see
-        store/merge.py).
+        store/merge.py). StoreUnavailable, and nothing is committed, if the store is another than was expected.
         """
+
+    def expect(self, store: str | None) -> None:
+        """Commit into the store with this identity only, and make no other: it has been agreed on."""
+
+    def identity(self) -> Identity:
+        """Who the store is."""
+
+    def serve(self, bus: str, prefix: str, life: str, *, instead: bool = False) -> None:
+        """Note that this bus commits here; in the place of another one only if ``instead``. What was known of how
+        far the store reaches was about the log of the life before."""
+
+    def reach(self, moment: int) -> None:
+        """Note that all that the log had before this moment (ms) is in the store."""
+
+    def lacks(self, memories: Mapping[str, Version]) -> list[str]:
+        """Which of these memories, by id, the store does not have with this version or a later one."""
 
 
 def open_reader(settings: Settings, *, create: bool = True) -> Reader:
@@ -164,6 +209,7 @@ __all__ = [
     "SCHEMA",
     "Applied",
     "Cursor",
+    "Identity",
     "Query",
     "Reader",
     "Refused",

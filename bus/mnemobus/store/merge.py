@@ -241,7 +241,7 @@ def _floats(event: Event) -> int:
 
 
 def merging(greatest: str, same: str) -> str:
-    """The end of the upsert of deltas into ``memories AS m``: the rules above, in SQL.
+    """The end of the upsert of deltas into the table of memories AS m: the rules above, in SQL.
 
     greatest  the name of the function
     same      the operator that compares values which may be NULL
@@ -273,14 +273,17 @@ def merging(greatest: str, same: str) -> str:
     """
 
 
-def clearing(greatest: str) -> list[str]:
-    """The statements that delete what is in a room, with ``?`` for :func:`clearing_parameters`."""
+def clearing(greatest: str, memories: str) -> list[str]:
+    """The statements that delete what is in a room, with ``?`` for :func:`clearing_parameters`.
+
+    memories: the table's name
+    """
     values = [
         f"{field} = CASE WHEN {greatest}(put_version, {field}_version) > ? THEN {field} END"
         for field in _FIELDS
     ]
     return [
-        f"UPDATE memories SET deleted_version = ?, {', '.join(values)}"
+        f"UPDATE {memories} SET deleted_version = ?, {', '.join(values)}"
         f" WHERE tbl = ? AND room = ? AND {which} AND deleted_version < ?"
         for which in ("live", "pending")
     ]

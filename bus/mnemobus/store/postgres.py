@@ -31,7 +31,7 @@ from typing import Any, ClassVar, LiteralString, Self, TypeVar
 from zlib import crc32
 
 import psycopg
-from psycopg import AsyncConnection, Connection, errors
+from psycopg import AsyncConnection, Connection, errors, sql
 from psycopg.abc import AdaptContext
 from psycopg.adapt import AdaptersMap, Dumper
 from psycopg.conninfo import conninfo_to_dict, make_conninfo
@@ -41,13 +41,17 @@ from psycopg_pool import AsyncConnectionPool, ConnectionPool, PoolClosed, PoolTi
 
 from ..errors import Rejected, SchemaError, SettingsError, StoreError, StoreUnavailable
 from ..events import Event
-from ..keys import Dimensions
+from ..keys import Dimensions, Version
 from ..settings import Settings
-from . import Applied, merge, migrations
+from . import Applied, Identity, merge, migrations
+from .layout import IDENTITY, OURS, TABLES, Found, Names, check_old, check_own
 from .merge import Delta, Room
+from .migrations import Migration
 from .reader import SqlReader
 
 T = TypeVar("T")
+
+logger = logging.getLogger("mnemobus.store")
 
 _LOCKS = int.from_bytes(b"mnem", "big")
 """The class of our advisory locks; others in the same database have other numbers."""
@@ -129,8 +133,8 @@ for _type in (_Uuids, _Texts, _Jsons, _Byteas, _Int8s):
     _adapters.register_dumper(_type, _ArrayDumper)
 _adapters.register_loader("json", ByteaBinaryLoader)  # content goes to the caller as it is
 
-_UPSERT = f"""
-    INSERT INTO memories AS m (
+_UPSERT = """
+    INSERT INTO {memories} AS m (
         id, tbl, room, agent, entity, world, created_us, content, metadata, embedding,
         put_version, content_version, metadata_version, embedding_version, deleted_version
     )
@@ -146,14 +150,63 @@ _UPSERT = f"""
             id, tbl, room, agent, entity, world, created_us, content, metadata, embedding,
             put, content_version, metadata_version, embedding_version, own_deleted
         )
-        LEFT JOIN room_tombstones AS t ON t.tbl = n.tbl AND t.room = n.room
+        LEFT JOIN {room_tombstones} AS t ON t.tbl = n.tbl AND t.room = n.room
     ) AS batch
     ORDER BY id
-    {merge.merging("greatest", "IS NOT DISTINCT FROM")}
+    {merging}
     RETURNING id::text
-""".encode()
+"""
 
-_CLEAR = [statement.replace("?", "%s").encode() for statement in merge.clearing("greatest")]
+
+class _Statements:
+    """What a batch asks of the server, with the names of its tables."""
+
+    def __init__(self, names: Names) -> None:
+        merging = merge.merging("greatest", "IS NOT DISTINCT FROM")
+        self.upsert = _UPSERT.format(
+            memories=names.memories, room_tombstones=names.room_tombstones, merging=merging
+        ).encode()
+        self.clear = [s.replace("?", "%s").encode() for s in merge.clearing("greatest", names.memories)]
+        # What comes back says which store this is: nothing more has to be asked for it.
+        self.lock = (
+            "SELECT CASE WHEN exclusive THEN pg_advisory_xact_lock(%s, slot)"
+            " ELSE pg_advisory_xact_lock_shared(%s, slot) END,"
+            f" (SELECT store::text FROM {names.identity})"
+            " FROM unnest(%s::int[], %s::bool[]) AS slots (slot, exclusive)"
+        ).encode()
+        self.bury = (
+            f"INSERT INTO {names.room_tombstones} AS t (tbl, room, version) VALUES (%s, %s, %s)"
+            " ON CONFLICT (tbl, room) DO UPDATE SET version = excluded.version"
+            " WHERE t.version < excluded.version"
+        ).encode()
+        self.lengths = f"SELECT tbl, embedding_length FROM {names.tables} WHERE tbl = ANY(%s)".encode()
+        self.claim = (
+            f"INSERT INTO {names.tables} (tbl, embedding_length) VALUES (%s, %s) ON CONFLICT DO NOTHING"
+        ).encode()
+        self.dimensions = (
+            f"SELECT id::text, tbl, room, agent, entity, world FROM {names.memories} WHERE id = ANY(%s)"
+        ).encode()
+        self.cleared = (
+            f"SELECT id::text, tbl, room, agent, entity, world FROM {names.memories}"
+            " WHERE tbl = %s AND room = %s AND NOT live AND deleted_version = ANY(%s)"
+        ).encode()
+        self.number = f"SELECT coalesce(max(number), 0) FROM {names.migrations}".encode()
+        self.identity = (
+            f"SELECT store::text, bus::text, prefix, life, reached_ms FROM {names.identity}".encode()
+        )
+        self.serve = (
+            f"UPDATE {names.identity} SET bus = %s, prefix = %s, life = %s,"
+            " reached_ms = CASE WHEN life IS NOT DISTINCT FROM %s THEN reached_ms END"
+            " WHERE bus IS NULL OR bus = %s OR %s"
+        ).encode()
+        self.reach = (
+            f"UPDATE {names.identity} SET reached_ms = %s WHERE coalesce(reached_ms, 0) < %s".encode()
+        )
+        self.has = (
+            f"SELECT id::text FROM unnest(%s::uuid[], %s::bytea[]) AS w (id, version)"
+            f" JOIN {names.memories} AS m USING (id) WHERE greatest(put_version, content_version,"
+            " metadata_version, embedding_version, deleted_version) >= version"
+        ).encode()
 
 
 class _Server:
@@ -171,6 +224,9 @@ class _Server:
                 "MNEMOBUS_DATABASE_URL is not of the form postgresql://user:password@host:port/database;"
                 " in a password, characters such as @ / : % and spaces must be percent-encoded"
             ) from None
+        self.namespace = settings.database_namespace
+        self.names = Names(f'"{self.namespace}".')
+        self.sql = _Statements(self.names)
         self.timeout = settings.database_timeout
         self.pool_max = settings.database_pool_max
         host = given.get("host") or given.get("hostaddr") or "local socket"
@@ -223,6 +279,8 @@ class _Server:
             # 22: the value; 23: a constraint; 54: beyond a limit, as JSON that nests too deep for the server.
             # Without a state, the driver itself could not encode it.
             blame = isinstance(error, psycopg.DataError) if state is None else state[:2] in ("22", "23", "54")
+            if state in _MISFITS:
+                return SchemaError(f"{self.where}: {words}{self._advice(state)}")
             if not blame:
                 return StoreUnavailable(f"{self.where}: {words}")
         return Rejected(f"{self.where} refuses this data: {words}")
@@ -235,34 +293,142 @@ class _Server:
                 " create the database with ENCODING 'UTF8' TEMPLATE template0"
             )
 
+    def _advice(self, state: str | None) -> str:
+        if state != _NOT_ALLOWED:
+            return ". Were mnemobus's tables removed? Restore the database from a backup"
+        return (
+            f". Agents need: GRANT USAGE ON SCHEMA {self.namespace} TO (role); GRANT SELECT ON ALL TABLES IN SCHEMA"
+            f" {self.namespace} TO (role). Workers are best the owner of the schema and of what is in it"
+        )
+
     def upgrade(self) -> None:
         """Apply the migrations that are missing; others may be at the same."""
         with self.connect() as connection:
             self.check_encoding(connection)
-            for migration in migrations.load("postgres"):
-                if _number(connection) >= migration.number:
-                    continue
-                with connection.transaction():
-                    connection.execute("SELECT pg_advisory_xact_lock(%s, %s)", (_LOCKS, _MIGRATING))
-                    if _number(connection) < migration.number:
-                        connection.execute(migration.sql.encode())
-                        connection.execute("INSERT INTO migrations (number) VALUES (%s)", (migration.number,))
+            while migrations.following("postgres", self.look(connection).number):
+                try:
+                    with connection.transaction():
+                        connection.execute("SELECT pg_advisory_xact_lock(%s, %s)", (_LOCKS, _MIGRATING))
+                        found = self.look(connection)
+                        for migration in migrations.following("postgres", found.number):
+                            self._migrate(connection, migration, found)
+                except errors.InsufficientPrivilege as error:
+                    role = connection.info.user
+                    raise SchemaError(
+                        f"{self.where}: the role {role} may not make mnemobus's tables: {' '.join(str(error).split())}."
+                        f" As a superuser run, in this database: CREATE SCHEMA IF NOT EXISTS {self.namespace}; ALTER"
+                        f' SCHEMA {self.namespace} OWNER TO "{role}"; and if it has tables of an earlier version: GRANT'
+                        f' CREATE ON SCHEMA public TO "{role}". Then start again'
+                    ) from error
+
+    def _migrate(self, connection: Connection[Any], migration: Migration, found: Found) -> None:
+        # Where there is one that somebody made for us, no right to make schemas is needed.
+        if not connection.execute(
+            "SELECT 1 FROM pg_namespace WHERE nspname = %s", (self.namespace,)
+        ).fetchone():
+            connection.execute(f'CREATE SCHEMA "{self.namespace}"'.encode())
+        if found.old is not None and found.old != self.namespace:
+            self._move(connection, found.old)
+        # For this transaction, and for the bare names of the migrations. Nothing else goes by the role's own path.
+        connection.execute(f'SET LOCAL search_path TO "{self.namespace}"'.encode())
+        connection.execute(migration.sql.encode())
+        connection.execute("INSERT INTO migrations (number) VALUES (%s)", (migration.number,))
+
+    def _move(self, connection: Connection[Any], old: str) -> None:
+        """Put the tables of schema 1 into our schema. Agents and workers of the version before go on with views of the
+        old names; whoever had a right to a table has it to the view as well."""
+        here, there = sql.Identifier(old), sql.Identifier(self.namespace)
+        for table in OURS:
+            name = sql.Identifier(table)
+            move = sql.SQL("ALTER TABLE {}.{} SET SCHEMA {}").format(here, name, there)
+            connection.execute(move)
+            view = sql.SQL("CREATE VIEW {}.{} AS SELECT * FROM {}.{}").format(here, name, there, name)
+            connection.execute(view)
+            for grantee, right in connection.execute(
+                "SELECT DISTINCT CASE a.grantee WHEN 0 THEN NULL ELSE pg_get_userbyid(a.grantee) END, a.privilege_type"
+                " FROM pg_class AS c, aclexplode(c.relacl) AS a"
+                " WHERE c.oid = format('%%I.%%I', %s::text, %s::text)::regclass AND a.grantee <> c.relowner",
+                (self.namespace, table),
+            ).fetchall():
+                role = sql.SQL("PUBLIC") if grantee is None else sql.Identifier(grantee)
+                # A right that views have not, of a later version of PostgreSQL, is none that we need.
+                if right in ("SELECT", "INSERT", "UPDATE", "DELETE"):
+                    grant = sql.SQL("GRANT {} ON {}.{} TO {}").format(sql.SQL(right), here, name, role)
+                    connection.execute(grant)
+                    connection.execute(sql.SQL("GRANT USAGE ON SCHEMA {} TO {}").format(there, role))
+                    if right == "SELECT":
+                        default = "ALTER DEFAULT PRIVILEGES IN SCHEMA {} GRANT SELECT ON TABLES TO {}"
+                        connection.execute(sql.SQL(default).format(there, role))
+
+    def look(self, connection: Connection[Any]) -> Found:
+        """What the database has; SchemaError if it is in the way of what is ours."""
+        place = self.judge(connection.execute(_LOOK, (list(TABLES),)).fetchall())
+        if place is None:
+            return Found(0)
+        return self.found(place, connection.execute(self.number_in(place)).fetchall())
+
+    def judge(self, rows: Sequence[tuple[Any, ...]]) -> str | None:
+        """In which schema our tables are, by the columns of all tables that are called like them."""
+        schemas: dict[str, dict[str, set[str]]] = {}
+        visible = set()
+        for schema, table, column, seen in rows:
+            schemas.setdefault(schema, {}).setdefault(table, set()).add(column)
+            if seen and table == "migrations":
+                visible.add(schema)
+        tables = {
+            schema: {table: frozenset(columns) for table, columns in found.items()}
+            for schema, found in schemas.items()
+        }
+        if check_own(tables.pop(self.namespace, {}), f"{self.where}, in the schema {self.namespace},"):
+            return self.namespace
+        # One with an identity is another store of this version, under another name.
+        others = {schema: found for schema, found in tables.items() if IDENTITY not in found}
+        old = [
+            schema for schema, found in others.items() if check_old(found, f"{self.where}, schema {schema},")
+        ]
+        # Where the role's search path leads is where the version before had them.
+        old = [schema for schema in old if schema in visible] or old
+        if len(old) > 1:
+            raise SchemaError(
+                f"{self.where} has tables of an earlier version of mnemobus in several schemas, {', '.join(old)}, and"
+                " the role's search_path leads to none of them: set it to those that are to be used"
+            )
+        return old[0] if old else None
+
+    def number_in(self, schema: str) -> bytes:
+        return f"SELECT coalesce(max(number), 0) FROM {_quoted(schema)}.migrations".encode()
+
+    def found(self, place: str, rows: Sequence[tuple[Any, ...]]) -> Found:
+        number = int(rows[0][0])
+        return Found(number, place if number == 1 else None)
 
 
-def _number(connection: Connection[Any]) -> int:
-    """The last migration that was applied; 0 in a database without schema."""
-    for query in _NUMBER:
-        row = connection.execute(query).fetchone()
-        if not row or not row[0]:
-            return 0
-    return int(row[0]) if row else 0
+def _quoted(name: str) -> str:
+    doubled = name.replace('"', '""')
+    return f'"{doubled}"'
 
 
-# Not to_regclass(): it answers from a cache, which waiting for an advisory lock does not refresh.
-_NUMBER = (
-    b"SELECT count(*) FROM pg_class WHERE relname = 'migrations' AND pg_table_is_visible(oid)",
-    b"SELECT max(number) FROM migrations",
+_NOT_ALLOWED = "42501"
+_MISFITS = (_NOT_ALLOWED, "42P01", "42703", "3F000")
+"""A right, a table, a column or a schema is missing."""
+
+_LOOK = rb"""
+    SELECT n.nspname, c.relname, a.attname, pg_table_is_visible(c.oid)
+    FROM pg_class AS c
+    JOIN pg_namespace AS n ON n.oid = c.relnamespace
+    JOIN pg_attribute AS a ON a.attrelid = c.oid
+    WHERE c.relname = ANY(%s) AND c.relkind IN ('r', 'p') AND a.attnum > 0 AND NOT a.attisdropped
+        AND n.nspname NOT LIKE 'pg\_temp\_%%'
+"""
+"""The columns of all tables that are called like ours. Not to_regclass(): it answers from a cache, which waiting for an
+advisory lock does not refresh."""
+
+_PLACE = (
+    b"SELECT system_identifier || '/' || (SELECT oid FROM pg_database WHERE datname = current_database()),"
+    b" CASE WHEN pg_is_in_recovery() THEN '' ELSE left(pg_walfile_name(pg_current_wal_insert_lsn()), 8) END"
+    b" FROM pg_control_system()"
 )
+"""What a copy of the database does not share, and the timeline of the server. Not every service lets one ask."""
 
 
 class PostgresReader(SqlReader):
@@ -273,7 +439,9 @@ class PostgresReader(SqlReader):
 
     def __init__(self, settings: Settings, create: bool = True) -> None:
         self._server = _Server(settings)
+        self._names = self._server.names
         self._may_create = create
+        self.openings = 0
         self._pool: AsyncConnectionPool[AsyncConnection[Any]] | None = None
         self._prepared = False
         self._preparing = asyncio.Lock()
@@ -291,11 +459,19 @@ class PostgresReader(SqlReader):
             await self._pool.close()
 
     async def schema(self) -> int:
-        for query in _NUMBER:
-            rows = await self._query(query)
-            if not rows[0][0]:
-                return 0
-        return int(rows[0][0])
+        place = self._server.judge(await self._query(_LOOK, (list(TABLES),)))
+        if place is None:
+            return 0
+        return self._server.found(place, await self._query(self._server.number_in(place))).number
+
+    async def identity(self) -> Identity:
+        try:
+            [(place, history)] = await self._query(_PLACE)
+        except (StoreUnavailable, SchemaError) as error:
+            logger.debug("can't tell where the store is: %s", error)
+            place = history = ""
+        [row] = await self._fetch(self._server.sql.identity.decode())
+        return _identity(row, place, history, self._server.where)
 
     async def _prepare(self) -> None:
         """See to the schema, once: when opened, or later if the server was away then."""
@@ -308,7 +484,7 @@ class PostgresReader(SqlReader):
                     try:
                         await asyncio.to_thread(self._server.upgrade)
                     except psycopg.Error as error:
-                        raise StoreUnavailable(f"{self._server.where}: {error}") from error
+                        raise self._server.error(error) from error
                     number = await self.schema()
                 migrations.check(number, self._server.where)
                 self._prepared = True
@@ -333,6 +509,7 @@ class PostgresReader(SqlReader):
         except psycopg.Error as error:
             if not (broken and again and self._pool):
                 raise self._server.error(error) from error
+            self.openings += 1
             await self._pool.drain()  # the others are as old
         return await self._query(query, parameters, again=False)
 
@@ -368,6 +545,7 @@ class PostgresWriter:
         self._pool: ConnectionPool[Connection[Any]] | None = None
         self._prepared = False
         self._preparing = Lock()
+        self._expected: str | None = None
 
     def open(self) -> None:
         if self._pool is None or self._pool.closed:
@@ -384,7 +562,58 @@ class PostgresWriter:
     def apply(self, events: Sequence[Event]) -> Applied:
         if not self._prepared:
             self._prepare()
-        return self._run(lambda connection: _apply(connection, events))
+        return self._run(lambda connection: self._apply(connection, events))
+
+    def expect(self, store: str | None) -> None:
+        self._expected = store
+
+    def identity(self) -> Identity:
+        return self._run(self._identity)
+
+    def _identity(self, connection: Connection[Any]) -> Identity:
+        try:
+            row = connection.execute(_PLACE).fetchone()
+        except psycopg.Error as error:
+            if connection.closed:
+                raise
+            logger.debug("can't tell where the store is: %s", error)
+            row = None
+        place, history = row or ("", "")
+        found = connection.execute(self._server.sql.identity).fetchone()
+        if found is None:
+            raise SchemaError(f"{self._server.where}: the table {self._server.names.identity} is empty")
+        return _identity(found, place, history, self._server.where)
+
+    def serve(self, bus: str, prefix: str, life: str, *, instead: bool = False) -> None:
+        self._run(lambda c: c.execute(self._server.sql.serve, (bus, prefix, life, life, bus, instead)))
+
+    def reach(self, moment: int) -> None:
+        self._run(lambda c: c.execute(self._server.sql.reach, (moment, moment)))
+
+    def lacks(self, memories: Mapping[str, Version]) -> list[str]:
+        ids = list(memories)
+        versions = _Byteas.of([version.pack() for version in memories.values()])
+        rows = self._run(lambda c: c.execute(self._server.sql.has, (_uuids(ids), versions)).fetchall())
+        has = {id for (id,) in rows}
+        return [id for id in ids if id not in has]
+
+    def _apply(self, connection: Connection[Any], events: Sequence[Event]) -> Applied:
+        # What returns nothing goes along with what follows it: a batch takes two round trips, for its upsert and for
+        # COMMIT. psycopg's own transaction() would take two more.
+        pipeline = connection.pipeline() if psycopg.Pipeline.is_supported() else nullcontext()
+        try:
+            with pipeline as sending:
+                connection.execute(b"BEGIN")
+                transaction = _Transaction(connection, sending, self._server.sql)
+                applied = merge.apply(transaction, events)
+                if self._expected not in (None, transaction.store()):
+                    raise StoreUnavailable(f"{self._server.where} is another store than it was")
+                connection.execute(b"COMMIT")
+            return applied
+        except BaseException:
+            if not connection.closed:
+                connection.rollback()
+            raise
 
     def _prepare(self) -> None:
         """See to the schema, once: when opened, or later if the server was away then."""
@@ -393,7 +622,7 @@ class PostgresWriter:
                 try:
                     self._server.upgrade()
                 except psycopg.Error as error:
-                    raise StoreUnavailable(f"{self._server.where}: {error}") from error
+                    raise self._server.error(error) from error
                 self._prepared = True
 
     def _run(self, work: Callable[[Connection[Any]], T]) -> T:
@@ -439,28 +668,28 @@ class PostgresWriter:
         connection.execute(*self._server.session)
 
 
-def _apply(connection: Connection[Any], events: Sequence[Event]) -> Applied:
-    # What returns nothing goes along with what follows it: a batch takes two round trips, for its upsert and for
-    # COMMIT. psycopg's own transaction() would take two more.
-    pipeline = connection.pipeline() if psycopg.Pipeline.is_supported() else nullcontext()
-    try:
-        with pipeline as sending:
-            connection.execute(b"BEGIN")
-            applied = merge.apply(_Transaction(connection, sending), events)
-            connection.execute(b"COMMIT")
-        return applied
-    except BaseException:
-        if not connection.closed:
-            connection.rollback()
-        raise
+def _identity(row: Sequence[Any], place: str, history: str, where: str) -> Identity:
+    found, bus, prefix, life, reached = row
+    return Identity(
+        found.replace("-", ""), bus and bus.replace("-", ""), prefix, life, reached, place, history, where
+    )
 
 
 class _Transaction:
     """The steps of :func:`merge.apply`."""
 
-    def __init__(self, connection: Connection[Any], pipeline: psycopg.Pipeline | None) -> None:
+    def __init__(
+        self, connection: Connection[Any], pipeline: psycopg.Pipeline | None, statements: _Statements
+    ) -> None:
         self._execute = connection.execute
         self._pipeline = pipeline
+        self._sql = statements
+        self._locked: psycopg.Cursor[Any] | None = None
+
+    def store(self) -> str | None:
+        """Which store this is, as it came with the locks."""
+        row = self._locked.fetchone() if self._locked is not None else None
+        return None if row is None or row[1] is None else str(row[1]).replace("-", "")
 
     def _fetch(self, query: LiteralString | bytes, parameters: Sequence[Any]) -> list[tuple[Any, ...]]:
         cursor = self._execute(query, parameters)
@@ -474,11 +703,8 @@ class _Transaction:
         slots = dict.fromkeys(map(_slot, shared), False)
         slots.update(dict.fromkeys(map(_slot, exclusive), True))
         ordered = sorted(slots)
-        self._execute(
-            "SELECT CASE WHEN exclusive THEN pg_advisory_xact_lock(%s, slot)"
-            " ELSE pg_advisory_xact_lock_shared(%s, slot) END"
-            " FROM unnest(%s::int[], %s::bool[]) AS slots (slot, exclusive)",
-            (_LOCKS, _LOCKS, ordered, [slots[slot] for slot in ordered]),
+        self._locked = self._execute(
+            self._sql.lock, (_LOCKS, _LOCKS, ordered, [slots[slot] for slot in ordered])
         )
         if exclusive:
             # However large the room is. A deletion that is never let finish would hold up its partition.
@@ -486,31 +712,18 @@ class _Transaction:
 
     def bury(self, rooms: Mapping[Room, bytes]) -> None:
         for room, version in sorted(rooms.items()):
-            self._execute(
-                "INSERT INTO room_tombstones AS t (tbl, room, version) VALUES (%s, %s, %s)"
-                " ON CONFLICT (tbl, room) DO UPDATE SET version = excluded.version"
-                " WHERE t.version < excluded.version",
-                (*room, version),
-            )
+            self._execute(self._sql.bury, (*room, version))
 
     def lengths(self, tables: Collection[str]) -> dict[str, int]:
-        rows = self._fetch(
-            "SELECT tbl, embedding_length FROM tables WHERE tbl = ANY(%s)", (_texts(sorted(tables)),)
-        )
+        rows = self._fetch(self._sql.lengths, (_texts(sorted(tables)),))
         return dict(rows)
 
     def claim(self, lengths: Mapping[str, int]) -> None:
         for table, length in sorted(lengths.items()):
-            self._execute(
-                "INSERT INTO tables (tbl, embedding_length) VALUES (%s, %s) ON CONFLICT DO NOTHING",
-                (table, length),
-            )
+            self._execute(self._sql.claim, (table, length))
 
     def dimensions(self, ids: Collection[str]) -> dict[str, Dimensions]:
-        rows = self._fetch(
-            "SELECT id::text, tbl, room, agent, entity, world FROM memories WHERE id = ANY(%s)",
-            (_uuids(ids),),
-        )
+        rows = self._fetch(self._sql.dimensions, (_uuids(ids),))
         return {id: Dimensions(*dimensions) for id, *dimensions in rows}
 
     def upsert(self, deltas: Sequence[Delta]) -> list[str]:
@@ -518,7 +731,7 @@ class _Transaction:
             return []
         tables, rooms, agents, entities, worlds = zip(*(d.dimensions for d in deltas), strict=True)
         rows = self._fetch(
-            _UPSERT,
+            self._sql.upsert,
             (
                 _uuids(d.id for d in deltas),
                 _texts(tables),
@@ -540,13 +753,9 @@ class _Transaction:
         return [id for (id,) in rows]
 
     def clear(self, room: Room, last: bytes, versions: Collection[bytes]) -> list[tuple[str, Dimensions]]:
-        for statement in _CLEAR:
+        for statement in self._sql.clear:
             self._execute(statement, merge.clearing_parameters(room, last))
-        rows = self._fetch(
-            "SELECT id::text, tbl, room, agent, entity, world FROM memories"
-            " WHERE tbl = %s AND room = %s AND NOT live AND deleted_version = ANY(%s)",
-            (*room, _Byteas.of(list(versions))),
-        )
+        rows = self._fetch(self._sql.cleared, (*room, _Byteas.of(list(versions))))
         return [(id, Dimensions(*dimensions)) for id, *dimensions in rows]
 
 

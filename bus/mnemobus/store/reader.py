@@ -13,6 +13,7 @@ from typing import Any, ClassVar
 from ..keys import Version
 from ..memory import Row
 from . import Query
+from .layout import Names
 
 
 class SqlReader(ABC):
@@ -20,6 +21,8 @@ class SqlReader(ABC):
 
     _columns: ClassVar[str]
     """What :meth:`_row` takes: the fields of a Row in their order, its version packed."""
+
+    _names: Names
 
     @abstractmethod
     async def _fetch(self, sql: str, parameters: Sequence[Any] = ()) -> list[tuple[Any, ...]]:
@@ -35,7 +38,7 @@ class SqlReader(ABC):
 
     async def get(self, id: str) -> Row | None:
         rows = await self._fetch(
-            f"SELECT {self._columns} FROM memories WHERE id = ? AND live", (self._key(id),)
+            f"SELECT {self._columns} FROM {self._names.memories} WHERE id = ? AND live", (self._key(id),)
         )
         return self._row(rows[0]) if rows else None
 
@@ -45,23 +48,25 @@ class SqlReader(ABC):
         forward = query.after is not None and query.before is None
         order = "created_us, id" if forward else "created_us DESC, id DESC"
         rows = await self._fetch(
-            f"SELECT {self._columns} FROM memories WHERE {where} ORDER BY {order} LIMIT ?",
+            f"SELECT {self._columns} FROM {self._names.memories} WHERE {where} ORDER BY {order} LIMIT ?",
             [*parameters, limit],
         )
         return [self._row(row) for row in (reversed(rows) if forward else rows)]
 
     async def count(self, query: Query) -> int:
         where, parameters = self._where(query)
-        rows = await self._fetch(f"SELECT count(*) FROM memories WHERE {where}", parameters)
+        rows = await self._fetch(f"SELECT count(*) FROM {self._names.memories} WHERE {where}", parameters)
         return int(rows[0][0])
 
     async def embedding_length(self, table: str) -> int | None:
-        rows = await self._fetch("SELECT embedding_length FROM tables WHERE tbl = ?", (table,))
+        rows = await self._fetch(f"SELECT embedding_length FROM {self._names.tables} WHERE tbl = ?", (table,))
         return int(rows[0][0]) if rows else None
 
     async def totals(self) -> dict[str, int]:
         return dict(
-            await self._fetch("SELECT tbl, count(*) FROM memories WHERE live GROUP BY tbl ORDER BY tbl")
+            await self._fetch(
+                f"SELECT tbl, count(*) FROM {self._names.memories} WHERE live GROUP BY tbl ORDER BY tbl"
+            )
         )
 
     def _where(self, query: Query) -> tuple[str, list[Any]]:

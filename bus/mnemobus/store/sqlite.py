@@ -7,12 +7,16 @@ another, take turns (BEGIN IMMEDIATE), which is also what orders a put and the d
 from __future__ import annotations
 
 import asyncio
+import fcntl
+import logging
+import os
 import sqlite3
 import threading
 import time
 import uuid
 from collections.abc import AsyncIterator, Collection, Iterator, Mapping, Sequence
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, contextmanager, suppress
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -22,12 +26,22 @@ import aiosqlite
 from .. import private
 from ..errors import Rejected, SettingsError, StoreUnavailable
 from ..events import Event
-from ..keys import Dimensions
+from ..keys import Dimensions, Version
 from ..settings import Settings
 from ..tasks import in_background
-from . import Applied, merge, migrations
+from . import SCHEMA, Applied, Identity, merge, migrations
+from .layout import OURS, TABLES, Columns, Found, Names, check_old, check_own, prefixed
 from .merge import Delta, Room
 from .reader import SqlReader
+
+logger = logging.getLogger("mnemobus.store")
+
+File = tuple[int, int]
+"""A file's device and inode."""
+
+_PUT_BACK = (
+    "Put it back, or a backup of it. To give up its memories, restart the workers and run: mnemobus adopt"
+)
 
 _READERS = 4
 """Reading connections, each a thread, that a process has at most: a slow query then holds up few others."""
@@ -36,11 +50,11 @@ _ROWS = 250
 """Rows of a statement that merges many at once."""
 
 
-def _upsert(rows: int) -> str:
+def _upsert(names: Names, rows: int) -> str:
     """The statement that merges so many deltas."""
     row = f"({', '.join('?' * 15)})"
     return f"""
-        INSERT INTO memories AS m (
+        INSERT INTO {names.memories} AS m (
             id, tbl, room, agent, entity, world, created_us, content, metadata, embedding,
             put_version, content_version, metadata_version, embedding_version, deleted_version
         )
@@ -56,7 +70,8 @@ def _upsert(rows: int) -> str:
             put, content_version, metadata_version, embedding_version, deleted
         FROM (
             SELECT n.*, max(own_deleted, coalesce(
-                (SELECT version FROM room_tombstones AS t WHERE t.tbl = n.tbl AND t.room = n.room), x''
+                (SELECT version FROM {names.room_tombstones} AS t WHERE t.tbl = n.tbl AND t.room = n.room),
+                x''
             )) AS deleted
             FROM n
         )
@@ -65,8 +80,37 @@ def _upsert(rows: int) -> str:
     """
 
 
-_UPSERT = _upsert(1)
-_UPSERT_MANY = _upsert(_ROWS)
+class _Statements:
+    """What a batch asks of the database, with the names of its tables."""
+
+    def __init__(self, names: Names) -> None:
+        self.upsert = _upsert(names, 1)
+        self.upsert_many = _upsert(names, _ROWS)
+        self.clear = merge.clearing("max", names.memories)
+        self.bury = (
+            f"INSERT INTO {names.room_tombstones} AS t (tbl, room, version) VALUES (?, ?, ?)"
+            " ON CONFLICT (tbl, room) DO UPDATE SET version = max(t.version, excluded.version)"
+        )
+        self.length = f"SELECT embedding_length FROM {names.tables} WHERE tbl = ?"
+        self.claim = (
+            f"INSERT INTO {names.tables} (tbl, embedding_length) VALUES (?, ?) ON CONFLICT DO NOTHING"
+        )
+        self.dimensions = f"SELECT tbl, room, agent, entity, world FROM {names.memories} WHERE id = ?"
+        self.cleared = (
+            f"SELECT id, tbl, room, agent, entity, world FROM {names.memories}"
+            " WHERE tbl = ? AND room = ? AND NOT live AND deleted_version = ?"
+        )
+        self.store = f"SELECT store FROM {names.identity}"
+        self.identity = f"SELECT store, bus, prefix, life, reached_ms FROM {names.identity}"
+        self.serve = (
+            f"UPDATE {names.identity} SET bus = ?, prefix = ?, life = ?,"
+            " reached_ms = CASE WHEN life IS ? THEN reached_ms END WHERE bus IS NULL OR bus = ? OR ?"
+        )
+        self.reach = f"UPDATE {names.identity} SET reached_ms = ? WHERE coalesce(reached_ms, 0) < ?"
+        self.lacks = (
+            f"SELECT max(put_version, content_version, metadata_version, embedding_version, deleted_version)"
+            f" FROM {names.memories} WHERE id = ?"
+        )
 
 
 class SqliteReader(SqlReader):
@@ -77,6 +121,9 @@ class SqliteReader(SqlReader):
 
     def __init__(self, settings: Settings, create: bool = True) -> None:
         self._path = _path(settings)
+        self._namespace = settings.database_namespace
+        self._names = Names(f"{self._namespace}_")
+        self._sql = _Statements(self._names)
         self._timeout = settings.database_timeout
         self._may_create = create
         self._prepared = False
@@ -84,6 +131,9 @@ class SqliteReader(SqlReader):
         self._preparing = asyncio.Lock()
         self._places = asyncio.Semaphore(_READERS)
         self._idle: list[aiosqlite.Connection] = []
+        self._file: File | None = None
+        """The one that the idle connections have open."""
+        self.openings = 0
 
     async def open(self) -> None:
         self._closed = False
@@ -106,11 +156,19 @@ class SqliteReader(SqlReader):
             raise _unavailable(self._path, error) from error
 
     def _schema(self) -> int:
+        if not self._path.exists():
+            if self._prepared:
+                raise FileNotFoundError("the file was removed")
+            return 0
         connection = _connect(self._path, self._timeout)
         try:
-            return _number(connection)
+            return _look(connection, self._path, self._namespace).number
         finally:
             connection.close()
+
+    async def identity(self) -> Identity:
+        [row] = await self._fetch(self._sql.identity)
+        return _identity(row, self._path, self._file)
 
     async def _prepare(self) -> None:
         """See to the schema, once: when opened, or later if the database could not be opened then."""
@@ -127,11 +185,13 @@ class SqliteReader(SqlReader):
             raise migrations.missing(f"SQLite {self._path}")
         connection = _connect(self._path, self._timeout)
         try:
-            if _number(connection) == 0:
+            number = _look(connection, self._path, self._namespace).number
+            if number == 0:
                 if not self._may_create:
                     raise migrations.missing(f"SQLite {self._path}")
-                _upgrade(connection)
-            migrations.check(_number(connection), f"SQLite {self._path}")
+                _upgrade(connection, self._path, self._namespace)
+                number = SCHEMA
+            migrations.check(number, f"SQLite {self._path}")
         finally:
             connection.close()
 
@@ -149,6 +209,12 @@ class SqliteReader(SqlReader):
         async with self._places:
             if self._closed:
                 raise StoreUnavailable(f"SQLite {self._path}: the reader is closed")
+            file = _file(self._path)
+            if file != self._file:  # replaced: what is open is the one that was there before
+                self._file = file
+                self.openings += 1
+                while self._idle:
+                    self._idle.pop().stop()
             if self._idle:
                 connection = self._idle.pop()
             else:
@@ -157,33 +223,35 @@ class SqliteReader(SqlReader):
                 try:
                     connection = await asyncio.shield(opening)
                 except asyncio.CancelledError:
-                    opening.add_done_callback(self._keep_opened)
+                    opening.add_done_callback(partial(self._keep_opened, file))
                     raise
             try:
                 yield connection
             except asyncio.CancelledError:
                 # Its thread may still be at it. What it does next waits for that, so cut it short.
                 await connection.interrupt()
-                self._keep(connection)
+                self._keep(file, connection)
                 raise
             except BaseException:
                 connection.stop()
                 raise
-            self._keep(connection)
+            self._keep(file, connection)
 
     async def _open_connection(self) -> aiosqlite.Connection:
+        # A file that was removed is not made again: it would be empty.
+        uri = f"{self._path.as_uri()}?mode=rw"
         connection = await in_background(
-            aiosqlite.connect(self._path, timeout=self._timeout, isolation_level=None)
+            aiosqlite.connect(uri, uri=True, timeout=self._timeout, isolation_level=None)
         )
         await connection.execute_fetchall("PRAGMA query_only = ON")
         return connection
 
-    def _keep_opened(self, opening: asyncio.Future[aiosqlite.Connection]) -> None:
+    def _keep_opened(self, file: File | None, opening: asyncio.Future[aiosqlite.Connection]) -> None:
         if not opening.cancelled() and opening.exception() is None:
-            self._keep(opening.result())
+            self._keep(file, opening.result())
 
-    def _keep(self, connection: aiosqlite.Connection) -> None:
-        if self._closed:
+    def _keep(self, file: File | None, connection: aiosqlite.Connection) -> None:
+        if self._closed or file is None or file != self._file:
             connection.stop()
         else:
             self._idle.append(connection)
@@ -198,53 +266,110 @@ class SqliteReader(SqlReader):
 class SqliteWriter:
     def __init__(self, settings: Settings) -> None:
         self._path = _path(settings)
+        self._namespace = settings.database_namespace
+        self._sql = _Statements(Names(f"{self._namespace}_"))
         self._timeout = settings.database_timeout
         self._lock = threading.Lock()
         self._connection: sqlite3.Connection | None = None
+        self._file: File | None = None
+        """The one that the connection has open."""
+        self._log: File | None = None
+        """Its write-ahead log."""
+        self._expected: str | None = None
         self._closed = False
 
     def open(self) -> None:
         with self._lock:
             self._closed = False
-            try:
-                self._connected()
-            except (sqlite3.Error, OSError) as error:
-                raise _unavailable(self._path, error) from error
+        with self._using():
+            pass
 
     def close(self) -> None:
         with self._lock:
             self._closed = True
             self._disconnect()
 
+    def expect(self, store: str | None) -> None:
+        self._expected = store
+
     def apply(self, events: Sequence[Event]) -> Applied:
+        with self._using() as connection:
+            connection.execute("BEGIN IMMEDIATE")
+            try:
+                self._check(connection)
+                applied = self._apply(connection, events)
+                connection.execute("COMMIT")
+            except BaseException:
+                # SQLite may have rolled back already, as it does when the disk is full.
+                if connection.in_transaction:
+                    connection.execute("ROLLBACK")
+                raise
+            if _file(self._path) != self._file:
+                # The file has another name by now, or none. Whether this is in the one at our path, nobody knows.
+                raise StoreUnavailable(
+                    f"SQLite {self._path} was replaced or removed while a batch was committed"
+                )
+            return applied
+
+    def identity(self) -> Identity:
+        with self._using() as connection:
+            return _identity(connection.execute(self._sql.identity).fetchone(), self._path, self._file)
+
+    def serve(self, bus: str, prefix: str, life: str, *, instead: bool = False) -> None:
+        with self._using() as connection:
+            connection.execute(self._sql.serve, (bus, prefix, life, life, bus, instead))
+
+    def reach(self, moment: int) -> None:
+        with self._using() as connection:
+            connection.execute(self._sql.reach, (moment, moment))
+
+    def lacks(self, memories: Mapping[str, Version]) -> list[str]:
+        with self._using() as connection:
+            return [
+                id
+                for id, version in memories.items()
+                if (found := connection.execute(self._sql.lacks, (uuid.UUID(id).bytes,)).fetchone()) is None
+                or found[0] < version.pack()
+            ]
+
+    @contextmanager
+    def _using(self) -> Iterator[sqlite3.Connection]:
+        """The connection, for one thread at a time."""
         with self._lock:
             try:
-                connection = self._connected()
-                connection.execute("BEGIN IMMEDIATE")
-                try:
-                    applied = self._apply(connection, events)
-                    connection.execute("COMMIT")
-                except BaseException:
-                    # SQLite may have rolled back already, as it does when the disk is full.
-                    if connection.in_transaction:
-                        connection.execute("ROLLBACK")
-                    raise
-                return applied
+                yield self._connected()
             except (sqlite3.Error, OSError) as error:
                 self._disconnect()  # the next call begins afresh, whatever this was
                 raise _unavailable(self._path, error) from error
 
+    def _check(self, connection: sqlite3.Connection) -> None:
+        """StoreUnavailable if the store is not the one that was agreed on: it was replaced by another."""
+        if self._expected is not None:
+            row = connection.execute(self._sql.store).fetchone()
+            if row is None or row[0] != self._expected:
+                raise StoreUnavailable(f"SQLite {self._path} is another store than it was")
+
     def _apply(self, connection: sqlite3.Connection, events: Sequence[Event]) -> Applied:
         try:
-            return merge.apply(_Transaction(connection), events)
+            return merge.apply(_Transaction(connection, self._sql), events)
         except (sqlite3.IntegrityError, sqlite3.DataError, OverflowError, UnicodeError) as error:
             raise Rejected(f"SQLite {self._path} refuses this data: {error}") from error
 
     def _connected(self) -> sqlite3.Connection:
         if self._closed:
             raise StoreUnavailable(f"SQLite {self._path}: the writer is closed")
+        file = _file(self._path)
+        if file is None and (self._connection is not None or self._expected is not None):
+            # To make a new one would be to begin with nothing, where people believe that all is there. What is open is
+            # kept: it may be put back, and until then no other file can have its inode.
+            raise StoreUnavailable(f"SQLite {self._path} was removed. {_PUT_BACK}")
+        if self._connection is not None and file != self._file:
+            logger.warning("SQLite %s was replaced; opening it again", self._path)
+            self._disconnect()
         if self._connection is None:
-            connection = _connect(self._path, self._timeout)
+            if self._file not in (None, file):
+                _set_aside(self._path, self._log)
+            connection, file = self._open()
             try:
                 # NORMAL would not sync the log at a commit, and a loss of power could take the last ones
                 # back: but a committed event is acknowledged, and no worker looks at it again.
@@ -252,12 +377,25 @@ class SqliteWriter:
                 connection.execute(
                     "PRAGMA fullfsync = ON"
                 )  # on macOS a plain fsync stops at the drive's cache
-                _upgrade(connection)
+                if self._expected is not None and not _look(connection, self._path, self._namespace).number:
+                    raise StoreUnavailable(f"SQLite {self._path} was replaced by an empty one. {_PUT_BACK}")
+                _upgrade(connection, self._path, self._namespace)
             except BaseException:
                 connection.close()
                 raise
-            self._connection = connection
+            self._connection, self._file = connection, file
+            self._log = _file(_log_of(self._path))
         return self._connection
+
+    def _open(self) -> tuple[sqlite3.Connection, File]:
+        """A connection, and the file that it has open."""
+        while True:
+            before = _file(self._path)
+            connection = _connect(self._path, self._timeout)
+            file = _file(self._path)
+            if file is not None and before in (file, None):
+                return connection, file
+            connection.close()  # replaced meanwhile
 
     def _disconnect(self) -> None:
         if self._connection is not None:
@@ -268,38 +406,31 @@ class SqliteWriter:
 class _Transaction:
     """The steps of :func:`merge.apply`, between BEGIN IMMEDIATE and COMMIT: nobody else writes meanwhile."""
 
-    def __init__(self, connection: sqlite3.Connection) -> None:
+    def __init__(self, connection: sqlite3.Connection, statements: _Statements) -> None:
         self._execute = connection.execute
         self._executemany = connection.executemany
+        self._sql = statements
 
     def lock(self, shared: Collection[Room], exclusive: Collection[Room]) -> None:
         pass
 
     def bury(self, rooms: Mapping[Room, bytes]) -> None:
-        self._executemany(
-            "INSERT INTO room_tombstones AS t (tbl, room, version) VALUES (?, ?, ?)"
-            " ON CONFLICT (tbl, room) DO UPDATE SET version = max(t.version, excluded.version)",
-            [(*room, version) for room, version in rooms.items()],
-        )
+        self._executemany(self._sql.bury, [(*room, version) for room, version in rooms.items()])
 
     def lengths(self, tables: Collection[str]) -> dict[str, int]:
         found = {}
         for table in tables:
-            for (length,) in self._execute("SELECT embedding_length FROM tables WHERE tbl = ?", (table,)):
+            for (length,) in self._execute(self._sql.length, (table,)):
                 found[table] = length
         return found
 
     def claim(self, lengths: Mapping[str, int]) -> None:
-        self._executemany(
-            "INSERT INTO tables (tbl, embedding_length) VALUES (?, ?) ON CONFLICT DO NOTHING", lengths.items()
-        )
+        self._executemany(self._sql.claim, lengths.items())
 
     def dimensions(self, ids: Collection[str]) -> dict[str, Dimensions]:
         found = {}
         for id in ids:
-            for row in self._execute(
-                "SELECT tbl, room, agent, entity, world FROM memories WHERE id = ?", (uuid.UUID(id).bytes,)
-            ):
+            for row in self._execute(self._sql.dimensions, (uuid.UUID(id).bytes,)):
                 found[id] = Dimensions(*row)
         return found
 
@@ -315,7 +446,7 @@ class _Transaction:
         changed, not which; where that was not every one, it is taken back, and done again row by row."""
         self._execute("SAVEPOINT many")
         rows = chain.from_iterable(map(_row, deltas))
-        if self._execute(_UPSERT_MANY, tuple(rows)).rowcount == len(deltas):
+        if self._execute(self._sql.upsert_many, tuple(rows)).rowcount == len(deltas):
             won = [delta.id for delta in deltas]
         else:
             self._execute("ROLLBACK TO many")
@@ -324,19 +455,15 @@ class _Transaction:
         return won
 
     def _upsert_each(self, deltas: Sequence[Delta]) -> list[str]:
-        return [delta.id for delta in deltas if self._execute(_UPSERT, _row(delta)).rowcount]
+        return [delta.id for delta in deltas if self._execute(self._sql.upsert, _row(delta)).rowcount]
 
     def clear(self, room: Room, last: bytes, versions: Collection[bytes]) -> list[tuple[str, Dimensions]]:
-        for statement in merge.clearing("max"):
+        for statement in self._sql.clear:
             self._execute(statement, merge.clearing_parameters(room, last))
         return [
             (str(uuid.UUID(bytes=id)), Dimensions(*dimensions))
             for version in versions
-            for id, *dimensions in self._execute(
-                "SELECT id, tbl, room, agent, entity, world FROM memories"
-                " WHERE tbl = ? AND room = ? AND NOT live AND deleted_version = ?",
-                (*room, version),
-            )
+            for id, *dimensions in self._execute(self._sql.cleared, (*room, version))
         ]
 
 
@@ -366,6 +493,42 @@ def _path(settings: Settings) -> Path:
     return Path(path).absolute()
 
 
+def _file(path: Path) -> File | None:
+    """Which file is at a path."""
+    try:
+        found = path.stat()
+    except FileNotFoundError:
+        return None
+    return found.st_dev, found.st_ino
+
+
+def _log_of(path: Path) -> Path:
+    return path.with_name(f"{path.name}-wal")
+
+
+def _set_aside(path: Path, log: File | None) -> None:
+    """Rename the write-ahead log that a replaced database left behind: SQLite would take it for the new one's, and mix
+    both. One that was put there along with the new database is left where it is."""
+    directory = os.open(path.parent, os.O_RDONLY)
+    try:
+        fcntl.flock(
+            directory, fcntl.LOCK_EX
+        )  # or two processes would be at it, and the second rename a new one
+        if log is not None and path.exists() and _file(_log_of(path)) == log:
+            for ending in ("-wal", "-shm"):
+                with suppress(FileNotFoundError):
+                    path.with_name(path.name + ending).replace(f"{path}{ending}.replaced")
+    finally:
+        os.close(directory)
+
+
+def _identity(row: tuple[Any, ...], path: Path, file: File | None) -> Identity:
+    # Of a copy the inode differs. The device does, too, where one file is mounted in several ways.
+    found, bus, prefix, life, reached = row
+    place = str(file[1]) if file else ""
+    return Identity(found, bus, prefix, life, reached, place, "", f"SQLite {path}")
+
+
 def _connect(path: Path, timeout: float) -> sqlite3.Connection:
     private.make_folder(path.parent)
     private.make_database(path)
@@ -387,31 +550,60 @@ def _connect(path: Path, timeout: float) -> sqlite3.Connection:
             raise
 
 
-def _number(connection: sqlite3.Connection) -> int:
-    """The last migration that was applied; 0 in a database without schema."""
-    (exists,) = connection.execute("SELECT count(*) FROM sqlite_master WHERE name = 'migrations'").fetchone()
-    if not exists:
-        return 0
-    (number,) = connection.execute("SELECT coalesce(max(number), 0) FROM migrations").fetchone()
-    return int(number)
+def _look(connection: sqlite3.Connection, path: Path, namespace: str) -> Found:
+    """What the file has; SchemaError if it is in the way of what is ours."""
+    before = f"{namespace}_"
+    own: dict[str, set[str]] = {}
+    bare: dict[str, set[str]] = {}
+    for table, column in connection.execute(
+        "SELECT lower(m.name), lower(c.name) FROM sqlite_master AS m, pragma_table_xinfo(m.name) AS c"
+        " WHERE m.type = 'table'"
+    ):
+        if table in OURS:
+            bare.setdefault(table, set()).add(column)
+        elif table.startswith(before) and table.removeprefix(before) in TABLES:
+            own.setdefault(table.removeprefix(before), set()).add(column)
+    where = f"SQLite {path}"
+    if check_own(_frozen(own), f"{where}, under the prefix {before},"):
+        sql = f"SELECT coalesce(max(number), 0) FROM {Names(before).migrations}"
+        return Found(connection.execute(sql).fetchone()[0])
+    if check_old(_frozen(bare), where):
+        return Found(connection.execute("SELECT coalesce(max(number), 0) FROM migrations").fetchone()[0], "")
+    return Found(0)
 
 
-def _upgrade(connection: sqlite3.Connection) -> None:
+def _frozen(found: dict[str, set[str]]) -> Columns:
+    return {table: frozenset(columns) for table, columns in found.items()}
+
+
+def _upgrade(connection: sqlite3.Connection, path: Path, namespace: str) -> None:
     """Apply the migrations that are missing; others may be at the same."""
-    for migration in migrations.load("sqlite"):
-        if _number(connection) >= migration.number:
-            continue
+    before = f"{namespace}_"
+    while migrations.following("sqlite", _look(connection, path, namespace).number):
         connection.execute("BEGIN IMMEDIATE")
         try:
-            if _number(connection) < migration.number:
-                for statement in _statements(migration.sql):
+            found = _look(connection, path, namespace)
+            for migration in migrations.following("sqlite", found.number):
+                if found.old is not None:
+                    _move(connection, before)
+                for statement in _statements(prefixed(migration.sql, before)):
                     connection.execute(statement)
-                connection.execute("INSERT INTO migrations (number) VALUES (?)", (migration.number,))
+                connection.execute(
+                    f"INSERT INTO {Names(before).migrations} (number) VALUES (?)", (migration.number,)
+                )
             connection.execute("COMMIT")
         except BaseException:
             if connection.in_transaction:
                 connection.execute("ROLLBACK")
             raise
+
+
+def _move(connection: sqlite3.Connection, before: str) -> None:
+    """Give the tables of schema 1 their prefix. Agents of the version before read on through views of the old names;
+    its workers can't write through them, and wait."""
+    for table in OURS:
+        connection.execute(f"ALTER TABLE {table} RENAME TO {before}{table}")
+        connection.execute(f"CREATE VIEW {table} AS SELECT * FROM {before}{table}")
 
 
 def _statements(script: str) -> Iterator[str]:
