@@ -22,7 +22,8 @@
      ├─ NotCommitted             the store did not have the write within the given time
      ├─ StoreError
      │   ├─ StoreUnavailable     the database can't be reached, or is not in a state to answer
-     │   ├─ SchemaError          the database's schema does not fit this version
+     │   │   └─ StoreTooSlow     it did not get done in time, or has no memory for so much at once
+     │   ├─ SchemaError          the database's schema does not fit, or its tables may not be used
      │   └─ Rejected             the database refuses this data; the data's fault, not the database's
      ├─ BadEvent                 an entry of the log that can't be decoded
      ├─ LogTrimmed               a replay asks for events that the log no longer has
@@ -130,8 +131,12 @@ class StoreUnavailable(StoreError):
     """The database can't be reached, or is in no state to answer; trying again later can help."""
 
 
+class StoreTooSlow(StoreUnavailable):
+    """The database did not get done in time, or had no memory for it; less at once, or more time, can help."""
+
+
 class SchemaError(StoreError):
-    """The database's schema does not fit this version of mnemobus."""
+    """The database's schema does not fit this version of mnemobus, or its tables are none of mnemobus's."""
 
 
 class Rejected(StoreError):

@@ -200,12 +200,13 @@ async def _store_figures(settings: Settings) -> dict[str, Any]:
     where = hide_password(settings.database_url)
     try:
         await reader.open()
-        tables = await reader.totals()
+        totals = await reader.totals()
         return {
             "url": where,
             "schema": await reader.schema(),
-            "tables": tables,
-            "memories": sum(tables.values()),
+            "tables": totals.tables,
+            "memories": sum(totals.tables.values()),
+            "exact": totals.exact,
         }
     except MnemobusError as error:
         return {"url": where, "error": f"the store can't be asked: {error}"}
@@ -256,7 +257,8 @@ def render(figures: dict[str, Any]) -> Any:
     if "error" in store:
         rest.add_row("store", f"[red]{store['error']}[/red]")
     else:
-        tables = ", ".join(f"{name} {count:,}" for name, count in store["tables"].items()) or "empty"
+        about = "" if store["exact"] else "about "
+        tables = ", ".join(f"{name} {about}{count:,}" for name, count in store["tables"].items()) or "empty"
         rest.add_row("store", f"{store['url']}, schema {store['schema']}: {tables}")
     parts = [log] * bool(figures["log"]) + [_workers(figures["workers"])] * bool(figures["workers"]) + [rest]
     return Group(*parts)

@@ -6,7 +6,7 @@ and a `Writer`, synchronous, for the threads of the worker pool. One suite of te
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
@@ -51,20 +51,45 @@ class Refused(NamedTuple):
     reason: str
 
 
+class Deletion(NamedTuple):
+    """The deletion of a room, or several of the same one: their versions, packed, the last one last."""
+
+    room: tuple[str, str]
+    versions: tuple[bytes, ...]
+
+
 @dataclass(slots=True)
 class Applied:
     """What a batch did to the store.
 
-    won      ids of memories that the batch changed
-    refused  events that contradict what is stored (a changed dimension, another embedding length); the
-             rest of the batch is committed
-    cleared  for each room that the batch deleted: the id and dimensions of every memory in it that this
-             deletion, or an earlier delivery of the same one, put an end to
+    won         ids of memories that the batch changed
+    refused     events that contradict what is stored (a changed dimension, another embedding length); the
+                rest of the batch is committed
+    cleared     for each room that the batch deleted: the id and dimensions of every memory in it that this
+                deletion, or an earlier delivery of the same one, put an end to
+    unfinished  deletions of rooms that are too large for that: their tombstones are set, but memories are left, which
+                :meth:`Writer.clear` removes and :meth:`Writer.ended` names
     """
 
     won: set[str] = field(default_factory=set)
     refused: list[Refused] = field(default_factory=list)
     cleared: list[tuple[str, Dimensions]] = field(default_factory=list)
+    unfinished: list[Deletion] = field(default_factory=list)
+
+    def add(self, other: Applied) -> None:
+        """Take in what another part of the batch did."""
+        self.won |= other.won
+        self.refused += other.refused
+        self.cleared += other.cleared
+        self.unfinished += other.unfinished
+
+
+@dataclass(frozen=True, slots=True)
+class Totals:
+    """How many memories each table has. ``exact`` is False if that was only estimated, as counting takes too long."""
+
+    tables: dict[str, int]
+    exact: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,15 +155,15 @@ class Reader(Protocol):
     async def identity(self) -> Identity:
         """Who the store is."""
 
-    async def totals(self) -> dict[str, int]:
-        """How many memories each table has, for people: may be slow."""
+    async def totals(self) -> Totals:
+        """How many memories each table has, for people."""
 
 
 class Writer(Protocol):
     """What the workers commit through. Safe for concurrent threads.
 
-    StoreUnavailable means that trying again can help and that the data is not to blame; Rejected that
-    this data is to blame. Either way nothing of the call is in the store.
+    StoreUnavailable means that trying again can help and that the data is not to blame; its StoreTooSlow, that less at
+    once or more patience can help; Rejected, that this data is to blame. To repeat any call is safe.
     """
 
     def open(self) -> None:
@@ -146,12 +171,25 @@ class Writer(Protocol):
 
     def close(self) -> None: ...
 
-    def apply(self, events: Sequence[Event]) -> Applied:
-        """Commit a batch in one transaction; idempotent, and independent of the order of batches.
+    def apply(self, events: Sequence[Event], *, patience: float = 1.0) -> Applied:
+        """Commit a batch; idempotent, and independent of the order of batches.
 
         Events of one memory merge field by field, the highest version winning, with what is stored (see
-        store/merge.py). StoreUnavailable, and nothing is committed, if the store is another than was expected.
+        store/merge.py). Deletions of rooms are committed after the rest. StoreUnavailable, and nothing is committed, if
+        the store is another than was expected.
+
+        patience  how many times as long as usual a statement may take
         """
+
+    def clear(
+        self, deletion: Deletion, after: Cursor = ..., rows: int = ..., *, patience: float = 1.0
+    ) -> Cursor | None:
+        """Commit one step of a deletion, of so many rows at most, from a place on: the place where the next one
+        begins, or None if that was the last."""
+
+    def ended(self, deletion: Deletion) -> Iterator[list[tuple[str, Dimensions]]]:
+        """The ids and dimensions of all memories that these deletions put an end to, in parts. A part is read when it
+        is asked for."""
 
     def expect(self, store: str | None) -> None:
         """Commit into the store with this identity only, and make no other: it has been agreed on."""
@@ -197,7 +235,6 @@ def open_writer(settings: Settings) -> Writer:
 def _need_psycopg() -> None:
     try:
         import psycopg  # noqa: F401
-        import psycopg_pool  # noqa: F401
     except ImportError as error:
         raise SettingsError(
             f"MNEMOBUS_DATABASE_URL names PostgreSQL, but {error.name} is not installed:"
@@ -209,10 +246,12 @@ __all__ = [
     "SCHEMA",
     "Applied",
     "Cursor",
+    "Deletion",
     "Identity",
     "Query",
     "Reader",
     "Refused",
+    "Totals",
     "Writer",
     "open_reader",
     "open_writer",

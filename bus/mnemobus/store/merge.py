@@ -19,10 +19,22 @@ has seen the same events holds the same thing (G2, G3, G8). From the registers f
 `collapse` does this for the events of one batch; the upserts of sqlite.py and postgres.py say the same in
 SQL for what meets in the table. Versions are compared packed (`Version.pack`), the empty value being before all.
 
-Deleting a room sets a tombstone for it and the deleted register of those of its memories that are there, or
+Deleting a room sets a tombstone for it and the deleted register of those of its memories that are older and there, or
 hold a value. What is already dead and erased is left alone, or a room that is emptied every day would cost
 more each day: a row's own register may lag behind its room's tombstone, and every write that meets such a
 row takes the higher of the two.
+
+A room may hold any number of memories, and others must not wait for them all. So a deletion goes in steps, each a
+transaction of its own:
+
+1. *The tombstone*, with the room locked, so that no put is under way that has not seen it. From then on nothing older
+   comes to life in the room, whoever writes it: what is left to clear can only become less. Readers who name the room
+   or a memory see nothing of it any more.
+2. *The memories*, so many at a time, in the order of the room's index; without a lock, as nothing can be missed.
+3. *Their names*, for the fan-out. They are read once all steps are committed, not gathered on the way: a worker that
+   died, or one that is at the same deletion, may have committed some of them and told nobody.
+
+Each may be done again, by anybody, and the event is acknowledged after the last.
 
 Two things are no matter of merging: a memory's dimensions never change, and a table's embeddings are of one
 length. The first to be committed counts; an event that contradicts it is refused, and nothing else with it.
@@ -37,10 +49,20 @@ from typing import Protocol
 
 from ..events import DELETE, DELETE_ROOM, PUT, Event
 from ..keys import Dimensions
-from . import Applied, Refused
+from . import Applied, Cursor, Deletion, Refused
 
 Room = tuple[str, str]
 """A table and a room in it."""
+
+STEP = 1_000
+"""Rows that a step of a deletion clears."""
+TOLD = 5_000
+"""Memories that are named at once when a deletion is done."""
+_ROOMS = 20
+"""Rooms that are locked at once to be deleted."""
+
+BEGINNING = Cursor(-(1 << 63), "00000000-0000-0000-0000-000000000000")
+"""Before every memory."""
 
 NEVER = b""
 """Before every packed version: a register that was not set."""
@@ -151,9 +173,12 @@ class Transaction(Protocol):
     """The steps of a batch's transaction that differ between stores. What they read is current, and stays so
     until the commit."""
 
-    def lock(self, shared: Collection[Room], exclusive: Collection[Room]) -> None:
-        """Keep others from deleting the ``shared`` rooms, and from writing into the ``exclusive`` ones: a
-        put and the deletion of its room must not pass each other unseen."""
+    def share(self, rooms: Collection[Room]) -> None:
+        """Keep others from excluding us from these rooms: a put and the tombstone of its room must not pass each other
+        unseen."""
+
+    def exclude(self, rooms: Collection[Room]) -> None:
+        """Keep others from sharing these rooms, once those who do are done."""
 
     def bury(self, rooms: Mapping[Room, bytes]) -> None:
         """Raise the tombstones of rooms to these versions."""
@@ -170,20 +195,63 @@ class Transaction(Protocol):
     def upsert(self, deltas: Sequence[Delta]) -> Collection[str]:
         """Merge into the table; the ids of the rows that changed. Rows of other dimensions are left alone."""
 
-    def clear(self, room: Room, last: bytes, versions: Collection[bytes]) -> list[tuple[str, Dimensions]]:
-        """Delete what is in the room and older than ``last``; all that any of ``versions`` ever put an end to."""
+    def clear(self, deletion: Deletion, after: Cursor, rows: int) -> Cursor | None:
+        """Delete what is in the room, comes after this place and is older than the deletion, up to so many rows. The
+        place to go on from, or None if nothing is left."""
+
+    def ended(self, deletion: Deletion, most: int) -> list[tuple[str, Dimensions]]:
+        """All that any of these deletions ever put an end to, up to so many."""
+
+
+def part(events: Sequence[Event]) -> tuple[Sequence[Event], list[list[Deletion]]]:
+    """The events of a batch that name a memory, and its deletions of rooms, those together that go into one
+    transaction."""
+    found: dict[Room, set[bytes]] = {}
+    for event in events:
+        if event.op == DELETE_ROOM:
+            found.setdefault(event.dimensions[:2], set()).add(event.version.pack())
+    if not found:
+        return events, []
+    deletions = [Deletion(room, tuple(sorted(versions))) for room, versions in sorted(found.items())]
+    return (
+        [event for event in events if event.op != DELETE_ROOM],
+        [deletions[first : first + _ROOMS] for first in range(0, len(deletions), _ROOMS)],
+    )
+
+
+def bury(transaction: Transaction, deletions: Sequence[Deletion]) -> None:
+    """Set the tombstones of these rooms, within a transaction, which the caller begins and commits."""
+    transaction.exclude([deletion.room for deletion in deletions])
+    transaction.bury({deletion.room: deletion.versions[-1] for deletion in deletions})
+
+
+def begin_clearing(transaction: Transaction, deletions: Sequence[Deletion]) -> Applied:
+    """Delete what is in these rooms, whose tombstones are set, as far as that fits into one step. The same or another
+    transaction."""
+    applied = Applied()
+    left = STEP
+    for deletion in deletions:
+        if left > 0 and transaction.clear(deletion, BEGINNING, left) is None:
+            ended = transaction.ended(deletion, left + 1)
+            if len(ended) <= left:
+                applied.cleared += ended
+                left -= max(len(ended), 1)
+                continue
+        applied.unfinished.append(deletion)
+        left = 0
+    return applied
+
+
+def delete_rooms(transaction: Transaction, deletions: Sequence[Deletion]) -> Applied:
+    """Both in one."""
+    bury(transaction, deletions)
+    return begin_clearing(transaction, deletions)
 
 
 def apply(transaction: Transaction, events: Sequence[Event]) -> Applied:
-    """Apply a batch within a transaction, which the caller begins and commits."""
+    """Apply events that name a memory, within a transaction, which the caller begins and commits."""
     applied = Applied()
-    deletions: dict[Room, set[bytes]] = {}
-    for event in events:
-        if event.op == DELETE_ROOM:
-            deletions.setdefault(event.dimensions[:2], set()).add(event.version.pack())
-    transaction.lock({event.dimensions[:2] for event in events} - deletions.keys(), deletions)
-    if deletions:
-        transaction.bury({room: max(versions) for room, versions in deletions.items()})
+    transaction.share({event.dimensions[:2] for event in events})
 
     # What is stored decides which of several contradicting events is refused, but it is not looked up before
     # something looks like a contradiction. Then the batch is collapsed again, knowing better; most batches
@@ -199,9 +267,6 @@ def apply(transaction: Transaction, events: Sequence[Event]) -> Applied:
             break
         known.update(clashes)
     applied.refused = batch.refused
-
-    for room, versions in sorted(deletions.items()):
-        applied.cleared += transaction.clear(room, max(versions), versions)
     return applied
 
 
@@ -273,21 +338,10 @@ def merging(greatest: str, same: str) -> str:
     """
 
 
-def clearing(greatest: str, memories: str) -> list[str]:
-    """The statements that delete what is in a room, with ``?`` for :func:`clearing_parameters`.
-
-    memories: the table's name
-    """
+def erasing(greatest: str, version: str) -> str:
+    """What a deletion of this version sets in a row that is older, in SQL."""
     values = [
-        f"{field} = CASE WHEN {greatest}(put_version, {field}_version) > ? THEN {field} END"
+        f"{field} = CASE WHEN {greatest}(put_version, {field}_version) > {version} THEN {field} END"
         for field in _FIELDS
     ]
-    return [
-        f"UPDATE {memories} SET deleted_version = ?, {', '.join(values)}"
-        f" WHERE tbl = ? AND room = ? AND {which} AND deleted_version < ?"
-        for which in ("live", "pending")
-    ]
-
-
-def clearing_parameters(room: Room, version: bytes) -> list[str | bytes]:
-    return [version, version, version, version, *room, version]
+    return f"deleted_version = {version}, {', '.join(values)}"

@@ -2,6 +2,10 @@
 
 Paging is by keyset: a page begins at a place in the index, not at a count of rows, so it costs the same
 however deep it is, and what is written meanwhile neither repeats nor hides a row.
+
+The deletion of a large room goes in steps (store/merge.py). A query that names the room, or a memory, sees it done from
+the first of them on: it also asks for the room's tombstone, which is one row. Listings by agent, entity or world alone,
+and totals, see the room's memories go.
 """
 
 from __future__ import annotations
@@ -12,7 +16,7 @@ from typing import Any, ClassVar
 
 from ..keys import Version
 from ..memory import Row
-from . import Query
+from . import Query, Totals
 from .layout import Names
 
 
@@ -21,6 +25,8 @@ class SqlReader(ABC):
 
     _columns: ClassVar[str]
     """What :meth:`_row` takes: the fields of a Row in their order, its version packed."""
+    _never: ClassVar[str]
+    """Before every version, in SQL."""
 
     _names: Names
 
@@ -38,7 +44,10 @@ class SqlReader(ABC):
 
     async def get(self, id: str) -> Row | None:
         rows = await self._fetch(
-            f"SELECT {self._columns} FROM {self._names.memories} WHERE id = ? AND live", (self._key(id),)
+            f"SELECT {self._columns} FROM {self._names.memories} AS m WHERE id = ? AND live AND NOT EXISTS (SELECT 1"
+            f" FROM {self._names.room_tombstones} AS t"
+            " WHERE t.tbl = m.tbl AND t.room = m.room AND t.version > m.put_version)",
+            (self._key(id),),
         )
         return self._row(rows[0]) if rows else None
 
@@ -62,10 +71,12 @@ class SqlReader(ABC):
         rows = await self._fetch(f"SELECT embedding_length FROM {self._names.tables} WHERE tbl = ?", (table,))
         return int(rows[0][0]) if rows else None
 
-    async def totals(self) -> dict[str, int]:
-        return dict(
-            await self._fetch(
-                f"SELECT tbl, count(*) FROM {self._names.memories} WHERE live GROUP BY tbl ORDER BY tbl"
+    async def totals(self) -> Totals:
+        return Totals(
+            dict(
+                await self._fetch(
+                    f"SELECT tbl, count(*) FROM {self._names.memories} WHERE live GROUP BY tbl ORDER BY tbl"
+                )
             )
         )
 
@@ -77,6 +88,10 @@ class SqlReader(ABC):
             if value is not None:
                 sql += f" AND {name} = ?"
                 parameters.append(value)
+        if query.room is not None:
+            tombstone = f"SELECT version FROM {self._names.room_tombstones} WHERE tbl = ? AND room = ?"
+            sql += f" AND put_version > coalesce(({tombstone}), {self._never})"
+            parameters += (query.table, query.room)
         for cursor, operator in ((query.before, "<"), (query.after, ">")):
             if cursor is not None:
                 sql += f" AND (created_us, id) {operator} (?, ?)"

@@ -14,22 +14,22 @@ import sqlite3
 import threading
 import time
 import uuid
-from collections.abc import AsyncIterator, Collection, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager, contextmanager, suppress
 from functools import partial
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import aiosqlite
 
 from .. import private
-from ..errors import Rejected, SettingsError, StoreUnavailable
+from ..errors import Rejected, SchemaError, SettingsError, StoreError, StoreTooSlow, StoreUnavailable
 from ..events import Event
 from ..keys import Dimensions, Version
 from ..settings import Settings
 from ..tasks import in_background
-from . import SCHEMA, Applied, Identity, merge, migrations
+from . import SCHEMA, Applied, Cursor, Deletion, Identity, merge, migrations
 from .layout import OURS, TABLES, Columns, Found, Names, check_old, check_own, prefixed
 from .merge import Delta, Room
 from .reader import SqlReader
@@ -48,6 +48,11 @@ _READERS = 4
 
 _ROWS = 250
 """Rows of a statement that merges many at once."""
+
+_PAUSE = 0.1
+"""Seconds at most between two steps of a deletion, for others."""
+
+T = TypeVar("T")
 
 
 def _upsert(names: Names, rows: int) -> str:
@@ -86,7 +91,22 @@ class _Statements:
     def __init__(self, names: Names) -> None:
         self.upsert = _upsert(names, 1)
         self.upsert_many = _upsert(names, _ROWS)
-        self.clear = merge.clearing("max", names.memories)
+        erasing = merge.erasing("max", ":version")
+        in_room = f"FROM {names.memories} WHERE tbl = :table AND room = :room"
+        older = "live AND put_version < :version AND (created_us, id) > (:created_us, :id)"
+        self.chunk = f"SELECT created_us, id {in_room} AND {older} ORDER BY created_us, id LIMIT :rows"
+        self.clear = (
+            f"UPDATE {names.memories} SET {erasing} WHERE tbl = :table AND room = :room AND {older}"
+            " AND (created_us, id) <= (:last_us, :last)"
+        )
+        self.erase = (
+            f"UPDATE {names.memories} SET {erasing} WHERE id IN"
+            f" (SELECT id {in_room} AND pending AND deleted_version < :version LIMIT :rows)"
+        )
+        self.ended = (
+            f"SELECT rowid, id, tbl, room, agent, entity, world FROM {names.memories} WHERE tbl = ? AND room = ?"
+            f" AND NOT live AND deleted_version = ? AND rowid > ? ORDER BY rowid LIMIT {merge.TOLD}"
+        )
         self.bury = (
             f"INSERT INTO {names.room_tombstones} AS t (tbl, room, version) VALUES (?, ?, ?)"
             " ON CONFLICT (tbl, room) DO UPDATE SET version = max(t.version, excluded.version)"
@@ -96,10 +116,6 @@ class _Statements:
             f"INSERT INTO {names.tables} (tbl, embedding_length) VALUES (?, ?) ON CONFLICT DO NOTHING"
         )
         self.dimensions = f"SELECT tbl, room, agent, entity, world FROM {names.memories} WHERE id = ?"
-        self.cleared = (
-            f"SELECT id, tbl, room, agent, entity, world FROM {names.memories}"
-            " WHERE tbl = ? AND room = ? AND NOT live AND deleted_version = ?"
-        )
         self.store = f"SELECT store FROM {names.identity}"
         self.identity = f"SELECT store, bus, prefix, life, reached_ms FROM {names.identity}"
         self.serve = (
@@ -114,6 +130,7 @@ class _Statements:
 
 
 class SqliteReader(SqlReader):
+    _never = "x''"
     _columns = (
         "id, tbl, room, agent, entity, world, CAST(content AS BLOB), CAST(metadata AS BLOB), embedding,"
         " created_us, max(put_version, content_version, metadata_version, embedding_version)"
@@ -142,7 +159,7 @@ class SqliteReader(SqlReader):
             async with self._connection():
                 pass  # the first query finds it open
         except (sqlite3.Error, OSError) as error:
-            raise _unavailable(self._path, error) from error
+            raise _error(self._path, error) from error
 
     async def close(self) -> None:
         self._closed = True
@@ -153,7 +170,7 @@ class SqliteReader(SqlReader):
         try:
             return await asyncio.to_thread(self._schema)
         except (sqlite3.Error, OSError) as error:
-            raise _unavailable(self._path, error) from error
+            raise _error(self._path, error) from error
 
     def _schema(self) -> int:
         if not self._path.exists():
@@ -177,7 +194,7 @@ class SqliteReader(SqlReader):
                 try:
                     await asyncio.to_thread(self._create)
                 except (sqlite3.Error, OSError) as error:
-                    raise _unavailable(self._path, error) from error
+                    raise _error(self._path, error) from error
                 self._prepared = True
 
     def _create(self) -> None:
@@ -202,7 +219,7 @@ class SqliteReader(SqlReader):
             async with self._connection() as connection:
                 return [tuple(row) for row in await connection.execute_fetchall(sql, parameters)]
         except (sqlite3.Error, OSError) as error:
-            raise _unavailable(self._path, error) from error
+            raise _error(self._path, error) from error
 
     @asynccontextmanager
     async def _connection(self) -> AsyncIterator[aiosqlite.Connection]:
@@ -292,12 +309,47 @@ class SqliteWriter:
     def expect(self, store: str | None) -> None:
         self._expected = store
 
-    def apply(self, events: Sequence[Event]) -> Applied:
+    def apply(self, events: Sequence[Event], *, patience: float = 1.0) -> Applied:
+        applied = Applied()
+        rest, deletions = merge.part(events)
+        if rest or not deletions:
+            applied = self._transact(lambda t: merge.apply(t, rest))
+        for some in deletions:
+            applied.add(self._transact(partial(merge.delete_rooms, deletions=some)))
+        return applied
+
+    def clear(
+        self,
+        deletion: Deletion,
+        after: Cursor = merge.BEGINNING,
+        rows: int = merge.STEP,
+        *,
+        patience: float = 1.0,
+    ) -> Cursor | None:
+        began = time.monotonic()
+        place = self._transact(lambda t: t.clear(deletion, after, rows))
+        # SQLite has no queue: others look again every few milliseconds, and would find it locked each time.
+        time.sleep(min(time.monotonic() - began, _PAUSE))
+        return place
+
+    def ended(self, deletion: Deletion) -> Iterator[list[tuple[str, Dimensions]]]:
+        for version in deletion.versions:
+            last = 0
+            while True:
+                with self._using() as connection:
+                    rows = connection.execute(self._sql.ended, (*deletion.room, version, last)).fetchall()
+                if not rows:
+                    break
+                last = rows[-1][0]
+                yield [(str(uuid.UUID(bytes=id)), Dimensions(*dimensions)) for _, id, *dimensions in rows]
+
+    def _transact(self, work: Callable[[_Transaction], T]) -> T:
+        """Do this work in a transaction, in the store that is expected."""
         with self._using() as connection:
             connection.execute("BEGIN IMMEDIATE")
             try:
                 self._check(connection)
-                applied = self._apply(connection, events)
+                result = self._do(work, _Transaction(connection, self._sql))
                 connection.execute("COMMIT")
             except BaseException:
                 # SQLite may have rolled back already, as it does when the disk is full.
@@ -309,7 +361,7 @@ class SqliteWriter:
                 raise StoreUnavailable(
                     f"SQLite {self._path} was replaced or removed while a batch was committed"
                 )
-            return applied
+            return result
 
     def identity(self) -> Identity:
         with self._using() as connection:
@@ -340,7 +392,10 @@ class SqliteWriter:
                 yield self._connected()
             except (sqlite3.Error, OSError) as error:
                 self._disconnect()  # the next call begins afresh, whatever this was
-                raise _unavailable(self._path, error) from error
+                raise _error(self._path, error) from error
+            except MemoryError as error:
+                self._disconnect()
+                raise StoreTooSlow(f"SQLite {self._path}: not enough memory for so much at once") from error
 
     def _check(self, connection: sqlite3.Connection) -> None:
         """StoreUnavailable if the store is not the one that was agreed on: it was replaced by another."""
@@ -349,9 +404,9 @@ class SqliteWriter:
             if row is None or row[0] != self._expected:
                 raise StoreUnavailable(f"SQLite {self._path} is another store than it was")
 
-    def _apply(self, connection: sqlite3.Connection, events: Sequence[Event]) -> Applied:
+    def _do(self, work: Callable[[_Transaction], T], transaction: _Transaction) -> T:
         try:
-            return merge.apply(_Transaction(connection, self._sql), events)
+            return work(transaction)
         except (sqlite3.IntegrityError, sqlite3.DataError, OverflowError, UnicodeError) as error:
             raise Rejected(f"SQLite {self._path} refuses this data: {error}") from error
 
@@ -411,7 +466,10 @@ class _Transaction:
         self._executemany = connection.executemany
         self._sql = statements
 
-    def lock(self, shared: Collection[Room], exclusive: Collection[Room]) -> None:
+    def share(self, rooms: Collection[Room]) -> None:
+        pass
+
+    def exclude(self, rooms: Collection[Room]) -> None:
         pass
 
     def bury(self, rooms: Mapping[Room, bytes]) -> None:
@@ -457,14 +515,30 @@ class _Transaction:
     def _upsert_each(self, deltas: Sequence[Delta]) -> list[str]:
         return [delta.id for delta in deltas if self._execute(self._sql.upsert, _row(delta)).rowcount]
 
-    def clear(self, room: Room, last: bytes, versions: Collection[bytes]) -> list[tuple[str, Dimensions]]:
-        for statement in self._sql.clear:
-            self._execute(statement, merge.clearing_parameters(room, last))
-        return [
-            (str(uuid.UUID(bytes=id)), Dimensions(*dimensions))
-            for version in versions
-            for id, *dimensions in self._execute(self._sql.cleared, (*room, version))
-        ]
+    def clear(self, deletion: Deletion, after: Cursor, rows: int) -> Cursor | None:
+        table, room = deletion.room
+        parameters = {
+            "table": table,
+            "room": room,
+            "version": deletion.versions[-1],
+            "created_us": after.created_us,
+            "id": uuid.UUID(after.id).bytes,
+            "rows": rows,
+        }
+        chunk = self._execute(self._sql.chunk, parameters).fetchall()
+        if chunk:
+            created_us, id = chunk[-1]
+            self._execute(self._sql.clear, {**parameters, "last_us": created_us, "last": id})
+        if len(chunk) == rows:
+            return Cursor(created_us, str(uuid.UUID(bytes=id)))
+        return after if self._execute(self._sql.erase, parameters).rowcount == rows else None
+
+    def ended(self, deletion: Deletion, most: int) -> list[tuple[str, Dimensions]]:
+        found: list[tuple[str, Dimensions]] = []
+        for version in deletion.versions:
+            rows = self._execute(self._sql.ended, (*deletion.room, version, 0)).fetchmany(most - len(found))
+            found += [(str(uuid.UUID(bytes=id)), Dimensions(*dimensions)) for _, id, *dimensions in rows]
+        return found
 
 
 def _row(d: Delta) -> tuple[Any, ...]:
@@ -616,5 +690,31 @@ def _statements(script: str) -> Iterator[str]:
             statement = ""
 
 
-def _unavailable(path: Path, error: Exception) -> StoreUnavailable:
+def _error(path: Path, error: Exception) -> StoreError:
+    """What an error of SQLite means, with what to do about it."""
+    name = str(getattr(error, "sqlite_errorname", ""))
+    if name.startswith("SQLITE_ERROR") and str(error).startswith(("no such table", "no such column")):
+        return SchemaError(
+            f"SQLite {path}: {error}: these are not the tables of mnemobus. Set MNEMOBUS_DATABASE_URL to the"
+            " file that is meant"
+        )
+    for begins, advice in _ADVICE.items():
+        if name.startswith(begins):
+            return StoreUnavailable(f"SQLite {path}: {error}: {advice}")
+    if isinstance(error, PermissionError):
+        return StoreUnavailable(f"SQLite {path}: {error}: {_ADVICE['SQLITE_READONLY']}")
     return StoreUnavailable(f"SQLite {path}: {error}")
+
+
+_ADVICE = {
+    "SQLITE_BUSY": "another process writes to it, and has not finished within MNEMOBUS_DATABASE_TIMEOUT",
+    "SQLITE_CORRUPT": "the file is damaged. Stop all that use it, put a backup in its place (or what .recover"
+    " of sqlite3 saves), then mnemobus replay",
+    "SQLITE_FULL": "make room on its disk",
+    "SQLITE_IOERR": "look into the machine's log: its disk may fail, be full, or be away",
+    "SQLITE_NOTADB": "set MNEMOBUS_DATABASE_URL to another file, or put a backup in its place",
+    "SQLITE_READONLY": "this user must be allowed to write to the file and to its folder; or the file was replaced"
+    " while it was in use",
+    "SQLITE_CANTOPEN": "this user must be allowed to make files in its folder",
+    "SQLITE_PERM": "this user must be allowed to use the file and its folder",
+}
