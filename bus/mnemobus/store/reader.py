@@ -63,8 +63,18 @@ class SqlReader(ABC):
         return [self._row(row) for row in (reversed(rows) if forward else rows)]
 
     async def count(self, query: Query) -> int:
-        where, parameters = self._where(query)
-        rows = await self._fetch(f"SELECT count(*) FROM {self._names.memories} WHERE {where}", parameters)
+        where, parameters = self._where(query, tombstone=False)
+        sql = f"SELECT count(*) FROM {self._names.memories} WHERE {where}"
+        if query.room is not None:
+            # The index alone knows how many there are, but not how old. Few rooms were ever deleted.
+            guarded, more = self._where(query)
+            buried = f"SELECT 1 FROM {self._names.room_tombstones} WHERE tbl = ? AND room = ?"
+            sql = (
+                f"SELECT CASE WHEN EXISTS ({buried}) THEN"
+                f" (SELECT count(*) FROM {self._names.memories} WHERE {guarded}) ELSE ({sql}) END"
+            )
+            parameters = [query.table, query.room, *more, *parameters]
+        rows = await self._fetch(sql, parameters)
         return int(rows[0][0])
 
     async def embedding_length(self, table: str) -> int | None:
@@ -80,7 +90,7 @@ class SqlReader(ABC):
             )
         )
 
-    def _where(self, query: Query) -> tuple[str, list[Any]]:
+    def _where(self, query: Query, *, tombstone: bool = True) -> tuple[str, list[Any]]:
         sql = "live AND tbl = ?"
         parameters: list[Any] = [query.table]
         for name in ("room", "agent", "entity", "world"):
@@ -88,9 +98,9 @@ class SqlReader(ABC):
             if value is not None:
                 sql += f" AND {name} = ?"
                 parameters.append(value)
-        if query.room is not None:
-            tombstone = f"SELECT version FROM {self._names.room_tombstones} WHERE tbl = ? AND room = ?"
-            sql += f" AND put_version > coalesce(({tombstone}), {self._never})"
+        if tombstone and query.room is not None:
+            buried = f"SELECT version FROM {self._names.room_tombstones} WHERE tbl = ? AND room = ?"
+            sql += f" AND put_version > coalesce(({buried}), {self._never})"
             parameters += (query.table, query.room)
         for cursor, operator in ((query.before, "<"), (query.after, ">")):
             if cursor is not None:

@@ -707,7 +707,6 @@ def _error(path: Path, error: Exception) -> StoreError:
 
 
 _ADVICE = {
-    "SQLITE_BUSY": "another process writes to it, and has not finished within MNEMOBUS_DATABASE_TIMEOUT",
     "SQLITE_CORRUPT": "the file is damaged. Stop all that use it, put a backup in its place (or what .recover"
     " of sqlite3 saves), then mnemobus replay",
     "SQLITE_FULL": "make room on its disk",
