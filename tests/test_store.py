@@ -33,8 +33,10 @@ from mnemobus.errors import (
 from mnemobus.events import DELETE, DELETE_ROOM, PUT, UPDATE, Event
 from mnemobus.keys import Dimensions, Version
 from mnemobus.settings import Settings
-from mnemobus.store import Cursor, Query, Reader, Writer, migrations
+from mnemobus.store import Cursor, Deletion, Query, Reader, Writer, migrations
+from mnemobus.store.merge import BEGINNING, STEP
 from rows import named
+from servers import wait_until
 
 DIMENSIONS = Dimensions("messages", "r1")
 
@@ -1158,3 +1160,186 @@ def test_postgres_in_another_encoding(postgres_url: str) -> None:
             pass
     finally:
         sql(postgres_url, f"DROP DATABASE {name} WITH (FORCE)")
+
+
+# Large rooms
+
+
+def finish_deletion(writer: Writer, deletion: Deletion, rows: int) -> int:
+    """In steps of so many rows; how many steps."""
+    place: Cursor | None = BEGINNING
+    for steps in range(1, 1_000):
+        assert place is not None
+        place = writer.clear(deletion, place, rows)
+        if place is None:
+            return steps
+    raise AssertionError("it never ends")
+
+
+def named_by(writer: Writer, deletion: Deletion) -> list[tuple[str, Dimensions]]:
+    return [each for some in writer.ended(deletion) for each in some]
+
+
+@pytest.fixture
+def large(writer: Writer) -> list[str]:
+    """The ids of a room's memories, more than a step deletes; one is another agent's, and one waits for its put."""
+    ids = [new_id() for _ in range(STEP + 300)]
+    writer.apply([put(id, n, created_us=n // 7, embedding=b"\0" * 4) for n, id in enumerate(ids[:-2], 1)])
+    writer.apply(
+        [put(ids[-2], 5, dimensions=Dimensions("messages", "r1", "a")), update(ids[-1], 6, content=b"{}")]
+    )
+    return ids
+
+
+async def test_a_large_room_is_deleted_in_steps(
+    writer: Writer, reader: Reader, url: str, large: list[str]
+) -> None:
+    # When a room is deleted that has more memories than fit into one step
+    applied = writer.apply([delete_room(9_000)])
+    # Then not all is done at once
+    [deletion] = applied.unfinished
+    assert applied.cleared == []
+    left = sql(url, "SELECT count(*) FROM memories WHERE live")[0][0]
+    assert 0 < left < len(large)
+    # But whoever asks for the room, or for one of its memories, does not see it any more
+    assert await reader.recent(Query("messages", room="r1"), 10) == []
+    assert await reader.count(Query("messages", room="r1")) == 0
+    assert [row for id in large[::100] if (row := await reader.get(id))] == []
+    # And each further step deletes no more than it was told to
+    place: Cursor | None = BEGINNING
+    while place is not None:
+        place = writer.clear(deletion, place, 40)
+        before, left = left, sql(url, "SELECT count(*) FROM memories WHERE live")[0][0]
+        assert before - left <= 40
+    # Then all of it is gone, and is named
+    assert sql(url, "SELECT count(*) FROM memories WHERE live OR pending OR content IS NOT NULL") == [(0,)]
+    ended = named_by(writer, deletion)
+    assert sorted(id for id, _ in ended) == sorted(large)
+    assert {dimensions for _, dimensions in ended} == {DIMENSIONS, Dimensions("messages", "r1", "a")}
+
+
+async def test_g3_what_comes_while_a_room_is_deleted(
+    writer: Writer, reader: Reader, large: list[str]
+) -> None:
+    [deletion] = writer.apply([delete_room(9_000)]).unfinished
+    # Given that half of a room is deleted, when older and newer writes come
+    late, new = new_id(), new_id()
+    writer.apply([put(late, 8_000, created_us=-5), put(new, 9_001, created_us=-5)])
+    writer.apply([put(large[-3], 9_002), put(large[0], 9_003), update(large[-4], 9_004, metadata=b'{"k":1}')])
+    there = {new, large[-3], large[0]}
+    assert {row.id for row in await reader.recent(Query("messages", room="r1"), 99)} == there
+    assert await reader.count(Query("messages", room="r1")) == 3
+    # Then what is newer stays, and nothing else
+    finish_deletion(writer, deletion, 100)
+    assert {row.id for row in await reader.recent(Query("messages", room="r1"), 99)} == there
+    assert {id for id in (late, new, *large) if await reader.get(id)} == there
+
+
+async def test_g1_a_deletion_that_was_broken_off_is_done_by_another(
+    writer: Writer, url: str, reader: Reader, large: list[str]
+) -> None:
+    # Given a worker that dies in the midst of a deletion, after some steps of which nobody was told
+    [deletion] = writer.apply([delete_room(9_000)]).unfinished
+    writer.clear(deletion, BEGINNING, 10)
+    with opened(url) as other:
+        # When another is given the same event
+        applied = other.apply([delete_room(9_000)])
+        finish_deletion(other, deletion, 200)
+        # Then it names all
+        assert sorted(id for id, _ in named_by(other, deletion)) == sorted(large)
+        # And so it does when it is given it once more, though it has nothing to do any more
+        assert other.apply([delete_room(9_000)]).unfinished == applied.unfinished == [deletion]
+        assert finish_deletion(other, deletion, STEP) == 1
+        assert len(named_by(other, deletion)) == len(large)
+
+
+def test_two_workers_at_the_same_deletion(writer: Writer, url: str, large: list[str]) -> None:
+    [deletion] = writer.apply([delete_room(9_000)]).unfinished
+    with opened(url) as other, ThreadPoolExecutor(3) as threads:
+        # Given two that are at it, and a third that writes into its rows
+        both = [threads.submit(finish_deletion, each, deletion, 7) for each in (writer, other)]
+        batches = [[put(id, 9_001 + n) for id in large[:-2][n::20]] for n in range(20)]
+        writing = threads.submit(lambda: [other.apply(batch) for batch in batches])
+        for each in (*both, writing):
+            each.result(60)
+    # Then what was put since is there
+    assert sql(url, "SELECT count(*) FROM memories WHERE live") == [(len(large) - 2,)]
+
+
+def test_nobody_waits_for_the_deletion_of_another_room(writer: Writer, url: str, large: list[str]) -> None:
+    # Given a room whose deletion stops in the midst of a step: somebody else has one of its rows
+    [deletion] = writer.apply([delete_room(9_000)]).unfinished
+    if url.startswith("sqlite"):
+        pytest.skip("one at a time writes; how long a step takes is bounded by its rows")
+    import psycopg
+
+    with psycopg.connect(url) as holder, opened(url) as other, ThreadPoolExecutor(1) as threads:
+        holder.execute("SELECT 1 FROM mnemobus.memories WHERE live FOR UPDATE")
+        deleting = threads.submit(finish_deletion, writer, deletion, STEP)
+        waiting = (
+            "SELECT count(*) FROM pg_stat_activity WHERE wait_event_type = 'Lock' AND query LIKE '%chunk%'"
+        )
+        wait_until(lambda: sql(url, waiting)[0][0])
+        # Then a batch that touches every slot of rooms goes through meanwhile, and so does another room's deletion
+        rooms = [Dimensions("messages", f"room{n}") for n in range(200)]
+        assert len(other.apply([put(new_id(), 1, dimensions=each) for each in rooms]).won) == 200
+        assert len(other.apply([delete_room(2, room="room7")]).cleared) == 1
+        assert not deleting.done()
+        holder.rollback()
+        deleting.result(30)
+
+
+def test_many_rooms_deleted_in_one_batch(writer: Writer, url: str) -> None:
+    rooms = [f"room{n}" for n in range(50)]
+    writer.apply(
+        [put(new_id(), 1, dimensions=Dimensions("messages", room)) for room in rooms for _ in range(3)]
+    )
+    applied = writer.apply([delete_room(9, room=room) for room in rooms])
+    assert applied.unfinished == []
+    assert len(applied.cleared) == 150
+    assert sql(url, "SELECT count(*) FROM memories WHERE live") == [(0,)]
+
+
+async def test_totals_of_a_large_table_are_an_estimate(
+    postgres_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("psycopg")
+    from mnemobus.store import postgres
+
+    with opened(postgres_url) as writer:
+        content = b'{"text":"%s"}' % (b"x" * 500)
+        for table, count in (("messages", 3_000), ("facts", 1_500), ("few", 3)):
+            dimensions = Dimensions(table, "r")
+            writer.apply([put(new_id(), n, content, dimensions=dimensions) for n in range(1, count + 1)])
+        gone, dimensions = new_id(), Dimensions("gone", "r")
+        writer.apply([put(gone, 1, dimensions=dimensions), delete(gone, 2, dimensions=dimensions)])
+        reader = store.open_reader(settings(postgres_url))
+        await reader.open()
+        assert await reader.totals() == store.Totals({"facts": 1_500, "few": 3, "messages": 3_000})
+        # Given a table that is too large to be counted, then a part of it is
+        monkeypatch.setattr(postgres, "_COUNTED_PAGES", 100)
+        monkeypatch.setattr(postgres, "_SAMPLED_PAGES", 100)
+        monkeypatch.setattr(postgres, "_COUNTED_ROWS", 50)
+        totals = await reader.totals()
+        assert not totals.exact
+        assert totals.tables.keys() == {"facts", "few", "messages"}
+        assert totals.tables["few"] == 3
+        assert 1_000 < totals.tables["messages"] < 9_000
+        await reader.close()
+
+
+def test_sqlite_errors_say_what_to_do(sqlite_url: str) -> None:
+    path = Path(sqlite_url.removeprefix("sqlite:///"))
+    with opened(sqlite_url) as writer:
+        writer.apply([put(new_id(), n) for n in range(1, 400)])
+    # Given a file whose pages are damaged
+    whole = path.read_bytes()
+    path.write_bytes(whole[:8192] + b"\xff" * (len(whole) - 8192))
+    broken = store.open_writer(settings(sqlite_url))
+    with pytest.raises(StoreUnavailable, match="put a backup in its place"):
+        broken.open()
+        broken.apply([put(new_id(), n) for n in range(1, 400)])
+    # When it is as it was, then the same writer goes on
+    path.write_bytes(whole)
+    assert broken.apply([put(id := new_id(), 1)]).won == {id}
+    broken.close()

@@ -198,8 +198,12 @@ class Server:
         """Begin a transaction, whose statements may take ``patience`` times as long as usual; inf for any time."""
         link.execute(BEGIN)
         if link.pooled or patience != 1.0:
-            timeout = 0 if patience == math.inf else round(self.target.timeout * patience * 1000)
-            link.execute(_TRANSACTION, {**self._limits, "timeout": str(timeout)})
+            self.limit(link, patience)
+
+    def limit(self, link: Link, patience: float) -> None:
+        """The same for a transaction that has begun."""
+        timeout = 0 if patience == math.inf else round(self.target.timeout * patience * 1000)
+        link.execute(_TRANSACTION, {**self._limits, "timeout": str(timeout)})
 
     async def read(self, link: AsyncLink, query: bytes, parameters: Any) -> list[tuple[Any, ...]]:
         """The rows of one query, in one round trip."""

@@ -335,19 +335,25 @@ class _Server(Server):
             f" {self.namespace} TO (role). Workers are best the owner of the schema and of what is in it"
         )
 
+    @contextmanager
+    def _unhurried(self, connection: Link) -> Iterator[None]:
+        """A transaction that may take as long as it takes: tables may be large, and others be at the same."""
+        with connection.transaction():
+            self.limit(connection, math.inf)
+            yield
+
     def upgrade(self) -> None:
         """Apply the migrations that are missing; others may be at the same."""
         with self.connect() as connection:
             connection.isolation_level, connection.read_only = IsolationLevel.READ_COMMITTED, False
             self.check_encoding(connection)
-            while migrations.following("postgres", self.look(connection).number):
+            while True:
+                with self._unhurried(connection):
+                    number = self.look(connection).number
+                if not migrations.following("postgres", number):
+                    return
                 try:
-                    with connection.transaction():
-                        # However large the tables are, and whoever else is at it.
-                        connection.execute(
-                            "SELECT set_config('statement_timeout', '0', true),"
-                            " set_config('idle_in_transaction_session_timeout', '0', true)"
-                        )
+                    with self._unhurried(connection):
                         connection.execute("SELECT pg_advisory_xact_lock(%s, %s)", (_LOCKS, _MIGRATING))
                         found = self.look(connection)
                         for migration in migrations.following("postgres", found.number):
