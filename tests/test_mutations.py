@@ -154,6 +154,20 @@ MUTATIONS = [
         "test_store.py::test_g3_a_deleted_room_stays_deleted",
     ),
     Mutation(
+        "what a deletion put an end to is read once all steps are done, whoever did them (G5)",
+        "workers/mnemobus_workers/apply.py",
+        "                for some in self._writer.ended(deletion):\n",
+        "                for some in ():\n",
+        "test_workers.py::test_g1_a_large_room_whose_deletion_is_broken_off",
+    ),
+    Mutation(
+        "a room under deletion is not seen by who names it (G3)",
+        "bus/mnemobus/store/reader.py",
+        "AND put_version > coalesce(",
+        "OR put_version > coalesce(",
+        "test_store.py::test_a_large_room_is_deleted_in_steps",
+    ),
+    Mutation(
         "the low-water mark: nothing is trimmed that pends (G1)",
         "bus/mnemobus/lua/trim.lua",
         "  if pending[1] > 0 then\n",
@@ -168,10 +182,10 @@ MUTATIONS = [
         "test_broker.py::test_a_failed_batch_stays_pending_and_comes_back",
     ),
     Mutation(
-        "invalidations are sent also for what lost against a newer version (G5)",
+        "invalidations are sent also for what lost against a newer version in the store (G5)",
         "workers/mnemobus_workers/apply.py",
-        "lambda: self._fan_out(batch.partition, events, cleared, dict(dead))",
-        "lambda: self._fan_out(batch.partition, [e for e in events if e.id in applied.won], cleared, dict(dead))",
+        "self._tell(batch.partition, events, applied, dict(dead), last)",
+        "self._tell(batch.partition, [e for e in events if e.id in applied.won], applied, dict(dead), last)",
         "test_workers.py::test_g1_whatever_a_worker_was_at_when_it_was_killed_is_done_by_another",
     ),
     Mutation(

@@ -65,6 +65,10 @@ _REPORT_EVERY = 30.0
 _PLACES = 4_096
 """Combinations of names whose scopes are remembered: events repeat them."""
 
+_STEP_SECONDS = 0.1
+"""How long a step of a deletion takes, about: others may have to wait for it."""
+_FEWEST, _MOST = 50, 2_000
+"""Rows of such a step, as long as the database gets them done at all."""
 _MOST_PATIENCE = 64.0
 """How many times as long as MNEMOBUS_DATABASE_TIMEOUT a single event may take."""
 
@@ -188,7 +192,9 @@ class Applier:
             ids = {event.version for event in later}
             events = [event for event in events if event.version not in ids]
         emptied = list({event.dimensions for event in later})
-        self.insist("the fan-out", lambda: self._fan_out(partition, events, applied.cleared, dead, last, emptied))
+        self.insist(
+            "the fan-out", lambda: self._fan_out(partition, events, applied.cleared, dead, last, emptied)
+        )
         if not later:
             return
         for deletion in applied.unfinished:
@@ -237,7 +243,7 @@ class Applier:
         return self._patiently(lambda patience: self._writer.apply(events, patience=patience))
 
     def _clear(self, deletion: Deletion) -> None:
-        """Do what is left of a deletion, step by step. Stopping if we are to stop before it is done."""
+        """Do what is left of a deletion, in steps that hold nobody up. Stopping if we are to stop before it is done."""
         place: Cursor | None = BEGINNING
         rows = STEP
         while place is not None:
@@ -252,9 +258,12 @@ class Applier:
                 if rows == 1:
                     place = self._patiently(lambda patience, step=step: step(patience=patience))  # type: ignore[misc]
                 rows = max(1, rows // 2)
-            else:
-                if self._quick(began):
-                    rows = min(2 * rows, STEP)
+                continue
+            took = time.monotonic() - began
+            if took > _STEP_SECONDS:
+                rows = max(min(rows, _FEWEST), rows // 2)
+            elif took < _STEP_SECONDS / 3:
+                rows = min(2 * rows, _MOST)
 
     def _quick(self, began: float) -> bool:
         return time.monotonic() - began < self._settings.database_timeout / 4

@@ -54,8 +54,8 @@ from . import Applied, Cursor, Deletion, Refused
 Room = tuple[str, str]
 """A table and a room in it."""
 
-STEP = 1_000
-"""Rows that a step of a deletion clears."""
+STEP = 500
+"""Rows that a step of a deletion clears, unless told otherwise."""
 TOLD = 5_000
 """Memories that are named at once when a deletion is done."""
 _ROOMS = 20
