@@ -449,7 +449,7 @@ class Bus:
         if length is None:
             length = lengths.get(table) or self._own_embeddings.get(table)
             if length != given:
-                with suppress(StoreUnavailable):  # then it is left to the worker
+                with suppress(StoreError):  # then it is left to the worker
                     stored = await self._reader.embedding_length(table)
                     if stored is not None:
                         length = self._embedding_lengths[table] = stored

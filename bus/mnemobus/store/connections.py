@@ -149,9 +149,6 @@ class Server:
         try:
             row = link.execute(_SESSION, self._greeting(link)).fetchone()
             self._know(link, bool(row and row[0]))
-            if link.pooled:  # one that pools statements refuses this
-                link.execute(BEGIN)
-                link.execute(b"ROLLBACK")
         except BaseException:
             finish(link)
             raise
@@ -165,12 +162,11 @@ class Server:
             row = await cursor.fetchone()
             self._know(link, bool(row and row[0]))
             life = LIFE
-            if link.pooled:
+            if link.pooled:  # one that pools statements refuses this
                 await link.execute(BEGIN)
                 await link.execute(b"ROLLBACK")
             else:
-                cursor = await link.execute(_TAKEN)
-                share = _share(await cursor.fetchone())
+                share = await self._taken(link)
                 if share > _CROWDED:
                     raise _Crowded(
                         f"{self.target.where}: agents have taken as many connections as they may (three quarters),"
@@ -184,6 +180,13 @@ class Server:
             finish(link)
             raise
         return link
+
+    async def _taken(self, link: AsyncLink) -> float:
+        try:
+            cursor = await link.execute(_TAKEN)
+        except psycopg.ProgrammingError:  # a service that lets nobody look
+            return 0.0
+        return _share(await cursor.fetchone())
 
     def _greeting(self, link: Link | AsyncLink) -> dict[str, Any]:
         return {**self._limits, "pid": link.info.backend_pid}
