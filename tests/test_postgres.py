@@ -229,7 +229,11 @@ async def test_the_time_limit_holds_behind_a_pooler(
         await reader.close()
 
 
-async def test_a_pooler_that_lends_for_one_statement_is_refused(pooler: Callable[..., PgBouncer]) -> None:
+async def test_a_pooler_that_lends_for_one_statement_is_refused(
+    postgres_url: str, pooler: Callable[..., PgBouncer]
+) -> None:
+    with opened(postgres_url):
+        pass
     url = pooler("statement").url
     reader = store.open_reader(at(url))
     with pytest.raises(SettingsError, match="Set pool_mode to transaction or session"):
