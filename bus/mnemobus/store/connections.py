@@ -42,7 +42,7 @@ IDLE = 1.0
 """Seconds without use after which an agent closes a connection."""
 LIFE = 30.0
 """Seconds after which an agent replaces a connection: others may wait for one."""
-SCARCE_LIFE = 1.0
+SCARCE_IDLE, SCARCE_LIFE = 0.1, 1.0
 """The same, if more than half of all were taken when it was opened."""
 WORKER_IDLE = 600.0
 WORKER_LIFE = 3600.0
@@ -128,10 +128,14 @@ class Link(Connection[Any]):
 
 
 class AsyncLink(AsyncConnection[Any]):
-    """An agent's connection. ``until``: when it is to be replaced."""
+    """An agent's connection. ``until``: when it is to be replaced; ``idle``: for how long it may be unused."""
 
     pooled = False
-    opened = used = until = 0.0
+    opened = used = until = idle = 0.0
+
+    @property
+    def unused_until(self) -> float:
+        return min(self.used + self.idle, self.until)
 
 
 class Server:
@@ -161,7 +165,7 @@ class Server:
             cursor = await link.execute(_SESSION, self._greeting(link))
             row = await cursor.fetchone()
             self._know(link, bool(row and row[0]))
-            life = LIFE
+            life, link.idle = LIFE, IDLE
             if link.pooled:  # one that pools statements refuses this
                 await link.execute(BEGIN)
                 await link.execute(b"ROLLBACK")
@@ -174,7 +178,7 @@ class Server:
                         " the database), lower MNEMOBUS_DATABASE_POOL_MAX, or put a pooler before the server"
                     )
                 if share > _SCARCE:
-                    life = SCARCE_LIFE
+                    life, link.idle = SCARCE_LIFE, SCARCE_IDLE
             link.until = time.monotonic() + life
         except BaseException:
             finish(link)
@@ -340,6 +344,7 @@ class AsyncConnections:
         self._places = asyncio.Semaphore(server.target.most)
         self._idle: list[AsyncLink] = []
         self._sweep: asyncio.TimerHandle | None = None
+        self._sweep_at = 0.0
         self.is_closed = False
 
     @asynccontextmanager
@@ -392,8 +397,17 @@ class AsyncConnections:
             finish(link)
             return
         self._idle.append(link)
-        if self._sweep is None:
-            self._sweep = asyncio.get_running_loop().call_later(IDLE, self._close_unused)
+        self._look_at(link.unused_until)
+
+    def _look_at(self, moment: float) -> None:
+        """See to it that unused connections are looked for at this moment, or before."""
+        if self._sweep is not None:
+            if self._sweep_at <= moment:
+                return
+            self._sweep.cancel()
+        self._sweep_at = moment
+        delay = max(moment - time.monotonic(), 0.01)
+        self._sweep = asyncio.get_running_loop().call_later(delay, self._close_unused)
 
     def _close_unused(self) -> None:
         """Close what was not used lately; look again as long as anything is left."""
@@ -401,14 +415,13 @@ class AsyncConnections:
         now = time.monotonic()
         kept = []
         for link in self._idle:
-            if now < min(link.used + IDLE, link.until):
+            if now < link.unused_until:
                 kept.append(link)
             else:
                 finish(link)
         self._idle = kept
         if kept:
-            soonest = min(min(link.used + IDLE, link.until) for link in kept)
-            self._sweep = asyncio.get_running_loop().call_later(max(soonest - now, 0.01), self._close_unused)
+            self._look_at(min(link.unused_until for link in kept))
 
     def drain(self) -> None:
         """Close those that nobody uses: one of their age was dead."""
