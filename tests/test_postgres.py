@@ -16,7 +16,7 @@ import pytest
 import mnemobus
 from mnemobus import Memory, Settings, store
 from mnemobus.errors import SettingsError, StoreTooSlow, StoreUnavailable
-from mnemobus.store import Query, connections
+from mnemobus.store import Query, connections, postgres
 from servers import NoServer, PgBouncer, eventually, wait_until
 from test_store import delete_room, new_id, opened, put, sql
 from test_store import settings as at
@@ -135,12 +135,19 @@ async def test_what_a_database_sets_for_its_sessions_breaks_nothing(
         await reader.close()
 
 
-def test_g3_a_put_that_waits_for_a_tombstone_sees_it_whatever_isolation_is_usual(postgres_url: str) -> None:
-    with opened(postgres_url):
+def test_g3_a_put_that_waits_for_a_tombstone_sees_it_whatever_isolation_is_usual(
+    postgres_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(postgres, "_LOCK_PATIENCE", 60.0)  # the deletion gives way to nobody
+    with opened(postgres_url, database_timeout=60):
         pass
     database = postgres_url.rpartition("/")[2]
     sql(postgres_url, f"ALTER DATABASE {database} SET default_transaction_isolation = 'repeatable read'")
-    with opened(postgres_url) as one, opened(postgres_url) as two, ThreadPoolExecutor(2) as threads:
+    with (
+        opened(postgres_url, database_timeout=60) as one,
+        opened(postgres_url, database_timeout=60) as two,
+        ThreadPoolExecutor(2) as threads,
+    ):
         with psycopg.connect(postgres_url) as holder:
             # Given a deletion that has its room's lock, and can't go on
             holder.execute("INSERT INTO mnemobus.room_tombstones VALUES ('messages', 'r1', '\\x00')")
