@@ -48,6 +48,8 @@ WORKER_IDLE = 600.0
 WORKER_LIFE = 3600.0
 
 _SCARCE, _CROWDED = 1 / 2, 3 / 4
+_RETRY, _TURN = (0.05, 0.2), 0.25
+"""Seconds between two tries to get a connection; and that an agent waits which has just given up a scarce one."""
 
 BEGIN = b"BEGIN ISOLATION LEVEL READ COMMITTED READ WRITE"
 _BEGIN_READING = b"BEGIN ISOLATION LEVEL READ COMMITTED READ ONLY"
@@ -345,6 +347,8 @@ class AsyncConnections:
         self._idle: list[AsyncLink] = []
         self._sweep: asyncio.TimerHandle | None = None
         self._sweep_at = 0.0
+        self._others_first = 0.0
+        """Until when others that wait for a connection come first."""
         self.is_closed = False
 
     @asynccontextmanager
@@ -373,12 +377,15 @@ class AsyncConnections:
             self._check_open()
             if self._idle:
                 return self._idle.pop()
+            if (wait := self._others_first - time.monotonic()) > 0:
+                await asyncio.sleep(wait)
+                continue
             try:
                 link = await self._server.connect_async()
             except (psycopg.OperationalError, _Crowded) as error:
                 if not no_place(error) or time.monotonic() > deadline:
                     raise
-                await asyncio.sleep(random.uniform(0.05, 0.2))
+                await asyncio.sleep(random.uniform(*_RETRY))
                 continue
             try:
                 self._check_open()  # it may have been closed meanwhile
@@ -395,6 +402,8 @@ class AsyncConnections:
         link.used = time.monotonic()
         if self.is_closed or link.used > link.until or not _fit(link, self._server):
             finish(link)
+            if link.idle == SCARCE_IDLE:
+                self._others_first = link.used + _TURN
             return
         self._idle.append(link)
         self._look_at(link.unused_until)
