@@ -513,6 +513,19 @@ class _Transaction:
         )
         return {id: Dimensions(*dimensions) for id, *dimensions in rows}
 
+    def stored(self, id: str) -> merge.Stored | None:
+        rows = self._fetch(
+            "SELECT tbl, room, agent, entity, world, put_version, deleted_version FROM memories"
+            " WHERE id = %s::uuid FOR UPDATE",
+            (id,),
+        )
+        for *dimensions, put, deleted in rows:
+            return merge.Stored(Dimensions(*dimensions), bytes(put), bytes(deleted))
+        return None
+
+    def remove(self, id: str) -> None:
+        self._execute("DELETE FROM memories WHERE id = %s::uuid", (id,))
+
     def upsert(self, deltas: Sequence[Delta]) -> list[str]:
         if not deltas:
             return []

@@ -303,6 +303,17 @@ class _Transaction:
                 found[id] = Dimensions(*row)
         return found
 
+    def stored(self, id: str) -> merge.Stored | None:
+        for *dimensions, put, deleted in self._execute(
+            "SELECT tbl, room, agent, entity, world, put_version, deleted_version FROM memories WHERE id = ?",
+            (uuid.UUID(id).bytes,),
+        ):
+            return merge.Stored(Dimensions(*dimensions), put, deleted)
+        return None
+
+    def remove(self, id: str) -> None:
+        self._execute("DELETE FROM memories WHERE id = ?", (uuid.UUID(id).bytes,))
+
     def upsert(self, deltas: Sequence[Delta]) -> list[str]:
         won: list[str] = []
         many = len(deltas) // _ROWS * _ROWS
