@@ -351,7 +351,7 @@ async def test_dimensions_never_change(pool: Settings, connect: Connect) -> None
         await (await alice.write(memory)).committed()
         # Who knows the memory refuses the write
         with pytest.raises(
-            DimensionChanged, match="room: is 'r1' and would become 'r2'; dimensions never change"
+            DimensionChanged, match="room: is 'r1' and would become 'r2'; dimensions never change while"
         ):
             await alice.write(said("y", room="r2", id=memory.id, entity="e"))
         # Who doesn't is told by the worker, and the memory stays as it is

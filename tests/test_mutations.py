@@ -238,6 +238,27 @@ MUTATIONS = [
         "test_identity.py::test_g1_a_file_that_is_replaced_under_the_workers_swallows_nothing",
     ),
     Mutation(
+        "what is confirmed is asked for among the reasons before it is believed (G1)",
+        "bus/mnemobus/marks.py",
+        "if known or unnoted else []",
+        "if False else []",
+        "test_truth.py::test_each_rejected_write_is_told_however_many_there_are",
+    ),
+    Mutation(
+        "what came together in one mark is still waited for (G6)",
+        "bus/mnemobus/marks.py",
+        "            or bool(self._covers and self._over(scope))\n",
+        "",
+        "test_truth.py::test_g6_marks_beyond_their_number_come_together_and_still_hold",
+    ),
+    Mutation(
+        "what is late of an earlier life is no contradiction (G3)",
+        "bus/mnemobus/store/merge.py",
+        "            if version <= row.put and version <= row.deleted:\n",
+        "            if False:\n",
+        "test_store.py::test_g3_what_was_deleted_may_be_made_again_with_other_dimensions",
+    ),
+    Mutation(
         "newer writes wait behind the outbox (G7)",
         "bus/mnemobus/log.py",
         "return self._overflow is not None and self._overflow.waiting > 0",

@@ -81,6 +81,7 @@ def test_the_table_of_keys_has_every_key() -> None:
         keys.producers(0),
         keys.meter(0),
         keys.dead(0),
+        keys.reasons(0),
         keys.feed(0),
     ]
     scope = next(s for s in (f"id:{n}" for n in range(10_000)) if keys.feed_partition(s) == 0)

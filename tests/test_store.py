@@ -347,10 +347,53 @@ async def test_the_first_of_a_batch_decides_on_dimensions(writer: Writer, reader
     assert row and row.version == v(1)
 
 
-async def test_a_dead_memory_keeps_its_dimensions(writer: Writer) -> None:
-    id = new_id()
-    writer.apply([put(id, 1), delete(id, 2)])
-    assert writer.apply([put(id, 3, dimensions=Dimensions("messages", "r2"))]).refused
+async def test_g3_what_was_deleted_may_be_made_again_with_other_dimensions(
+    writer: Writer, reader: Reader
+) -> None:
+    id, there, away = new_id(), Dimensions("messages", "r1"), Dimensions("messages", "r2", agent="a")
+    first = [put(id, 1), update(id, 2, content=b'{"text":"2"}'), delete(id, 3)]
+    again = put(id, 4, b'{"text":"again"}', dimensions=away)
+    # Given a memory that is deleted
+    writer.apply(first)
+    # When one of its id is written elsewhere, then it is there, and whoever cached what it was is told
+    applied = writer.apply([again])
+    assert applied.refused == []
+    assert applied.cleared == [(id, there)]
+    row = await reader.get(id)
+    assert row and (row.room, row.agent, row.content) == ("r2", "a", b'{"text":"again"}')
+    assert await reader.count(Query("messages", room="r1")) == 0
+    # If what was before comes late, or all of it once more, nothing changes and nothing is refused
+    assert writer.apply([*first, again]) == store.Applied()
+    assert await reader.get(id) == row
+    # And as long as it lives, what contradicts it is refused as ever
+    wrong = [put(id, 5), update(id, 6, content=b"{}"), delete(id, 7)]
+    assert [refused.event for refused in writer.apply(wrong).refused] == wrong
+    assert await reader.get(id) == row
+
+
+async def test_what_is_made_again_waits_for_its_put_and_heeds_its_room(
+    writer: Writer, reader: Reader
+) -> None:
+    id, away = new_id(), Dimensions("messages", "r2")
+    writer.apply([put(id, 1), delete(id, 2), Event(DELETE_ROOM, away, version=v(5))])
+    # Given an update of the new life that is applied before its put
+    assert not writer.apply([update(id, 7, content=b'{"text":"7"}', dimensions=away)]).refused
+    assert await reader.get(id) is None
+    # If a put comes that is older than the deletion of the new room, then it stays dead
+    assert not writer.apply([put(id, 4, dimensions=away)]).refused
+    assert await reader.get(id) is None
+    # And with one that is newer, the update counts
+    writer.apply([put(id, 6, dimensions=away)])
+    row = await reader.get(id)
+    assert row and (row.content, row.version) == (b'{"text":"7"}', v(7))
+
+
+async def test_an_embedding_of_what_is_made_again_fits_its_table(writer: Writer, reader: Reader) -> None:
+    one, two = new_id(), new_id()
+    writer.apply([put(one, 1, embedding=b"\0" * 8), put(two, 2), delete(two, 3)])
+    wrong = put(two, 4, embedding=b"\0" * 12, dimensions=Dimensions("messages", "r2"))
+    assert "those of table" in writer.apply([wrong]).refused[0].reason
+    assert await reader.get(two) is None
 
 
 async def test_embeddings_of_a_table_are_of_one_length(writer: Writer, reader: Reader) -> None:

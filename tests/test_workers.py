@@ -280,10 +280,11 @@ async def test_a_stop_while_the_store_is_away_hands_back_what_waits_for_it(
 
 def test_a_letter_is_written_once_however_often_its_batch_comes(settings: Settings) -> None:
     link = ThreadedLink(settings, connections=2)
-    key = link.keys.dead(0)
-    first = link.run("dead", [key], ["1-1", "why", "op", "put"])
-    assert link.run("dead", [key], ["1-2", "why", "op", "put"]) != first
-    assert link.run("dead", [key], ["1-1", "why again", "op", "put"]) == first
+    places = [link.keys.dead(0), link.keys.reasons(0), link.keys.meter(0)]
+    [first, *_] = link.run("dead", places, ["1-1", "why", 10_000, "op", "put"])
+    [second, *_] = link.run("dead", places, ["1-2", "why", 10_000, "op", "put"])
+    assert second != first
+    assert link.run("dead", places, ["1-1", "why again", 10_000, "op", "put"]) == [first, 0, 0]
     assert [letter["version"] for letter in Log(settings).letters()] == ["1-1", "1-2"]
     link.close()
 

@@ -49,7 +49,7 @@ from .keys import (
     id_scope,
 )
 from .local import MISS, LocalCache
-from .log import Publisher, Syncer
+from .log import Publisher, Syncer, forget_producers, last_pending
 from .marks import Marks, Write
 from .memory import (
     Context,
@@ -100,6 +100,16 @@ _KNOWN_DIMENSIONS = 10_000
 
 _LOOKUPS = 256
 """Memories that a call looks up at once: they share the pool with all other calls."""
+
+
+_KNOWN_TABLES = 1_000
+"""Tables whose embeddings' length a bus remembers."""
+
+
+def _keep(lengths: dict[str, int], table: str, length: int) -> None:
+    if len(lengths) >= _KNOWN_TABLES and table not in lengths:
+        del lengths[next(iter(lengths))]
+    lengths[table] = length
 
 
 class _Keep:
@@ -193,7 +203,9 @@ class Bus:
         )
         self._shadow = Shadow(settings, self._ask, self._local, self._shared, self._marks)
         self._outbox = (
-            None if settings.outbox == "off" else Outbox(self._link, self.id, self._kept, self._published)
+            None
+            if settings.outbox == "off"
+            else Outbox(self._link, self.id, self._kept, self._published, self._marks.landed)
         )
         self._checkup = Checkup(
             self._link,
@@ -303,6 +315,8 @@ class Bus:
     async def close(self) -> None:
         """Publish what is queued, then let go of everything. Done by ``async with``; safe to repeat.
 
+        Who waits for a write to be committed, or for what a token names, gets BusClosed at once.
+
         If it is cancelled, the bus goes on closing; a repeated call waits for that.
         """
         if self._state == "forked" or (
@@ -313,6 +327,8 @@ class Bus:
             raise self._elsewhere()
         if self._closing is None:
             self._state = "closed"
+            self._marks.stop()
+            self._feed.stop()
             self._closing = asyncio.create_task(self._close(), name="mnemobus-close")
         await asyncio.shield(self._closing)
 
@@ -326,6 +342,7 @@ class Bus:
             steps.push_async_callback(self._feed.close)
             steps.push_async_callback(self._acquaintance.close)
             steps.push_async_callback(self._marks.close)
+            steps.push_async_callback(forget_producers, self._link, self._publishers)
             steps.push_async_callback(self._shadow.close)
             if self._outbox is not None:
                 steps.push_async_callback(self._outbox.close, self.settings.write_timeout)
@@ -426,17 +443,27 @@ class Bus:
         event = Event.put(row)
         known = self._known_dimensions(row.id)
         if known is not None and known != event.dimensions:
-            self._refuse_dimensions(known, event.dimensions)
+            await self._check_dimensions(row.id, event.dimensions)
         if row.embedding is not None:
             await self._check_embedding(row.table, row.embedding, lengths)
         return event
 
-    @staticmethod
-    def _refuse_dimensions(known: Dimensions, given: Dimensions) -> None:
+    async def _check_dimensions(self, id: str, given: Dimensions) -> None:
+        """DimensionChanged if there is such a memory, with others. One that was deleted may be made again with any."""
+        if id in self._deleted and not await self._marks.settle(id_scope(id)):
+            # Its room may be in another log partition: the new one could come before the deletion.
+            raise DimensionChanged(
+                "id", f"{id} is being deleted; to make it again elsewhere, wait until that is committed"
+            )
+        known = await self._find_dimensions(id, there=True)
+        if known is None:
+            return
         for name, before, now in zip(Dimensions._fields, known, given, strict=True):
             if before != now:
                 raise DimensionChanged(
-                    name, f"is {before!r} and would become {now!r}; dimensions never change: use a new id"
+                    name,
+                    f"is {before!r} and would become {now!r}; dimensions never change while a memory is there:"
+                    " use a new id, or delete it first",
                 )
 
     async def _check_embedding(self, table: str, embedding: bytes, lengths: dict[str, int]) -> None:
@@ -452,7 +479,8 @@ class Bus:
                 with suppress(StoreError):  # then it is left to the worker
                     stored = await self._reader.embedding_length(table)
                     if stored is not None:
-                        length = self._embedding_lengths[table] = stored
+                        length = stored
+                        _keep(self._embedding_lengths, table, stored)
                         self._own_embeddings.pop(table, None)
         if length is not None and length != given:
             raise InvalidMemory("embedding", f"{given} floats, but those of table {table!r} have {length}")
@@ -469,8 +497,9 @@ class Bus:
     ) -> Receipt:
         """Change what is given, and nothing else, of a memory; ``embedding=None`` removes its embedding.
 
-        Two agents that update different fields at once both win. Raises MemoryNotFound if there is no such memory,
-        else as `write`.
+        Two agents that update different fields at once both win. Raises MemoryNotFound if there is no such memory, as
+        far as this bus has heard (a deletion that comes before the update in the log, and is heard of later, leaves it
+        without effect); NotCommitted if that can't be known now; else as `write`.
         """
         self._check_open()
         id = canonical_id(id)
@@ -479,7 +508,7 @@ class Bus:
         new_content = None if isinstance(content, _Keep) else encode_object("content", content)
         new_metadata = None if isinstance(metadata, _Keep) else encode_object("metadata", metadata)
         new_embedding = None if isinstance(embedding, _Keep) else (encode_embedding(embedding) or b"")
-        dimensions = await self._find_dimensions(id)
+        dimensions = await self._find_dimensions(id, there=True)
         if dimensions is None:
             raise MemoryNotFound(f"there is no memory {id}")
         row = Row(id, *dimensions, new_content or b"", new_metadata or b"", new_embedding, 0, Version(0, 0))
@@ -492,7 +521,11 @@ class Bus:
         return receipt
 
     async def delete(self, id: str, *, durability: Durability | None = None) -> Receipt | None:
-        """Delete a memory; None if there is none with this id."""
+        """Delete a memory; None if there is none with this id.
+
+        What this bus has written counts, whether or not it is in the store yet. Raises NotCommitted if it can't be
+        known now whether that is one of them; else as `write`.
+        """
         [receipt] = await self.delete_many([id], durability=durability)
         return receipt
 
@@ -557,7 +590,7 @@ class Bus:
             raise
         for table, length in (embedding_lengths or {}).items():
             if table not in self._embedding_lengths:
-                self._own_embeddings[table] = length
+                _keep(self._own_embeddings, table, length)
         receipts = [
             Receipt(self, event.id or event.dimensions.room, write)
             for event, write in zip(events, writes, strict=True)
@@ -596,10 +629,13 @@ class Bus:
         return self._logged(partition, event, None)
 
     def _published(self, partition: int, write: Write | None, version: Version) -> None:
-        """A write is out of the outbox and in the log; None for one of an earlier process."""
+        """A write is out of the outbox and in the log; None for one of an earlier process, or that nobody holds."""
         self._saw(partition, version)
         if write is not None:
             self._marks.logged(write, version)
+        else:
+            deadline = asyncio.get_running_loop().time() + self.settings.own_write_timeout
+            self._marks.cover(partition, version, deadline)
 
     def _saw(self, partition: int, version: Version) -> None:
         self._seen[partition] = max(self._seen.get(partition, version), version)
@@ -635,15 +671,56 @@ class Bus:
             forgotten, _ = self._dimensions.popitem(last=False)
             self._deleted.discard(forgotten)
 
-    async def _find_dimensions(self, id: str) -> Dimensions | None:
-        """The dimensions of a memory that there is, or was when this bus last heard of it; else None."""
+    async def _find_dimensions(self, id: str, *, there: bool = False) -> Dimensions | None:
+        """The dimensions of a memory that there is, or was when this bus last heard of it; else None.
+
+        there: only if it still is, as far as the nearest tier that has it can tell
+        """
         known = self._known_dimensions(id)
-        if known is None or id in self._deleted:
+        deleted = id in self._deleted
+        scope = id_scope(id)
+        # A write of our own that is on its way says so itself; what is stored, somebody else may have deleted since.
+        on_its_way = id in self._dimensions and scope in self._marks
+        if known is not None and not deleted and (on_its_way or not there):
+            return known
+        try:
             memory = await self.get(id)
-            known = None if memory is None else memory.dimensions
-        return known
+        except StoreUnavailable:
+            if known is None or deleted:
+                raise
+            return known
+        if memory is not None:
+            return memory.dimensions
+        if scope in self._marks or (self._outbox is not None and self._outbox.waiting):
+            return await self._find_pending(id)
+        return None
+
+    async def _find_pending(self, id: str) -> Dimensions | None:
+        """The dimensions of a memory by the last that the outbox or the log has of it which is not applied yet; None if
+        it was deleted there, or is nowhere. NotCommitted if that can't be known now."""
+        if self._outbox is not None and self._outbox.waiting:
+            event = await self._outbox.last_of(id)
+            if event is not None:
+                return None if event.op == DELETE else event.dimensions
+        try:
+            async with asyncio.timeout(self.settings.write_timeout):
+                found = await last_pending(self._link, self._marks, id)
+        except (*AWAY, RedisError) as error:
+            raise NotCommitted(
+                f"whether there is a memory {id} can't be known now: earlier writes of this bus are not in the store"
+                f" yet, and the log can't be searched for it ({str(error) or 'it takes too long'}); nothing was written"
+            ) from None
+        if found is not None:
+            return None if found.op == DELETE else found.dimensions
+        memory = await self.get(id)  # it may have been applied before we looked there
+        return None if memory is None else memory.dimensions
 
     async def _committed(self, write: Write, timeout: float) -> None:
+        if self._state == "closed" and not write.applied:
+            raise BusClosed(
+                "the bus was closed before the store was known to have the write; what is in the log or the outbox"
+                " goes on from there"
+            )
         self._check_open()
         await self._marks.wait(write, timeout)
 
@@ -830,6 +907,7 @@ class Bus:
         left = dict(wanted)
         pause = 0.002
         while left:
+            self._check_open()
             self._check_time(deadline)
             try:
                 states = await self._marks.state(list(left))

@@ -162,6 +162,8 @@ class _Link:
         self.settings = settings
         self.keys = Keyspace(settings.redis_key_prefix, settings.log_partitions, settings.feed_partitions)
         self.server: Server | None = None
+        self.give_way_at = 0.0
+        """When, by the cache's clock, L2 may be asked again to make room for the log."""
         self.epoch = ""
         """The epoch in force, as far as this process knows; empty before the first connection."""
         self.on_epoch: list[Callable[[str], None]] = []

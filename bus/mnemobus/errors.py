@@ -72,7 +72,7 @@ class MemoryTooLarge(InvalidMemory):
 
 
 class DimensionChanged(InvalidMemory):
-    """A write would change a dimension of a memory that exists; dimensions never change."""
+    """A write would change a dimension of a memory that is there; it can have others once it was deleted."""
 
 
 class InvalidQuery(MnemobusError, ValueError):

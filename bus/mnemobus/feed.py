@@ -46,7 +46,7 @@ from redis.asyncio.connection import AbstractConnection
 from redis.exceptions import RedisError
 
 from .connection import Call, Link, parse_info, script
-from .errors import AccessDenied, SettingsError
+from .errors import AccessDenied, BusClosed, SettingsError
 from .inquiry import Inquiry, decode_inquiry, encode_holding
 from .keys import Version
 from .local import LocalCache, clock
@@ -59,6 +59,8 @@ logger = logging.getLogger("mnemobus.feed")
 
 REPLAY = 500
 """Messages read at a time when the feed is replayed."""
+EARLY = 4_096
+"""Messages of a partition that wait at most until its position is known."""
 _GRACE = (0.002, 0.005, 0.010)
 """Seconds that a head may be ahead of its position before pub/sub counts as having lost something."""
 _LISTEN_PATIENCE = 0.5
@@ -173,6 +175,7 @@ class Feed:
         self._answering = 0
         self._beats = 0
         self._beaten = asyncio.Condition()
+        self._stopped = False
         self.up = False
         """Whether the last heartbeat reached Redis."""
         self.trouble = ""
@@ -215,7 +218,10 @@ class Feed:
             raise self._denied
 
     async def close(self) -> None:
+        self._stopped = True
         await end(self._tasks)
+        async with self._beaten:
+            self._beaten.notify_all()
         if self._connection is not None:
             with suppress(*AWAY, RedisError):
                 await self._connection.disconnect(nowait=True)
@@ -414,7 +420,8 @@ class Feed:
     def _receive(self, partition: _Partition, message: Invalidation) -> None:
         position = partition.position
         if position is None:
-            partition.early.append(message)
+            if len(partition.early) < EARLY:  # what is not kept shows as a gap
+                partition.early.append(message)
             self._apply(partition, message)  # a replay may be under way; to drop too much is safe
             return
         if message.id <= position:
@@ -492,8 +499,15 @@ class Feed:
         async with self._beaten:
             while self._beats < target:
                 await self._beaten.wait()
+                if self._stopped:
+                    raise BusClosed("the bus was closed while a token was waited for")
                 self._wake.set()
         return self.up
+
+    def stop(self) -> None:
+        """End all waiting: the bus is being closed."""
+        self._stopped = True
+        self._wake.set()
 
     def suspect(self, error: Exception) -> None:
         """A call found Redis away: look at once instead of letting others find out the same."""

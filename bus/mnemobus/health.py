@@ -210,7 +210,10 @@ class Checkup:
             rights(keys, self._channel, AGENT_RIGHTS),
         ]
         each: list[list[Command]] = [
-            [("HMGET", keys.meter(p), "added", "applied") for p in partitions],
+            [
+                ("HMGET", keys.meter(p), "added", "applied", "dead_left_out", "dead_given_up")
+                for p in partitions
+            ],
             [("XLEN", keys.dead(p)) for p in partitions],
             [("XINFO", "GROUPS", keys.log(p)) for p in partitions],
             [("XPENDING", keys.log(p), APPLY_GROUP) for p in partitions],
@@ -234,7 +237,7 @@ class Checkup:
             if isinstance(reply, Exception):
                 troubles.append(of_redis(reply, link.address))
                 return _Part(troubles[0].what, list(map(str, troubles)), backlog=-1, dead_letters=-1)
-        backlogs = [max(int(added or 0) - int(applied or 0), 0) for added, applied in meters]
+        backlogs = [max(int(added or 0) - int(applied or 0), 0) for added, applied, *_ in meters]
         problems = list(map(str, troubles))
         full = [p for p, backlog in enumerate(backlogs) if backlog >= self._settings.max_backlog]
         if full:
@@ -245,6 +248,12 @@ class Checkup:
         dead = sum(letters)
         if dead:
             problems.append(f"{dead} dead letters: writes that no worker could apply")
+        left_out, given_up = (sum(int(meter[n] or 0) for meter in meters) for n in (2, 3))
+        if left_out or given_up:
+            problems.append(
+                f"the dead letters have come to MNEMOBUS_DEAD_LETTER_BYTES: {left_out} were kept without their content,"
+                f" {given_up} older ones were given up (mnemobus dead list)"
+            )
         workers = "not asked"
         if isinstance(now, list) and isinstance(reports, (dict, list)):
             moment = int(now[0]) + int(now[1]) / 1e6

@@ -55,6 +55,8 @@ MISS: Final = _Miss()
 
 OVERHEAD = 384
 """Bytes that a cached result takes besides its encoded form, roughly."""
+EACH = 192
+"""Bytes that each memory of a list takes besides its encoded form, roughly."""
 _UNIT = 64
 """Bytes by which sizes are counted."""
 _LONG = 60.0

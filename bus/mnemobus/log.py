@@ -26,17 +26,19 @@ import asyncio
 import logging
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from hashlib import blake2b
 from typing import Any, Protocol
 
-from redis.exceptions import ResponseError
+from redis.exceptions import RedisError, ResponseError
 from tenacity import AsyncRetrying, RetryCallState, retry_if_exception_type, wait_random_exponential
 
 from .connection import Link, evalsha, script
 from .errors import (
     BacklogFull,
+    BadEvent,
     DurabilityUnavailable,
     LogFull,
     LogUnavailable,
@@ -44,11 +46,12 @@ from .errors import (
     SettingsError,
     WriteFailed,
 )
-from .events import Event
-from .keys import Version
-from .marks import Write
+from .events import DELETE, DELETE_ROOM, Event, decode
+from .keys import ZERO, Version
+from .marks import Marks, Write
 from .redis_errors import AWAY, PASSING, Unfit, code_of, meaning
 from .settings import Settings
+from .shared import give_way
 from .wire import Wire, pack
 
 logger = logging.getLogger("mnemobus.log")
@@ -56,6 +59,10 @@ logger = logging.getLogger("mnemobus.log")
 CALL_EVENTS = 1_000
 CALL_BYTES = 8 << 20
 """What one call carries at most; a script blocks the server while it runs."""
+
+_SEARCHED = 500
+_SEARCHED_BYTES = 1 << 20
+"""Entries that a search of the log reads at a time, and about how many bytes."""
 
 _PATIENCE = 0.5
 """Seconds that a log which can't be reached is waited for before writes go to the outbox."""
@@ -73,8 +80,14 @@ async def append(
     another call.
     """
     epoch = link.epoch
+    call = _call(link, partition, producer, sequence, events)
     try:
-        reply = await link.run("publish", *_call(link, partition, producer, sequence, events))
+        try:
+            reply = await link.run("publish", *call)
+        except ResponseError as error:
+            if code_of(error) != "OOM" or not await give_way(link):
+                raise
+            reply = await link.run("publish", *call)  # nothing was written: cached results were in the way
     except Unfit as error:
         raise Unready(f"{error}; nothing was written") from error
     except ResponseError as error:
@@ -132,12 +145,60 @@ def _refusal(link: Link, partition: int, producer: str, error: ResponseError) ->
     return Unready(refused) if code in PASSING else WriteFailed(refused)
 
 
+async def last_pending(link: Link, marks: Marks, id: str) -> Event | None:
+    """The last event of a memory that is not applied yet, in the log partitions that this bus waits for; a deletion,
+    if its room was deleted after it. Raises one of AWAY, or what Redis answers."""
+    partitions = marks.partitions
+    last: Event | None = None
+    for partition, state in zip(partitions, await marks.state(partitions), strict=True):
+        position = state.pending.before() if state.pending is not None else state.last or ZERO
+        size = _SEARCHED
+        while True:
+            entries = await link.command(
+                "XRANGE", link.keys.log(partition), f"({position}", "+", "COUNT", size
+            )
+            for entry, pairs in entries:
+                position = Version.parse(entry)
+                with suppress(BadEvent):
+                    event = decode(position, pairs)
+                    if event.id == id:
+                        if last is None or event.version > last.version:
+                            last = event
+                    elif last is not None and _deletes_room_of(event, last):
+                        last = last._replace(op=DELETE, version=event.version)
+            if len(entries) < size:
+                break
+            read = sum(len(field) for _, pairs in entries for field in pairs)
+            size = max(1, min(_SEARCHED, size * _SEARCHED_BYTES // max(read, 1)))
+    return last
+
+
+def _deletes_room_of(event: Event, other: Event) -> bool:
+    return (
+        event.op == DELETE_ROOM
+        and event.dimensions[:2] == other.dimensions[:2]
+        and event.version > other.version
+    )
+
+
 class Unready(LogUnavailable):
     """The server takes no writes now: it fails over, starts, or has no room on its disk, say. Nothing was written."""
 
 
 class Overtaken(WriteFailed):
     """The producer has made this call, or a later one, with other events."""
+
+
+async def forget_producers(link: Link, publishers: Iterable[Publisher]) -> None:
+    """Have the log forget what it keeps for repeated calls of a bus that is being closed; best effort.
+
+    Only where each call was answered the first time: a late copy, of a producer that nobody knows, would be done again.
+    """
+    done = [publisher for publisher in publishers if publisher.done]
+    commands = [("HDEL", link.keys.producers(each.partition), each.producer) for each in done]
+    if commands:
+        with suppress(*AWAY, RedisError, SettingsError):
+            await link.pipeline(commands)
 
 
 class Overflow(Protocol):
@@ -181,8 +242,8 @@ class Publisher:
     ) -> None:
         self._link = link
         self._settings: Settings = link.settings
-        self._partition = partition
-        self._producer = producer
+        self._partition = self.partition = partition
+        self._producer = self.producer = producer
         self._on_logged = on_logged
         self._overflow = overflow
         self._queue: deque[_Pending] = deque()
@@ -194,6 +255,8 @@ class Publisher:
         self._epoch = ""
         self._landed = asyncio.Event()
         self._sequence = 0
+        self._copies = False
+        """Whether a copy of a call may be on its way yet: one was not answered, whatever came of its repetition."""
         self.calls = 0
         self.retries = 0
         self.events = 0
@@ -228,6 +291,12 @@ class Publisher:
                 self._landed.clear()
                 await self._landed.wait()
 
+    @property
+    def done(self) -> bool:
+        """Whether the log may forget this producer: it has made calls, each was answered, and none will come."""
+        idle = self._task is None and self._flying is None and not self._queue
+        return self._sequence > 0 and idle and not self._copies
+
     def _begin(self) -> None:
         """Make the next call: at once, if a connection is idle; else a task sees to it."""
         wire = None if self._behind_outbox else self._link.pool.idle()
@@ -250,6 +319,7 @@ class Publisher:
         batch, self._flying = self._flying, None
         assert batch is not None
         if isinstance(outcome, Exception):
+            self._copies = True
             self._link.pool.drop(wire)
             self._again(1, outcome)
             self._hand_over(batch, unanswered=True)
@@ -292,6 +362,7 @@ class Publisher:
         finally:
             self._task = None
             # Only if the loop is shutting down and cancelled this task is anything left.
+            self._copies = self._copies or bool(batch)
             self._queue.extendleft(batch or ())
             self._fail(self._queue, LogUnavailable("the bus was shut down before the write was published"))
             self._queue.clear()
@@ -331,6 +402,7 @@ class Publisher:
                 if overflow is None:
                     raise
                 call, unavailable = (self._producer, self._sequence), error
+                self._copies = True  # the outbox makes it again
         assert overflow is not None
         events = [pair for p in batch for pair in zip(p.events, p.fields, strict=True)]
         try:
@@ -404,7 +476,7 @@ class Publisher:
                             self._link, self._partition, self._producer, self._sequence, events
                         )
                     except AWAY:
-                        unanswered = True
+                        unanswered = self._copies = True
                         raise
                     except SettingsError as error:
                         # It was fit for use when the bus was opened: somebody will see to it, and the outbox can wait.

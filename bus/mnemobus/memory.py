@@ -13,9 +13,11 @@ import struct
 import time
 import uuid
 from array import array
+from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import UTC, datetime, timedelta
 from sys import intern
+from threading import Lock
 from typing import Any, NamedTuple, NoReturn, overload
 
 import orjson
@@ -162,7 +164,7 @@ class Memory(_Draft):
     table       its kind ("messages", "facts", ...): 1 to 64 letters, digits, ``_ . -``
     room        the conversation it belongs to
     agent, entity, world
-                whom else it concerns; each optional. These five never change.
+                whom else it concerns; each optional. These five never change while it is there.
     content     a JSON object
     metadata    a JSON object, empty by default
     embedding   numbers in order (a list, an array of one dimension, an iterator...), kept as float32; or None
@@ -250,15 +252,17 @@ class Memory(_Draft):
 
     @property
     def content(self) -> Mapping[str, Any]:
-        if self._content is None and self._record is not None:
-            object.__setattr__(self, "_content", freeze(orjson.loads(content_of(self._record))))
-        return self._content  # type: ignore[no-any-return]
+        found = self._content
+        if found is None and self._record is not None:
+            found = _decoded.keep(self, "_content", content_of(self._record))
+        return found  # type: ignore[no-any-return]
 
     @property
     def metadata(self) -> Mapping[str, Any]:
-        if self._metadata is None and self._record is not None:
-            object.__setattr__(self, "_metadata", freeze(orjson.loads(metadata_of(self._record))))
-        return self._metadata  # type: ignore[no-any-return]
+        found = self._metadata
+        if found is None and self._record is not None:
+            found = _decoded.keep(self, "_metadata", metadata_of(self._record))
+        return found  # type: ignore[no-any-return]
 
     @property
     def embedding(self) -> tuple[float, ...] | None:
@@ -354,6 +358,50 @@ class Memory(_Draft):
         )
         names = f"id={self.id!r}, table={self.table!r}, room={self.room!r}{others}"
         return f"Memory({names}, content={self.content!r})"
+
+
+DECODED = 16 << 20
+"""Bytes that decoded contents take, about, of which memories that were read keep a hold in this process."""
+_DECODED_EACH = 500
+_DECODED_FACTOR = 12
+"""How much larger than its JSON a decoded object is, about: many small strings, dicts and lists."""
+
+
+class _Decoded:
+    """What memories keep of their contents, decoded: that of those which were decoded last.
+
+    The cached copy of a memory is the one that is handed out, and lives as long as it is cached. Were each content
+    kept that was ever looked at, a cache of encoded records would come to ten times its bound. Safe for threads.
+    """
+
+    def __init__(self, limit: int) -> None:
+        self._limit = limit
+        self._lock = Lock()
+        self._held: deque[tuple[Memory, str, int]] = deque()
+        self.bytes = 0
+
+    def keep(self, memory: Memory, slot: str, encoded: bytes) -> Any:
+        """Decode an object, put it into its slot, and empty the slots of others if it is too much."""
+        if encoded == b"{}":
+            return _NOTHING
+        value = freeze(orjson.loads(encoded))
+        # With the record: this may be what keeps the memory alive.
+        cost = _DECODED_EACH + _DECODED_FACTOR * len(encoded) + len(memory._record or b"")
+        if cost > self._limit:
+            return value
+        with self._lock:
+            object.__setattr__(memory, slot, value)
+            self._held.append((memory, slot, cost))
+            self.bytes += cost
+            while self.bytes > self._limit:
+                other, name, size = self._held.popleft()
+                object.__setattr__(other, name, None)
+                self.bytes -= size
+        return value
+
+
+_NOTHING = FrozenDict()
+_decoded = _Decoded(DECODED)
 
 
 _RECORD_FIELDS = frozenset(

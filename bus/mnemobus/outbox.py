@@ -34,14 +34,15 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
+from weakref import WeakValueDictionary
 
 import aiosqlite
 
 from . import private
 from .connection import Link
-from .errors import BacklogFull, LogFull, MnemobusError, OutboxError, OutboxFull, OutboxInUse
-from .events import Event
-from .keys import Version
+from .errors import BacklogFull, BadEvent, LogFull, MnemobusError, OutboxError, OutboxFull, OutboxInUse
+from .events import Event, decode
+from .keys import ZERO, Version
 from .log import CALL_BYTES, CALL_EVENTS, Field, Overtaken, append
 from .marks import Write
 from .redis_errors import AWAY
@@ -220,6 +221,25 @@ class OutboxFile:
             return rows
 
         return await self._transaction(insert, len(packed), size)
+
+    async def last_of(self, id: str) -> Event | None:
+        """The last write to a memory."""
+
+        async def find() -> Event | None:
+            # The id as a field of its own, its length before it; what merely mentions it is looked at, and passed over.
+            assert self._database is not None
+            async with self._database.execute(
+                "SELECT fields FROM writes WHERE instr(fields, ?) ORDER BY n DESC",
+                (_pack([b"id", id.encode()]),),
+            ) as rows:
+                async for (fields,) in rows:
+                    with suppress(BadEvent):
+                        event = decode(ZERO, _unpack(fields, self.path))
+                        if event.id == id:
+                            return event
+            return None
+
+        return await self._transaction(find)
 
     async def next_call(self) -> Call | None:
         """The call to make next; None if the file is empty. It is the same one until `answered` or `renumber`."""
@@ -417,7 +437,8 @@ class Outbox:
 
     on_kept: called with partition and event of each write that is in the file, before its writer knows; what it returns
         is the writer's answer
-    on_published: called once such a write is in the log; with None for one of an earlier process
+    on_published: called once such a write is in the log; with None for one of an earlier process, or that nobody holds
+    on_empty: called when all are
     """
 
     def __init__(
@@ -426,11 +447,13 @@ class Outbox:
         bus_id: str,
         on_kept: Callable[[int, Event], Write],
         on_published: Callable[[int, Write | None, Version], None],
+        on_empty: Callable[[], None],
     ) -> None:
         settings = link.settings
         self._link = link
         self._on_kept = on_kept
         self._on_published = on_published
+        self._on_empty = on_empty
         keys = link.keys
         self._owner = f"{keys.prefix}, {keys.log_partitions} log partitions"
         self._max_bytes = settings.outbox_max_bytes
@@ -442,8 +465,8 @@ class Outbox:
         self._opened = False
         self._opening = asyncio.Lock()
         self._found: list[OutboxFile] = []
-        self._writes: dict[int, Write] = {}
-        """By number in the own file, those of this process."""
+        self._writes: WeakValueDictionary[int, Write] = WeakValueDictionary()
+        """By number in the own file, those of this process that anybody still holds."""
         self._task: asyncio.Task[None] | None = None
         self._empty = asyncio.Event()
         self._empty.set()
@@ -531,6 +554,15 @@ class Outbox:
         self._start()
         return writes
 
+    async def last_of(self, id: str) -> Event | None:
+        """The last write to a memory that waits here, of this process or an earlier one."""
+        for file in [self._own, *reversed(self._found)]:
+            if file.entries:
+                event = await file.last_of(id)
+                if event is not None:
+                    return event
+        return None
+
     def _start(self) -> None:
         self._empty.clear()
         if self._task is None:
@@ -568,6 +600,7 @@ class Outbox:
                 pause = min(2 * pause, 1.0)
             logger.warning("the outbox is empty again: all of it is in the log")
             self._empty.set()
+            self._on_empty()
         finally:
             self._task = None
 

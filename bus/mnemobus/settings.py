@@ -140,6 +140,8 @@ class Settings(BaseSettings):
     worker_processes: Count = _own("WORKER_PROCESSES", 2)
     worker_threads: Count = _own("WORKER_THREADS", 4)
 
+    dead_letter_bytes: Count = _own("DEAD_LETTER_BYTES", 64 << 20)
+
     # The feed and the caches
     feed_partitions: int = _own("FEED_PARTITIONS", 64, ge=1, le=4096)
     feed_length: int = _own("FEED_LENGTH", 4_096, ge=1)

@@ -28,7 +28,7 @@ from redis.exceptions import RedisError
 from .errors import SettingsError, StoreUnavailable
 from .feed import Feed
 from .keys import Keyspace
-from .local import MISS, Bucket, LocalCache, clock
+from .local import EACH, MISS, Bucket, LocalCache, clock
 from .marks import Marks
 from .query import Plan
 from .redis_errors import AWAY
@@ -191,6 +191,8 @@ class Tiers:
 
     def _keep(self, plan: Plan, bucket: Bucket, found: Any, size: int) -> Any:
         kept = plan.kind.keep(found)
+        if isinstance(found, list) and len(found) > 1:
+            size += EACH * len(found)
         self._local.put(bucket, plan.key, kept, size)
         return kept
 

@@ -47,6 +47,7 @@ from mnemobus.errors import (
 )
 from mnemobus.events import DELETE_ROOM, Event, decode, version_of
 from mnemobus.keys import Dimensions, Version, id_scope
+from mnemobus.marks import INDEXED
 from mnemobus.redis_errors import AWAY, code_of, meaning
 from mnemobus.settings import Settings
 from mnemobus.store import Applied, Cursor, Deletion, Refused, Writer
@@ -61,6 +62,8 @@ logger = logging.getLogger("mnemobus.apply")
 
 SCOPES_PER_CALL = 500
 """Scopes that one fan-out names at most: a script blocks the server while it runs."""
+FEED_BYTES = 4 << 20
+"""Bytes of messages that a feed partition keeps, about."""
 _REPORT_EVERY = 30.0
 _PLACES = 4_096
 """Combinations of names whose scopes are remembered: events repeat them."""
@@ -155,10 +158,15 @@ class Applier:
         elif events:
             applied = self._commit(events)
             dead += [(refused.event.version, refused.reason) for refused in applied.refused]
-        if dead:
-            self.insist("the dead letters", lambda: self._bury(batch, dead))
         last = witness(batch.partition, events, dict(dead)) if self._standing is not None else None
-        self._tell(batch.partition, events, applied, dict(dead), last)
+        while True:
+            epoch = self._link.epoch
+            if dead:
+                self.insist("the dead letters", lambda: self._bury(batch, dead))
+            self._tell(batch.partition, events, applied, dict(dead), last)
+            if not dead or epoch == self._link.epoch:
+                break
+            # Redis restarted meanwhile, and may have lost the letters: what is confirmed, nobody looks at again.
         self._report(len(batch.entries))
 
     def repeat(self, partition: int, events: Sequence[Event], *, fan_out: bool) -> Applied:
@@ -325,7 +333,10 @@ class Applier:
 
     def _bury(self, batch: Batch, dead: Sequence[tuple[Version, str]]) -> None:
         entries = {version_of(Version.parse(id), fields): (id, fields) for id, fields in batch.entries}
-        key = self._link.keys.dead(batch.partition)
+        keys, partition = self._link.keys, batch.partition
+        places = [keys.dead(partition), keys.reasons(partition), keys.meter(partition)]
+        while self._link.run("index", places, [INDEXED]):
+            pass  # letters of an older worker: one of them may be of this very batch
         calls: list[Call] = []
         for version, reason in dead:
             logger.error(
@@ -339,10 +350,22 @@ class Applier:
                     if fields[name] != b"as"
                     for part in fields[name : name + 2]
                 ]
-            calls.append((script("dead"), [key], [str(version), reason, *fields]))
+            limit = self._settings.dead_letter_bytes
+            calls.append((script("dead"), places, [str(version), reason, limit, *fields]))
+        left_out = given_up = 0
         for reply in self._link.pipeline(calls):
             if isinstance(reply, Exception):
                 raise reply
+            left_out += reply[1]
+            given_up += reply[2]
+        if left_out:
+            logger.error(
+                "log partition %d: the dead letters have come to MNEMOBUS_DEAD_LETTER_BYTES: %d were kept without their"
+                " content, and %d older ones were given up. Requeue or drop some: mnemobus dead list",
+                partition,
+                left_out,
+                given_up,
+            )
 
     def _fan_out(
         self,
@@ -362,7 +385,7 @@ class Applier:
             ):
                 keys = [self._link.keys.feed(feed_partition)]
                 keys += [self._link.keys.bucket(epoch, scope) for scope in scopes]
-                calls.append((fanout, keys, (payload, self._settings.feed_length)))
+                calls.append((fanout, keys, (payload, self._settings.feed_length, FEED_BYTES)))
             # A flush begins an epoch without breaking a connection. Where there is none, nobody has filled a bucket
             # since the flush, and whoever does so later reads what is committed already.
             calls.append(("HGET", self._link.keys.epoch, "epoch"))

@@ -381,6 +381,9 @@ class StreamConsumer(dramatiq.Consumer):
             if self._link.client.execute_command("XLEN", self._key) and self._exists(id):
                 continue
             logger.error("event %s was deleted from the log before it was applied", id.decode())
+            # Who waits for it must not take the confirmation for a commit.
+            note = "dropped somebody deleted it from the log before it was applied"
+            self._link.client.hsetnx(self._link.keys.reasons(self._partition), id.decode(), note)
             self._acknowledge([id])
 
     def _exists(self, id: bytes) -> bool:

@@ -45,7 +45,7 @@ logger = logging.getLogger("mnemobus.replay")
 
 NAMED = 1_000
 """Events that can't be applied, of which the version and the reason are kept."""
-_LETTERS = 50
+_LETTERS = 8
 
 Moment = float | Version
 """Seconds ago, by the clock of Redis, or a version."""

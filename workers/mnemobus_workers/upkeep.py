@@ -11,6 +11,7 @@ import random
 import threading
 import time
 from collections import deque
+from contextlib import suppress
 from typing import Any
 
 import dramatiq
@@ -19,7 +20,7 @@ from dramatiq.middleware import Middleware
 from redis.exceptions import RedisError
 
 from mnemobus.errors import IdentityMismatch, MnemobusError
-from mnemobus.keys import APPLY_GROUP, COPY_GROUP, REPLAY_GROUP
+from mnemobus.keys import APPLY_GROUP, COPY_GROUP, REPLAY_GROUP, Version
 from mnemobus.redis_errors import AWAY, meaning
 
 from .apply import Applier
@@ -44,6 +45,11 @@ _SAMPLES = 32
 """Deliveries that are remembered over the time of retention."""
 _SETTLES = 0.2
 """Seconds that a change may take to be told: what is over by then is told with it."""
+PRODUCERS = 20_000
+"""Producers of a log partition that are remembered at most; the oldest are forgotten first."""
+REASONS = 10_000
+"""Requeued and dropped dead letters of a log partition of which is known what became of them; for `PRODUCER_IDLE`."""
+_REASONS_EVERY = 3600.0
 _TRIM_ROUNDS = 20
 _SCAN = 500
 
@@ -91,6 +97,8 @@ class Upkeep:
         """Producers that are about to be forgotten: their record, and since when it is watched."""
         self.failures = 0
         self._said = ""
+        self._reasons_at: dict[int, float] = {}
+        """By log partition: when reasons are looked through again."""
 
     def start(self) -> None:
         # The store may keep whoever looks at it waiting for as long as it likes, and renewing must not wait.
@@ -188,6 +196,7 @@ class Upkeep:
                 self._trim(partition)
             link.run("reap", [log], [APPLY_GROUP, int(CONSUMER_IDLE * 1000)])
             self._forget_producers(partition)
+            self._forget_reasons(partition)
             off = link.run("settle", [log, keys.meter(partition)], [APPLY_GROUP])
             if off:
                 logger.warning(
@@ -221,13 +230,15 @@ class Upkeep:
         oldest = (seconds + micros / 1e6 - PRODUCER_IDLE) * 1000
         now = time.monotonic()
         before, leaving = self._leaving[partition], {}
+        kept: list[tuple[float, bytes, bytes]] = []
         for producer, record in self._link.client.hscan_iter(key, count=_SCAN):
             try:
-                gone = orjson.loads(record)["t"] < oldest
+                last = float(orjson.loads(record)["t"])
             except (ValueError, KeyError, TypeError):
                 logger.error("the record of producer %r in %s makes no sense: %r", producer, key, record)
                 continue
-            if not gone:
+            if last >= oldest:
+                kept.append((last, producer, record))
                 continue
             watched = before.get(producer)
             since = watched[1] if watched is not None and watched[0] == record else now
@@ -236,6 +247,32 @@ class Upkeep:
             else:
                 leaving[producer] = (record, since)
         self._leaving[partition] = leaving
+        if len(kept) > PRODUCERS:
+            kept.sort()
+            for _, producer, record in kept[: len(kept) - PRODUCERS]:
+                self._link.run("forget", [key], [producer, record])
+            logger.warning("%s: more than %d producers within a week; forgot the oldest", key, PRODUCERS)
+
+    def _forget_reasons(self, partition: int) -> None:
+        """Give up what is noted of dead letters that were requeued or dropped long ago: nobody asks about them."""
+        keys, client = self._link.keys, self._link.client
+        reasons, meter = keys.reasons(partition), keys.meter(partition)
+        settled = client.hlen(reasons) - client.xlen(keys.dead(partition))
+        if settled <= 0 or (settled <= REASONS and time.monotonic() < self._reasons_at.get(partition, 0.0)):
+            return
+        self._reasons_at[partition] = time.monotonic() + _REASONS_EVERY
+        seconds, _ = client.time()
+        oldest = (seconds - PRODUCER_IDLE) * 1000
+        notes: list[tuple[Version, bytes]] = []
+        for version, note in client.hscan_iter(reasons, count=_SCAN):
+            if not note.startswith(b"dead "):
+                with suppress(ValueError):
+                    notes.append((Version.parse(version), note))
+        notes.sort()
+        surplus = max(len(notes) - REASONS, 0)
+        for n, (version, note) in enumerate(notes):
+            if n < surplus or version.ms < oldest:
+                self._link.run("lapse", [reasons, meter], [str(version), note])
 
 
 class Lifecycle(Middleware):

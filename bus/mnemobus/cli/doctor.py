@@ -311,13 +311,15 @@ def _workers(
     )
     yield _lag(settings, log)
     dead = sum(p["dead_letters"] for p in log)
-    if dead:
-        yield Finding(
-            "dead letters",
-            WARN,
-            f"{dead:,} writes that no worker could apply",
-            "see why: mnemobus dead list; then requeue or drop them",
-        )
+    left_out, given_up = (sum(p[name] for p in log) for name in ("dead_left_out", "dead_given_up"))
+    if dead or given_up:
+        said = f"{dead:,} writes that no worker could apply"
+        if left_out or given_up:
+            said += (
+                f"; they have come to MNEMOBUS_DEAD_LETTER_BYTES: {left_out:,} were kept without their content,"
+                f" {given_up:,} older ones were given up"
+            )
+        yield Finding("dead letters", WARN, said, "see why: mnemobus dead list; then requeue or drop them")
     else:
         yield Finding("dead letters", OK, "none")
     yield from _replays(settings, log)

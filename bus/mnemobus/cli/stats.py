@@ -82,7 +82,7 @@ async def redis_figures(settings: Settings) -> dict[str, Any]:
                     for p in partitions
                     for command in (
                         ("XLEN", keys.log(p)),
-                        ("HMGET", keys.meter(p), "added", "applied"),
+                        ("HMGET", keys.meter(p), "added", "applied", "dead_left_out", "dead_given_up"),
                         ("XINFO", "GROUPS", keys.log(p)),
                         ("XINFO", "CONSUMERS", keys.log(p), APPLY_GROUP),
                         ("XLEN", keys.dead(p)),
@@ -169,7 +169,7 @@ def _partition(number: int, replies: list[Any], replays: list[Any], clock: float
     length, meter, groups, consumers, dead, first, pending, next_up = (
         None if isinstance(reply, Exception) else reply for reply in replies
     )
-    added, applied = (int(n or 0) for n in meter or (0, 0))
+    added, applied, left_out, given_up = (int(n or 0) for n in meter or (0, 0, 0, 0))
     waiting = [pending[1]] if pending and pending[0] else [entry[0] for entry in next_up or ()]
     return {
         "partition": number,
@@ -181,6 +181,8 @@ def _partition(number: int, replies: list[Any], replays: list[Any], clock: float
         "waiting_seconds": _age(waiting[0], clock) if waiting else None,
         "oldest_seconds": _age(first[0][0], clock) if first else None,
         "dead_letters": dead or 0,
+        "dead_left_out": left_out,
+        "dead_given_up": given_up,
         "group": APPLY_GROUP in _names(groups),
         "replays": replays,
         "consumers": [

@@ -6,8 +6,8 @@
 -- ARGV[2]  token of the lease, should one be granted; never used before
 -- ARGV[3]  ms after which another may have the lease
 -- ARGV[4]  ms that a bucket lives
--- ARGV[5]  fields that a bucket may have
--- Returns  the result; or 1: the lease is granted; 0: another has it; 2: the bucket is full
+-- ARGV[5]  fields that a bucket may have: one that has as many begins anew, as if it had been evicted
+-- Returns  the result; or 1: the lease is granted; 0: another has it
 
 local result = redis.call('HGET', KEYS[1], 'q:' .. ARGV[1])
 if result then
@@ -24,7 +24,7 @@ if lease then
     return 0
   end
 elseif redis.call('HLEN', KEYS[1]) >= tonumber(ARGV[5]) then
-  return 2
+  redis.call('UNLINK', KEYS[1])
 end
 redis.call('HSET', KEYS[1], field, ARGV[2] .. string.format(' %d %d', now, now + tonumber(ARGV[3])))
 if redis.call('PTTL', KEYS[1]) < 0 then

@@ -36,16 +36,22 @@ transaction of its own:
 
 Each may be done again, by anybody, and the event is acknowledged after the last.
 
-Two things are no matter of merging: a memory's dimensions never change, and a table's embeddings are of one
-length. The first to be committed counts; an event that contradicts it is refused, and nothing else with it.
+Two things are no matter of merging: a memory's dimensions don't change as long as it lives, and a table's embeddings
+are of one length. The first to be committed counts; an event that contradicts it is refused, and nothing else with it.
 `apply` sees to that, in the one transaction of a batch.
+
+A memory that was deleted may be made again with other dimensions: what is above the delete replaces the row, and keeps
+its deleted register. What comes late then, from before that delete, is what the row has seen the end of: it changes
+nothing and is no contradiction. So a replay, or a slow worker's batch, finds the same state whether or not the memory
+was made again meanwhile. What is applied *before* the delete that it follows in time (their rooms may be in two log
+partitions) contradicts a memory that lives, and is refused: who waits until the delete is committed is safe from that.
 """
 
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from ..events import DELETE, DELETE_ROOM, PUT, Event
 from ..keys import Dimensions
@@ -169,6 +175,14 @@ def embedding_length_changed(event: Event, length: int) -> str:
     return f"an embedding of {given} floats; those of table {event.dimensions.table!r} have {length}"
 
 
+class Stored(NamedTuple):
+    """What a row says of who may write to it: its dimensions and, packed, its put and its delete."""
+
+    dimensions: Dimensions
+    put: bytes
+    deleted: bytes
+
+
 class Transaction(Protocol):
     """The steps of a batch's transaction that differ between stores. What they read is current, and stays so
     until the commit."""
@@ -191,6 +205,12 @@ class Transaction(Protocol):
 
     def dimensions(self, ids: Collection[str]) -> dict[str, Dimensions]:
         """The dimensions of those of the memories that the table knows, alive or not."""
+
+    def stored(self, id: str) -> Stored | None:
+        """What the table has of a memory, alive or not."""
+
+    def remove(self, id: str) -> None:
+        """Take a memory's row out; the same transaction puts another in its place."""
 
     def upsert(self, deltas: Sequence[Delta]) -> Collection[str]:
         """Merge into the table; the ids of the rows that changed. Rows of other dimensions are left alone."""
@@ -258,7 +278,7 @@ def apply(transaction: Transaction, events: Sequence[Event]) -> Applied:
     # need no second round.
     known: dict[str, Dimensions] = {}
     while True:
-        batch = _collapse(transaction, events, known)
+        batch, wrong = _collapse(transaction, events, known)
         applied.won.update(transaction.upsert(batch.deltas))
         lost = [delta for delta in batch.deltas if delta.id not in applied.won]
         stored = transaction.dimensions([delta.id for delta in lost]) if lost else {}
@@ -266,13 +286,56 @@ def apply(transaction: Transaction, events: Sequence[Event]) -> Applied:
         if not clashes:
             break
         known.update(clashes)
-    applied.refused = batch.refused
+    applied.refused = [*wrong, *_made_again(transaction, batch.refused, applied)]
     return applied
 
 
-def _collapse(transaction: Transaction, events: Sequence[Event], known: dict[str, Dimensions]) -> Batch:
-    """The batch without the events whose embedding is of another length than its table's, which are refused;
-    fixes the length of tables that have none yet."""
+def _made_again(
+    transaction: Transaction, contradicting: Sequence[Refused], applied: Applied
+) -> list[Refused]:
+    """Of the events that contradict their memory's dimensions, those that do so while it lives. The others are applied:
+    they make a deleted memory again, or are of one that it replaced."""
+    refused = []
+    for item in sorted(contradicting, key=lambda item: item.event.version):
+        event, version = item.event, item.event.version.pack()
+        row = transaction.stored(event.id)
+        delta = collapse([event]).deltas[0]
+        if row is not None and row.dimensions != event.dimensions:
+            if version <= row.put and version <= row.deleted:
+                continue  # of a life that has ended since
+            if event.op == DELETE and version < row.put:
+                # The end of an earlier life, which nobody knew of here: what else is late from it must find it.
+                delta.dimensions = row.dimensions
+            elif row.put <= row.deleted < version:
+                delta.deleted = max(delta.deleted, row.deleted)
+                # Where its put is late: what the life before had is done with all the same.
+                delta.put = delta.put or row.deleted
+            else:
+                refused.append(Refused(event, dimensions_changed(event, row.dimensions)))
+                continue
+        if event.embedding:
+            length = _floats(event)
+            transaction.claim({event.dimensions.table: length})
+            stored = transaction.lengths([event.dimensions.table])[event.dimensions.table]
+            if stored != length:
+                refused.append(Refused(event, embedding_length_changed(event, stored)))
+                continue
+        if row is not None and row.dimensions != delta.dimensions:
+            transaction.remove(event.id)
+            applied.cleared.append((event.id, row.dimensions))
+        won = transaction.upsert([delta])
+        applied.won.update(won)
+        if not won and (row := transaction.stored(event.id)) and row.dimensions != delta.dimensions:
+            # Another batch was faster.
+            refused.append(Refused(event, dimensions_changed(event, row.dimensions)))
+    return refused
+
+
+def _collapse(
+    transaction: Transaction, events: Sequence[Event], known: dict[str, Dimensions]
+) -> tuple[Batch, list[Refused]]:
+    """The batch without the events whose embedding is of another length than its table's, which are refused; and these.
+    Fixes the length of tables that have none yet."""
     wrong: list[Refused] = []
     vectors = [event for event in events if event.embedding]
     if vectors:
@@ -296,9 +359,7 @@ def _collapse(transaction: Transaction, events: Sequence[Event], known: dict[str
         ]
         unfit = {id(item.event) for item in wrong}
         events = [event for event in events if id(event) not in unfit]
-    batch = collapse(events, known)
-    batch.refused += wrong
-    return batch
+    return collapse(events, known), wrong
 
 
 def _floats(event: Event) -> int:

@@ -222,6 +222,11 @@ class _Statements:
             f"SELECT id::text, tbl, room, agent, entity, world FROM {names.memories}"
             " WHERE tbl = %s AND room = %s AND NOT live AND deleted_version = ANY(%s)"
         ).encode()
+        self.stored = (
+            "SELECT tbl, room, agent, entity, world, put_version, deleted_version"
+            f" FROM {names.memories} WHERE id = %s::uuid FOR UPDATE"
+        ).encode()
+        self.remove = f"DELETE FROM {names.memories} WHERE id = %s::uuid".encode()
         self.number = f"SELECT coalesce(max(number), 0) FROM {names.migrations}".encode()
         self.identity = (
             f"SELECT store::text, bus::text, prefix, life, reached_ms FROM {names.identity}".encode()
@@ -850,6 +855,14 @@ class _Transaction:
     def dimensions(self, ids: Collection[str]) -> dict[str, Dimensions]:
         rows = self.run(self._sql.dimensions, (_uuids(ids),))
         return {id: Dimensions(*dimensions) for id, *dimensions in rows}
+
+    def stored(self, id: str) -> merge.Stored | None:
+        for *dimensions, put, deleted in self.run(self._sql.stored, (id,)):
+            return merge.Stored(Dimensions(*dimensions), bytes(put), bytes(deleted))
+        return None
+
+    def remove(self, id: str) -> None:
+        self._execute(self._sql.remove, (id,))
 
     def upsert(self, deltas: Sequence[Delta]) -> list[str]:
         if not deltas:

@@ -115,6 +115,11 @@ class _Statements:
         self.claim = (
             f"INSERT INTO {names.tables} (tbl, embedding_length) VALUES (?, ?) ON CONFLICT DO NOTHING"
         )
+        self.stored = (
+            "SELECT tbl, room, agent, entity, world, put_version, deleted_version"
+            f" FROM {names.memories} WHERE id = ?"
+        )
+        self.remove = f"DELETE FROM {names.memories} WHERE id = ?"
         self.dimensions = f"SELECT tbl, room, agent, entity, world FROM {names.memories} WHERE id = ?"
         self.store = f"SELECT store FROM {names.identity}"
         self.identity = f"SELECT store, bus, prefix, life, reached_ms FROM {names.identity}"
@@ -491,6 +496,14 @@ class _Transaction:
             for row in self._execute(self._sql.dimensions, (uuid.UUID(id).bytes,)):
                 found[id] = Dimensions(*row)
         return found
+
+    def stored(self, id: str) -> merge.Stored | None:
+        for *dimensions, put, deleted in self._execute(self._sql.stored, (uuid.UUID(id).bytes,)):
+            return merge.Stored(Dimensions(*dimensions), put, deleted)
+        return None
+
+    def remove(self, id: str) -> None:
+        self._execute(self._sql.remove, (uuid.UUID(id).bytes,))
 
     def upsert(self, deltas: Sequence[Delta]) -> list[str]:
         won: list[str] = []
