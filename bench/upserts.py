@@ -23,6 +23,7 @@ from psycopg.types.json import Json
 from mnemobus.keys import Dimensions, Version
 from mnemobus.memory import encode_embedding, encode_object
 from mnemobus.store import postgres
+from mnemobus.store.layout import Names
 from mnemobus.store.merge import Delta
 
 from .floors.store import prepare
@@ -39,13 +40,15 @@ _NAMES = [
     *("put", "content_version", "metadata_version", "embedding_version", "own_deleted"),
 ]
 
+_SQL = postgres._Statements(Names('"mnemobus".'))
+
 Way = Callable[[psycopg.Connection[Any], Sequence[Delta]], None]
 
 
 def unnest(connection: psycopg.Connection[Any], deltas: Sequence[Delta]) -> None:
     with connection.pipeline() as pipeline:
         connection.execute("BEGIN")
-        postgres._Transaction(connection, pipeline).upsert(deltas)
+        postgres._Transaction(connection, pipeline, _SQL).upsert(deltas)
         connection.execute("COMMIT")
 
 
@@ -55,16 +58,14 @@ def copy(connection: psycopg.Connection[Any], deltas: Sequence[Delta]) -> None:
             into.set_types(_TYPES)
             for delta in deltas:
                 into.write_row(_row(delta))
-        cursor.execute(postgres._UPSERT.replace(_ARRAYS, b"incoming"))
+        cursor.execute(_SQL.upsert.replace(_ARRAYS, b"incoming"))
         cursor.fetchall()
 
 
 def executemany(connection: psycopg.Connection[Any], deltas: Sequence[Delta]) -> None:
     row = ", ".join(f"%b::{type}" for type in _TYPES).encode()
     with connection.transaction(), connection.cursor() as cursor:
-        cursor.executemany(
-            postgres._UPSERT.replace(_ARRAYS, b"(VALUES (" + row + b"))"), list(map(_row, deltas))
-        )
+        cursor.executemany(_SQL.upsert.replace(_ARRAYS, b"(VALUES (" + row + b"))"), list(map(_row, deltas)))
 
 
 WAYS: dict[str, Way] = {"unnest": unnest, "COPY": copy, "executemany": executemany}

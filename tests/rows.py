@@ -8,6 +8,8 @@ from typing import Any
 
 import psycopg
 
+from mnemobus.store.layout import prefixed
+
 _MEMORIES = """
     SELECT {id}, m.tbl, m.room, agent, entity, world, created_us, content, metadata, embedding,
         put_version, content_version, metadata_version, embedding_version,
@@ -18,18 +20,23 @@ _MEMORIES = """
 _REST = ("SELECT tbl, room, version FROM room_tombstones", "SELECT tbl, embedding_length FROM tables")
 
 
+def named(url: str, statement: str) -> str:
+    """A statement with the bare names of the store's tables, as that store has it."""
+    return prefixed(statement, "mnemobus_" if url.startswith("sqlite") else "mnemobus.")
+
+
 def rows(url: str) -> list[tuple[Any, ...]]:
     """Every row with every column, of memories that are there and of those that are gone, in one order."""
     if url.startswith("sqlite"):
         with closing(sqlite3.connect(url.removeprefix("sqlite:///"))) as connection:
-            return _all(connection, "lower(hex(id))", "content, metadata")
+            return _all(url, connection, "lower(hex(id))", "content, metadata")
     with psycopg.connect(url) as connection:
-        return _all(connection, "replace(id::text, '-', '')", "content::text, metadata::text")
+        return _all(url, connection, "replace(id::text, '-', '')", "content::text, metadata::text")
 
 
-def _all(connection: Any, id: str, values: str) -> list[tuple[Any, ...]]:
+def _all(url: str, connection: Any, id: str, values: str) -> list[tuple[Any, ...]]:
     statements = [_MEMORIES.format(id=id).replace("content, metadata", values), *_REST]
-    found = [row for sql in statements for row in connection.execute(sql).fetchall()]
+    found = [row for sql in statements for row in connection.execute(named(url, sql)).fetchall()]
     return sorted(found, key=repr)
 
 

@@ -28,6 +28,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import dramatiq
 import redis
@@ -212,9 +213,17 @@ def redis_images() -> list[str]:
 class RedisServer:
     """A Redis of a test's own: on a port that stays the same, with an append-only file, in a folder of its own."""
 
-    def __init__(self, binary: str, folder: Path, *options: str) -> None:
+    def __init__(
+        self,
+        binary: str,
+        folder: Path,
+        *options: str,
+        environment: dict[str, str] | None = None,
+        port: int | None = None,
+    ) -> None:
         self.binary, self.folder, self.options = binary, folder, options
-        self.port = free_port()
+        self.environment = environment or {}
+        self.port = port or free_port()
         self.url = f"redis://127.0.0.1:{self.port}"
         self._process: subprocess.Popen[Any] | None = None
 
@@ -223,13 +232,16 @@ class RedisServer:
         assert self._process is not None
         return self._process.pid
 
-    def start(self) -> None:
+    def start(self, *, wait: bool = True) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
         command = [self.binary, "--port", str(self.port), "--bind", "127.0.0.1", "--dir", str(self.folder)]
         command += ["--appendonly", "yes", "--save", "", *self.options]
         with (self.folder / "server.log").open("ab") as log:
-            self._process = spawn(command, stdout=log, stderr=log)
-        wait_until(lambda: _pings(self.url), what=f"{self.binary} to answer; see {self.folder}/server.log")
+            self._process = spawn(command, stdout=log, stderr=log, env=os.environ | self.environment)
+        if wait:
+            wait_until(
+                lambda: _pings(self.url), what=f"{self.binary} to answer; see {self.folder}/server.log"
+            )
 
     def stop(self) -> None:
         """SIGTERM: it saves what it has."""
@@ -382,9 +394,71 @@ class PostgresServer:
         """As in a crash: what was not committed is gone."""
         self.stop(signal.SIGQUIT)
 
+    def use_certificate(self, certificate: Path, key: Path) -> None:
+        """Speak TLS from now on, with this certificate."""
+        for source, name in ((certificate, "server.crt"), (key, "server.key")):
+            copy = self._folder / "data" / name
+            shutil.copy(source, copy)
+            copy.chmod(0o600)
+            if self._user is not None:
+                shutil.chown(copy, self._user)
+        self.stop()
+        with (self._folder / "data" / "postgresql.auto.conf").open("a") as file:
+            file.write("ssl = on\n")
+        self.start()
+
     def close(self) -> None:
         self.stop()
         shutil.rmtree(self._folder, ignore_errors=True)
+
+
+class PgBouncer:
+    """A pooler before a PostgreSQL of this machine, which trusts everybody. NoServer if there is none here."""
+
+    def __init__(self, url: str, mode: str, size: int = 3) -> None:
+        binary = shutil.which("pgbouncer") or shutil.which("/usr/sbin/pgbouncer")
+        if binary is None:
+            raise NoServer("no pgbouncer on the PATH or in /usr/sbin")
+        target = urlsplit(url)
+        if target.hostname not in ("127.0.0.1", "localhost") or target.password:
+            raise NoServer("the pooler of the tests needs a PostgreSQL of this machine, without a password")
+        self._folder = Path(tempfile.mkdtemp(prefix="mnemobus-bouncer-"))
+        self.port = free_port()
+        database = target.path.lstrip("/")
+        self.url = f"postgresql://{target.username}@127.0.0.1:{self.port}/{database}"
+        (self._folder / "users").write_text(f'"{target.username}" ""\n')
+        (self._folder / "ini").write_text(
+            f"[databases]\n{database} = host={target.hostname} port={target.port} user={target.username}\n"
+            f"[pgbouncer]\nlisten_addr=127.0.0.1\nlisten_port={self.port}\nunix_socket_dir=\n"
+            f"auth_type=any\nauth_file={self._folder}/users\nlogfile={self._folder}/log\n"
+            f"pool_mode={mode}\ndefault_pool_size={size}\n"
+        )
+        user = None
+        if os.geteuid() == 0:  # it refuses to run as root
+            user = next((e.pw_name for e in pwd.getpwall() if e.pw_name in ("postgres", "nobody")), None)
+            if user is None:
+                raise NoServer("PgBouncer refuses to run as root, and there is no user postgres or nobody")
+            shutil.chown(self._folder, user)
+        self._process = subprocess.Popen(
+            [binary, "-q", str(self._folder / "ini")],
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            cwd="/",
+            start_new_session=True,
+            user=user,
+            extra_groups=None if user is None else [],
+        )
+        wait_until(lambda: _listens(self.port), 10, what=f"PgBouncer to answer; see {self._folder}/log")
+
+    def close(self) -> None:
+        end(self._process)
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+
+def _listens(port: int) -> bool:
+    with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), 1):
+        return True
+    return False
 
 
 @contextlib.contextmanager

@@ -23,6 +23,7 @@ import dramatiq
 import pytest
 from dramatiq.errors import ConnectionClosed, QueueNotFound
 
+from chaos.clocks import WallClock
 from mnemobus import Settings
 from mnemobus.connection import ThreadedLink
 from mnemobus.events import PUT, Event
@@ -311,6 +312,131 @@ def test_g1_a_batch_that_is_renewed_is_nobody_elses(settings: Settings, worker: 
     assert {(owner, n) for owner, _, n in slow.pending().values()} == {(slow.broker.consumer_name, 1)}
     slow.consumer.ack(proxy)
     assert slow.backlog() == 0
+
+
+# Whose a batch is while Redis's clock is set
+
+
+@pytest.fixture
+def clocked(own_redis: Callable[..., RedisServer], wall_clock: WallClock, settings: Settings) -> Settings:
+    """A Redis whose wall clock can be set."""
+    server = own_redis("--stream-node-max-entries", "1", environment=wall_clock.environment)
+    return settings.model_copy(update={"redis_url": server.url})
+
+
+def test_g1_a_dead_workers_batch_is_claimed_though_redis_clock_was_set_back(
+    clocked: Settings, wall_clock: WallClock, worker: StartWorker, caplog: Any
+) -> None:
+    # Given two workers with a batch each, and one with a batch that it failed to apply
+    dead, live, failing = worker(clocked), worker(clocked), worker(clocked)
+    lost = dead.publish("0", "1")
+    assert dead.take().batch.ids == lost
+    kept = live.publish("2")
+    held = live.take()
+    failed = live.publish("3")
+    failing.consumer.nack(failing.take())
+    # When Redis's clock is set back by an hour, and one of them dies
+    now = live.link.client.time()[0]
+    wall_clock.set_ahead(-3600)
+    assert now - live.link.client.time()[0] > 3000
+    heir = worker(clocked, timeout=10)
+    began = time.monotonic()
+    got: list[bytes] = []
+    while len(got) < 3 and time.monotonic() - began < 60:
+        live.broker.renew()
+        proxy = next(heir.consumer)
+        if proxy is not None:
+            heir.consumer.ack(proxy)
+            got += proxy.batch.ids
+            assert time.monotonic() - began >= CLAIM_IDLE
+    # Then another gets what nobody works on, once it was idle for claim_idle by that one's own clock
+    assert sorted(got) == [*lost, *failed]
+    assert "Redis's clock was set back: 2 events" in caplog.text
+    # and what a live worker renews stays its own
+    until = time.monotonic() + 3 * CLAIM_IDLE
+    while time.monotonic() < until:
+        live.broker.renew()
+        assert next(heir.consumer) is None
+    assert {id: (owner, n) for id, (owner, _, n) in live.pending().items()} == {
+        kept[0]: (live.broker.consumer_name, 1)
+    }
+    live.consumer.ack(held)
+    assert live.backlog() == 0
+
+
+def test_g1_redis_clock_set_forward_costs_one_delivery_at_most(
+    clocked: Settings, wall_clock: WallClock, worker: StartWorker
+) -> None:
+    # Given a worker with a batch, and another one
+    slow, other = worker(clocked), worker(clocked, timeout=10)
+    ids = slow.publish("0", "1")
+    held = slow.take()
+    # When Redis's clock is set forward by two days, then the batch looks idle, and is claimed once
+    wall_clock.set_ahead(2 * 86_400)
+    claimed = other.take()
+    assert claimed.batch.ids == ids
+    # and from then on it is its new owner's, who renews it
+    until = time.monotonic() + 3 * CLAIM_IDLE
+    while time.monotonic() < until:
+        other.broker.renew()
+        assert next(slow.consumer) is None
+    assert {(owner, n) for owner, _, n in other.pending().values()} == {(other.broker.consumer_name, 2)}
+    # Whoever is done first, the events are counted once
+    slow.consumer.ack(held)
+    other.consumer.ack(claimed)
+    assert other.backlog() == 0
+    # and the log is trimmed as far as it was applied, and no further
+    more = slow.publish("2")
+    slow.tidy()
+    assert slow.ids() == [ids[1], *more]
+
+
+def test_the_log_is_trimmed_though_redis_clock_was_ahead_once(
+    clocked: Settings, wall_clock: WallClock, worker: StartWorker
+) -> None:
+    # Given a log that was written while Redis's clock was a year ahead, and applied
+    wall_clock.set_ahead(365 * 86_400)
+    me = worker(clocked, retention=1.0)
+    me.publish("0", "1")
+    me.consumer.ack(me.take())
+    wall_clock.set_ahead(0)
+    upkeep = Upkeep(me.broker, None)  # type: ignore[arg-type]
+    upkeep.tidy()
+    assert len(me.ids()) == 2
+    # Then it goes after the time of retention, by the worker's own clock, instead of in a year
+    began = time.monotonic()
+
+    def trimmed() -> bool:
+        upkeep.tidy()
+        return len(me.ids()) < 2
+
+    wait_until(trimmed, 10)
+    assert time.monotonic() - began > 0.9
+    [kept] = me.ids()
+    # and what comes in the new time goes likewise, but not before it is applied
+    more = me.publish("2")
+    wait_until(lambda: upkeep.tidy() or upkeep._delivered[0].old == kept, 10)
+    upkeep.tidy()
+    assert me.ids()[-1:] == more
+
+
+def test_a_producer_is_not_forgotten_because_redis_clock_was_set_forward(
+    clocked: Settings, wall_clock: WallClock, worker: StartWorker, monkeypatch: Any
+) -> None:
+    me = worker(clocked)
+    me.publish("0")
+    key = me.link.keys.producers(0)
+    # Given a clock that jumps ahead by a month, as where a machine gets its time only after it has started
+    wall_clock.set_ahead(30 * 86_400)
+    upkeep = Upkeep(me.broker, None)  # type: ignore[arg-type]
+    upkeep.tidy()
+    upkeep.tidy()
+    # Then what the producer said last is still known: a call that it repeats is not done again
+    assert me.call("HLEN", key) == 1
+    # until it was seen unchanged for an hour
+    monkeypatch.setattr(UPKEEP, "PRODUCER_WATCHED", 0.0)
+    upkeep.tidy()
+    assert me.call("HLEN", key) == 0
 
 
 def test_to_renew_is_no_delivery(each_server: Settings, worker: StartWorker) -> None:
@@ -772,7 +898,7 @@ def test_consumers_that_are_long_gone_are_forgotten_unless_they_hold_something(
 
 
 def test_producers_that_are_long_gone_are_forgotten(
-    settings: Settings, worker: StartWorker, caplog: Any
+    settings: Settings, worker: StartWorker, monkeypatch: Any, caplog: Any
 ) -> None:
     me = worker(settings)
     key = me.link.keys.producers(0)
@@ -790,8 +916,12 @@ def test_producers_that_are_long_gone_are_forgotten(
     records |= {f"old-{n}": records["old"] for n in range(1200)}
     me.link.client.hset(key, mapping=records)
     me.publish("0")
-    # Then upkeep forgets the old ones, and says which make no sense
-    me.tidy()
+    # Then upkeep forgets the old ones, once it has seen that they don't change, and says which make no sense
+    upkeep = Upkeep(me.broker, None)  # type: ignore[arg-type]
+    upkeep.tidy()
+    assert me.call("HLEN", key) == 1207
+    monkeypatch.setattr(UPKEEP, "PRODUCER_WATCHED", 0.0)
+    upkeep.tidy()
     left = {name.decode() for name in me.call("HKEYS", key)}
     assert len(left) == 6
     assert left > {"young", "garbage", "list", "no time", "text"}

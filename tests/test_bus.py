@@ -12,12 +12,13 @@ import os
 import pickle
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import pytest
+import redis
 
 import mnemobus
 from mnemobus import (
@@ -350,7 +351,7 @@ async def test_dimensions_never_change(pool: Settings, connect: Connect) -> None
         await (await alice.write(memory)).committed()
         # Who knows the memory refuses the write
         with pytest.raises(
-            DimensionChanged, match="room: is 'r1' and would become 'r2'; dimensions never change"
+            DimensionChanged, match="room: is 'r1' and would become 'r2'; dimensions never change while"
         ):
             await alice.write(said("y", room="r2", id=memory.id, entity="e"))
         # Who doesn't is told by the worker, and the memory stays as it is
@@ -477,6 +478,13 @@ async def test_a_copy_can_be_taken_but_not_changed(pool: Settings, connect: Conn
         assert pickle.loads(pickle.dumps(answer)) == answer
 
 
+class NotATime(datetime):
+    """As pandas has it: a datetime whose methods fail."""
+
+    def utcoffset(self) -> None:
+        raise ValueError("NaTType does not support utcoffset")
+
+
 @pytest.mark.parametrize(
     ("query", "message"),
     [
@@ -484,16 +492,26 @@ async def test_a_copy_can_be_taken_but_not_changed(pool: Settings, connect: Conn
         ({"room": ""}, "room: is empty"),
         ({"room": "r", "limit": 0}, "limit must be between 1 and 10000, not 0"),
         ({"room": "r", "limit": 10_001}, "limit must be between 1 and 10000"),
-        ({"room": "r", "limit": "5"}, "limit must be between 1 and 10000, not '5'"),
+        ({"room": "r", "limit": "5"}, "limit must be a whole number, not '5'"),
+        ({"room": "r", "limit": 1.0}, r"limit must be a whole number, not 1\.0"),
+        ({"room": "r", "limit": True}, "limit must be a whole number, not True"),
+        ({"room": "r", "limit": None}, "limit must be a whole number, not None"),
         (
             {"room": "r", "before": 5},
-            "before and after take a Memory, a datetime, or a datetime and an id, not 5",
+            "before: a Memory, a datetime, or a datetime and an id is needed, not 5",
         ),
         (
-            {"room": "r", "before": datetime(2026, 1, 1)},
-            "before and after need a time zone: 2026-01-01T00:00:00",
+            {"room": "r", "after": True},
+            "after: a Memory, a datetime, or a datetime and an id is needed, not True",
         ),
-        ({"room": "r", "after": (datetime(2026, 1, 1, tzinfo=UTC), "x")}, "id: 'x' is not a UUID"),
+        ({"room": "r", "before": datetime(2026, 1, 1)}, "before: 2026-01-01T00:00:00 has no time zone"),
+        ({"room": "r", "before": NotATime(1, 1, 1)}, "before: NotATime is not a moment in time"),
+        ({"room": "r", "after": (datetime(2026, 1, 1, tzinfo=UTC), "x")}, "after: id: 'x' is not a UUID"),
+        ({"room": 5}, "room: text is needed, not int"),
+        ({"room": ["r"]}, "room: text is needed, not list"),
+        ({"room": "r", "agent": {}}, "agent: text is needed, not dict"),
+        ({"entity": b"e"}, "entity: text is needed, not bytes"),
+        ({"world": "\0"}, "world: contains a NUL character"),
     ],
 )
 async def test_a_query_that_makes_no_sense_says_why(
@@ -504,8 +522,87 @@ async def test_a_query_that_makes_no_sense_says_why(
             await bus.recent("messages", **query)  # type: ignore[arg-type]
         with pytest.raises(InvalidQuery, match="table: 'a b' is not"):
             await bus.count("a b", room="r")
-        with pytest.raises(InvalidMemory, match="id: 'x' is not a UUID"):
-            await bus.get("x")
+        for id in ("x", None, 5, ["x"], b"x", "room:t:r"):
+            with pytest.raises(InvalidMemory, match=r"id: .* is not a UUID"):
+                await bus.get(id)  # type: ignore[arg-type]
+
+
+class Text:
+    """Spelled like a name, and none."""
+
+    def __init__(self, spelled: str) -> None:
+        self.spelled = spelled
+
+    def __str__(self) -> str:
+        return self.spelled
+
+
+@pytest.mark.parametrize(
+    ("table", "names"),
+    [
+        ("t:a", {"room": "b"}),
+        ("t", {"room": Text("a:b")}),
+        (Text("t"), {"room": "a:b"}),
+        ("t:a", {"entity": "b"}),
+        ("t:a", {"agent": "b"}),
+        ("t:a", {"world": "b"}),
+        ("t", {"entity": Text("a:b")}),
+    ],
+)
+async def test_names_that_are_none_are_refused_whatever_is_cached(
+    pool: Settings, connect: Connect, table: Any, names: dict[str, Any]
+) -> None:
+    async with connect() as bus:
+        # Given that what such a query would spell is cached, for another one
+        [(kind, _)] = names.items()
+        memory = Memory(table="t", content={"secret": 1}, **{"room": "r", kind: "a:b"})
+        await bus.write(memory, durability="committed")
+
+        async def cached() -> bool:
+            await bus.recent("t", **{kind: "a:b"})
+            await bus.count("t", **{kind: "a:b"})
+            return bus.stats().hits_local > 0
+
+        await eventually(cached)
+        # Then it is refused, each time
+        for _ in range(3):
+            with pytest.raises(InvalidQuery, match=r"table: |room: |entity: |agent: |world: "):
+                await bus.recent(table, **names)
+            with pytest.raises(InvalidQuery, match=r"table: |room: |entity: |agent: |world: "):
+                await bus.count(table, **names)
+
+
+async def test_a_limit_is_a_whole_number_whatever_is_cached(pool: Settings, connect: Connect) -> None:
+    class Integer:  # as NumPy's are
+        def __index__(self) -> int:
+            return 1
+
+    async with connect() as bus:
+        await bus.write(Memory(table="t", room="r", content={}), durability="committed")
+
+        async def cached() -> bool:
+            await bus.recent("t", room="r", limit=1)
+            return bus.stats().hits_local > 0
+
+        await eventually(cached)
+        for limit in (True, 1.0, None):
+            with pytest.raises(InvalidQuery, match="limit must be a whole number"):
+                await bus.recent("t", room="r", limit=limit)  # type: ignore[arg-type]
+        assert len(await bus.recent("t", room="r", limit=Integer())) == 1  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("durability", ["lodged", "", 0, False, ["logged"]])
+async def test_a_durability_that_there_is_not_is_refused(connect: Connect, durability: Any) -> None:
+    async with connect() as bus:
+        for call in (
+            lambda: bus.write(said("x"), durability=durability),
+            lambda: bus.write_many([said("x")], durability=durability),
+            lambda: bus.write_many([], durability=durability),
+            lambda: bus.delete_room("messages", room="r", durability=durability),
+        ):
+            with pytest.raises(InvalidQuery, match="durability must be logged, synced or committed, not "):
+                await call()
+        assert bus.stats().writes == 0
 
 
 async def test_an_id_may_be_spelled_as_one_likes(pool: Settings, connect: Connect) -> None:
@@ -660,3 +757,26 @@ def test_a_process_that_never_closes_its_bus_ends_all_the_same(settings: Setting
     environment = os.environ | settings.environment()
     done = subprocess.run([sys.executable, "-c", program], env=environment, timeout=60, capture_output=True)
     assert done.returncode == 0, done.stderr.decode()
+
+
+async def test_observe_ends_in_time_though_its_cancellation_is_lost(connect: Connect) -> None:
+    # Given a Redis that can't be asked, and a cancellation that is lost, as happens while a connection is made
+    async with connect() as bus:
+        await bus.write(Memory(table="messages", room="r1", content={}))
+
+        lost: list[asyncio.CancelledError] = []
+
+        async def state(partitions: Sequence[int]) -> list[Any]:
+            try:
+                await asyncio.sleep(0.5)
+            except asyncio.CancelledError as error:
+                if lost:
+                    raise
+                lost.append(error)
+            raise redis.ConnectionError("no connection")
+
+        bus._marks.state = state  # type: ignore[method-assign]
+        # If it observes a token, then it gives up when its time is over
+        async with asyncio.timeout(5):
+            with pytest.raises(NotCommitted, match=r"was not in the store after 0\.1 s"):
+                await bus.observe(bus.token(), timeout=0.1)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
+import random
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +26,8 @@ from chaos.campaign import Campaign, Options, parse
 from chaos.checker import check
 from chaos.history import Bounds, Fault, Final, History, Write
 from chaos.proxy import DOWN, UP, Proxy, _Frames, feed_message, frame_end
-from servers import end, eventually, redis_binaries, spawn, wait_until
+from chaos.report import tell
+from servers import RedisServer, end, eventually, redis_binaries, spawn, wait_until
 
 FEED, OTHER = "{chaos:f0}:feed", "{chaos}:agent:1"
 TESTS = Path(__file__).parent
@@ -407,6 +410,45 @@ def test_a_fault_that_nobody_felt_is_not_counted_and_one_that_nobody_ever_feels_
     assert run.without_effect() == ["redis-full was tried 3 times, and had no effect"]
     records = History.load(with_bounds(tmp_path / "history")).of(Fault)
     assert [record.what for record in records] == ["cut"] * 3
+
+
+def test_a_fault_that_nobody_felt_breaks_no_promise(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    # Given a run in which a kind of fault never had an effect, and nothing else is wrong
+    run = Campaign(Options(), tmp_path)
+    run.warnings = ["redis-full was tried 9 times, and had no effect"]
+    history = History.load(with_bounds(tmp_path / "history"))
+    history.records.append(Final(1.0, [], [], {}, whole=True))
+    # Then that is told, and the run has not failed
+    assert tell(run, history) == 0
+    assert "warning: redis-full was tried 9 times, and had no effect" in capsys.readouterr().out
+    # as it has if a promise was broken
+    run.problems = ["not quiet 60 s after all faults were lifted"]
+    assert tell(run, history) == 1
+
+
+@pytest.mark.parametrize("binary", redis_binaries())
+async def test_a_full_redis_is_felt_by_those_who_write_whatever_its_version(
+    binary: str, own_redis: Callable[..., RedisServer], tmp_path: Path
+) -> None:
+    run = Campaign(Options(), tmp_path)
+    server = own_redis(binary=binary)
+    async with redis.asyncio.Redis.from_url(server.url) as run._client:
+        # Given nobody who writes, then nobody can feel it
+        await faults.redis_full(run, random.Random(1))
+        assert run.counts["redis-full"] == 0
+
+        async def write() -> None:
+            while True:
+                with contextlib.suppress(redis.ResponseError):
+                    await run._client.eval("return redis.call('XADD', KEYS[1], '*', 'a', 'b')", 1, "log")
+
+        # Given somebody who writes as the bus does, then it is
+        writing = asyncio.create_task(write())
+        await faults.redis_full(run, random.Random(1))
+        writing.cancel()
+        assert run.counts["redis-full"] == 1
 
 
 def with_bounds(folder: Path) -> Path:

@@ -20,6 +20,7 @@ from mnemobus.cli import app
 from mnemobus.cli.moments import parse_moment
 from mnemobus.errors import SettingsError
 from mnemobus.keys import Keyspace, Version
+from mnemobus.store import open_writer
 from servers import RedisServer, free_port, wait_until
 
 Start = Callable[..., Command]
@@ -120,14 +121,14 @@ async def test_stats_are_those_of_log_workers_feed_and_store(
         )
         assert got["store"] == {
             "url": pool.database_url,
-            "schema": 1,
+            "schema": 2,
             "tables": {"messages": 12},
             "memories": 12,
         }
         # And people see them
         assert shown.status == 0
         assert re.search(r"│ +2 │ +\d+ │ +0 │ +- │ +0 │ +1 │ +\d+ │", shown.out)
-        assert f"{pool.database_url}, schema 1: messages 12" in shown.out
+        assert f"{pool.database_url}, schema 2: messages 12" in shown.out
 
 
 async def test_stats_tell_what_waits(settings: Settings, connect: Connect, command: Start) -> None:
@@ -151,7 +152,7 @@ def test_stats_with_something_away_tell_the_rest(settings: Settings, command: St
     away = f"redis://127.0.0.1:{free_port()}"
     done = command("stats", settings=settings.model_copy(update={"redis_url": away}))
     assert done.status == 1
-    assert f"Redis at {away} can't be asked: " in done.out + done.err
+    assert f"Redis at {away} does not answer: " in done.out + done.err
     assert "has no schema yet: start a worker (mnemobus worker), which makes it" in done.err
     assert "Traceback" not in done.err
     # To look has changed nothing: there is no database now, where there was none before
@@ -297,12 +298,15 @@ async def test_the_doctor_finds_nothing_where_nothing_is_wrong(
     assert read.status == 0 and read.json["ok"]
     found = checks(read)
     assert {check: status for check, (status, _, _) in found.items()} == dict.fromkeys(
-        ("redis", "policy", "memory", "persistence", "layout", "workers", "backlog", "dead letters", "store"),
+        (
+            "redis", "policy", "memory", "persistence", "writes", "rights", "layout", "workers", "backlog",
+            "dead letters", "store", "outbox", "identity",
+        ),
         "ok",
-    )
+    )  # fmt: skip
     assert not any(advice for _, _, advice in found.values())
     assert plain.status == 0
-    assert re.search(r"^ok    store         sqlite:.*, schema 1$", plain.out, re.MULTILINE)
+    assert re.search(r"^ok    store         sqlite:.*, schema 2$", plain.out, re.MULTILINE)
 
 
 def test_the_doctor_where_nothing_runs_yet(settings: Settings, database_url: str, command: Start) -> None:
@@ -311,7 +315,11 @@ def test_the_doctor_where_nothing_runs_yet(settings: Settings, database_url: str
     done = command("doctor", "--json", settings=settings)
     assert done.status == 1 and not done.json["ok"]
     found = checks(done)
-    assert found["workers"] == ("fail", "there are none", "start them: mnemobus worker (or mnemobus up)")
+    assert found["workers"] == (
+        "fail",
+        "there are no workers, and none has read this log yet",
+        "start them: mnemobus worker (or mnemobus up)",
+    )
     assert found["layout"][:2] == ("ok", f"nobody has used the prefix {settings.redis_key_prefix!r} yet")
     assert found["store"][0] == "fail"
     assert "has no schema yet: start a worker (mnemobus worker), which makes it" in found["store"][1]
@@ -325,7 +333,7 @@ def test_the_doctor_does_not_take_the_workers_of_another_bus_for_ours(
     pool: Settings, settings: Settings, command: Start
 ) -> None:
     done = command("doctor", "--json", settings=settings.model_copy(update={"redis_key_prefix": "another"}))
-    assert checks(done)["workers"][:2] == ("fail", "there are none")
+    assert checks(done)["workers"][0] == "fail" and "there are no workers" in checks(done)["workers"][1]
 
 
 def test_the_doctor_where_redis_is_unfit(
@@ -364,12 +372,12 @@ def test_the_doctor_where_redis_or_the_store_does_not_let_us_in(
         "doctor", settings=settings.model_copy(update={"redis_url": away, "database_url": no_store})
     )
     assert refused.status == gone.status == 1
-    assert checks(refused)["redis"][1].endswith("Set REDIS_PASSWORD")
+    assert "Set REDIS_PASSWORD" in checks(refused)["redis"][1]
     assert "refuses the login" in checks(refused)["redis"][1]
-    assert re.search(rf"^fail  redis  {away} does not answer: ", gone.out, re.MULTILINE)
+    assert re.search(rf"^fail  redis   Redis at {away} does not answer: ", gone.out, re.MULTILINE)
     assert "start it (`mnemobus up` runs one here), or set REDIS_URL" in gone.out
-    assert re.search(r"^fail  store  SQLite .*: file is not a database$", gone.out, re.MULTILINE)
-    assert "check MNEMOBUS_DATABASE_URL and the database" in gone.out
+    assert re.search(r"^fail  store   SQLite .*: file is not a database$", gone.out, re.MULTILINE)
+    assert "it is no SQLite file: correct MNEMOBUS_DATABASE_URL" in gone.out
 
 
 async def test_the_doctor_where_writes_wait_or_died(
@@ -407,14 +415,16 @@ async def test_the_doctor_where_writes_wait_or_died(
 
 
 def test_the_doctor_where_the_schema_is_of_another_version(settings: Settings, command: Start) -> None:
+    writer = open_writer(settings)
+    writer.open()
+    writer.close()
     path = Path(settings.database_url.removeprefix("sqlite:///"))
     with sqlite3.connect(path) as database:
-        database.execute("CREATE TABLE migrations (number integer)")
-        database.execute("INSERT INTO migrations VALUES (7)")
+        database.execute("INSERT INTO mnemobus_migrations (number) VALUES (7)")
     newer = checks(command("doctor", "--json", settings=settings))["store"]
     assert (
         newer[0] == "warn"
-        and "has schema 7, newer than 1" in newer[1]
+        and "has schema 7, newer than 2" in newer[1]
         and newer[2] == "upgrade mnemobus here"
     )
 
@@ -499,10 +509,10 @@ async def spoil(self, reports):
     with sqlite3.connect({database!r}) as connection:
         message = self._rooms[0].message(0)
         connection.execute(
-            "UPDATE memories SET content = '{{}}' WHERE id = ?", (bytes.fromhex(message.replace("-", "")),)
+            "UPDATE mnemobus_memories SET content = '{{}}' WHERE id = ?", (bytes.fromhex(message.replace("-", "")),)
         )
         connection.execute(
-            "UPDATE memories SET content = '{{}}' WHERE room = ?", (self._rooms[1].name,)
+            "UPDATE mnemobus_memories SET content = '{{}}' WHERE room = ?", (self._rooms[1].name,)
         )
     await prove(self, reports)
 

@@ -7,15 +7,18 @@ import os
 import re
 import secrets
 import shutil
+import stat
 import subprocess
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
+import redis
 import yaml
 
 from mnemobus.settings import POLICIES
-from servers import NoServer, docker, has_image, wait_until
+from servers import NoServer, docker, end, free_port, has_image, redis_binaries, spawn, wait_until
 from test_project import ROOT, variables
 
 FILE = ROOT / "compose" / "compose.yaml"
@@ -23,9 +26,20 @@ DOCKERFILE = (ROOT / "compose" / "Dockerfile").read_text()
 WORKERS = ("worker-1", "worker-2")
 
 
+PASSWORDS = {"REDIS_PASSWORD": "redis' password", "POSTGRES_PASSWORD": "d@e"}
+IMAGES = {
+    "REDIS_IMAGE": "redis:8",
+    "POSTGRES_IMAGE": "pgvector/pgvector:pg17",
+    "PYTHON_IMAGE": "python:3.13-slim",
+}
+"""What the tests have; compose.yaml names versions that are more exact."""
+
+
 def filled_in(text: str, **environment: str) -> str:
-    """The file as compose reads it: variables in it replaced."""
-    return re.sub(r"\$\{(\w+):-([^}]*)\}", lambda match: environment.get(match[1]) or match[2], text)
+    """The file as compose reads it: variables in it replaced, except in comments."""
+    given = PASSWORDS | environment
+    text = re.sub(r"\$\{(\w+):-([^}]*)\}", lambda match: given.get(match[1]) or match[2], text)
+    return re.sub(r"\$\{(\w+):\?[^}]*\}", lambda match: given[match[1]], text)
 
 
 def services(**environment: str) -> dict[str, Any]:
@@ -39,16 +53,27 @@ def option(service: dict[str, Any], name: str) -> str:
     return str(command[command.index(name) + 1])
 
 
+def configuration(redis: dict[str, Any]) -> dict[str, str]:
+    """What Redis is told on standard input."""
+    script: str = redis["command"][2]
+    lines = script.partition("<<EOF\n")[2].partition("EOF\n")[0].splitlines()
+    return dict(line.split(" ", 1) for line in lines)  # type: ignore[misc]
+
+
 # The files
 
 
 def test_the_services_and_their_images() -> None:
     images = {name: service["image"] for name, service in services().items()}
     assert images == {
-        "redis": "redis:8",
-        "postgres": "pgvector/pgvector:pg17",
+        "redis": "redis:8.2.2",
+        "postgres": "pgvector/pgvector:0.8.0-pg17",
         **dict.fromkeys((*WORKERS, "demo"), "mnemobus"),
     }
+    # Each can be another, and none is a tag that comes to mean something else with the next minor version
+    named = re.findall(r"\$\{(\w+_IMAGE):-([^}]*)\}", FILE.read_text())
+    assert {name for name, _ in named} == IMAGES.keys()
+    assert all(re.search(r":\d+\.\d+\.\d+", image) for _, image in named)
 
 
 @pytest.mark.parametrize("name", [*WORKERS, "demo"])
@@ -59,11 +84,11 @@ def test_only_settings_that_there_are_are_set(name: str) -> None:
 
 def test_redis_keeps_the_log() -> None:
     redis = services()["redis"]
-    assert option(redis, "--maxmemory-policy") in POLICIES
-    assert option(redis, "--appendonly") == "yes"
-    assert option(redis, "--appendfsync") == "everysec"
+    told = configuration(redis)
+    assert told["maxmemory-policy"] in POLICIES
+    assert (told["appendonly"], told["appendfsync"]) == ("yes", "everysec")
     assert "redis:/data" in redis["volumes"]
-    assert option(redis, "--dir") == "/data"
+    assert told["dir"] == "/data"
 
 
 def test_what_redis_is_given_is_what_agents_expect() -> None:
@@ -74,23 +99,80 @@ def test_what_redis_is_given_is_what_agents_expect() -> None:
         "POSTGRES_PASSWORD": "d@e",
     }
     found = services(**environment)
-    for name, flag in (
-        ("REDIS_PASSWORD", "--requirepass"),
-        ("REDIS_MAX_MEMORY", "--maxmemory"),
-        ("REDIS_EVICTION_POLICY", "--maxmemory-policy"),
+    told = configuration(found["redis"])
+    for name, option in (
+        ("REDIS_MAX_MEMORY", "maxmemory"),
+        ("REDIS_EVICTION_POLICY", "maxmemory-policy"),
     ):
-        assert option(found["redis"], flag) == environment[name] == found["demo"]["environment"][name]
+        assert told[option] == environment[name] == found["demo"]["environment"][name]
+    assert found["redis"]["environment"]["REDISCLI_AUTH"] == "a b#c"
+    assert found["demo"]["environment"]["REDIS_PASSWORD"] == "a b#c"
     assert found["postgres"]["environment"]["POSTGRES_PASSWORD"] == "d@e"
     assert found["demo"]["environment"]["PGPASSWORD"] == "d@e"
 
 
-def test_passwords_have_defaults_that_say_what_they_are_for() -> None:
-    found = re.findall(r"\$\{(?:REDIS|POSTGRES)_PASSWORD:-([^}]*)\}", FILE.read_text())
-    assert len(found) == 5
-    assert set(found) == {"development-only"}
+def test_passwords_have_no_defaults_and_are_on_no_command_line() -> None:
+    text = FILE.read_text()
+    assert len(re.findall(r"\$\{(?:REDIS|POSTGRES)_PASSWORD:\?run compose/passwords", text)) == 4
+    assert not re.search(r"_PASSWORD:?-", text)
+    for service in services().values():
+        for words in (service.get("command", ()), service.get("healthcheck", {}).get("test", ())):
+            assert not any(password in str(words) for password in PASSWORDS.values())
     # and whoever has them is on this machine
     for service in services().values():
         assert all(port.startswith("127.0.0.1:") for port in service.get("ports", ()))
+
+
+def test_passwords_are_made_once_at_random_and_for_nobody_else(tmp_path: Path) -> None:
+    made = set()
+    for name in ("a", "b", "a"):
+        file = tmp_path / name
+        subprocess.run([ROOT / "compose" / "passwords", file], check=True, capture_output=True)
+        assert stat.S_IMODE(file.stat().st_mode) == 0o600
+        found = dict(line.split("=") for line in file.read_text().splitlines())
+        assert found.keys() == PASSWORDS.keys()
+        assert all(re.fullmatch("[0-9a-f]{48}", word) for word in found.values())
+        made |= set(found.values())
+    assert len(made) == 4
+    assert {path.name for path in tmp_path.iterdir()} == {"a", "b"}
+
+
+@pytest.mark.parametrize("binary", redis_binaries())
+def test_redis_is_started_with_the_password_and_shows_it_nowhere(binary: str, tmp_path: Path) -> None:
+    # Given the command of the service, on this machine, with a password that a shell or a configuration would misread
+    word = 'it\'s "$HOME" \\ `x` #1 ü'
+    script = str(services()["redis"]["command"][2]).replace("$$", "$").replace("dir /data", f"dir {tmp_path}")
+    port = free_port()
+    script = script.replace("<<EOF\n", f"<<EOF\nport {port}\n").replace("bind * -::*", "bind 127.0.0.1")
+    (tmp_path / "redis-server").symlink_to(redis_binaries()[binary])
+    path = f"{tmp_path}{os.pathsep}{os.environ['PATH']}"
+    server = spawn(["sh", "-c", script], env=os.environ | {"REDISCLI_AUTH": word, "PATH": path}, stdout=-3)
+    try:
+        # Then it wants that password
+        with redis.Redis(port=port, password=word) as client:
+            wait_until(lambda: answers(client))
+            # and nobody who has it can set it up in another way
+            with pytest.raises(redis.exceptions.NoPermissionError):
+                client.config_set("dir", "/tmp")
+            config = client.config_get("*")
+            assert (config["maxmemory"], config["appendonly"]) == (str(512 << 20), "yes")
+        with redis.Redis(port=port) as client, pytest.raises(redis.AuthenticationError):
+            client.ping()
+        # and the list of processes has neither it nor its digest
+        listed = subprocess.run(
+            ["ps", "-ww", "-o", "args=", "-p", str(server.pid)], capture_output=True, check=True
+        )
+        assert b"redis-server" in listed.stdout
+        assert b"$HOME" not in listed.stdout and b"user default" not in listed.stdout
+    finally:
+        end(server)
+
+
+def answers(client: redis.Redis) -> bool:
+    try:
+        return bool(client.ping())
+    except redis.ConnectionError:
+        return False
 
 
 @pytest.mark.parametrize("name", WORKERS)
@@ -123,7 +205,9 @@ def test_the_image_is_built_from_the_root_with_the_fixed_versions_and_runs_as_no
         assert build["network"] == "host"
     assert "-c constraints.txt '.[postgres]'" in DOCKERFILE
     stages = DOCKERFILE.split("\nFROM ")
-    assert all(stage.startswith("python:3.13-slim") for stage in stages[1:])
+    assert all(stage.startswith("${PYTHON_IMAGE}") for stage in stages[1:])
+    assert re.search(r"^ARG PYTHON_IMAGE=(.*)$", DOCKERFILE, re.MULTILINE)[1] == "python:3.13.7-slim"  # type: ignore[index]
+    assert services()["demo"]["build"]["args"] == {"PYTHON_IMAGE": "python:3.13.7-slim"}
     # What is needed to build stays in the first stage
     assert "pip" not in stages[-1]
     assert re.search(r"^USER (?!root)\w+$", stages[-1], re.MULTILINE)
@@ -164,11 +248,15 @@ def compose() -> Callable[..., str]:
     """Runs compose on the file, as a project that nobody else has; its standard output."""
     words = command()
     project = f"mnemobus-test-{secrets.token_hex(3)}"
+    secrets_of = {name: secrets.token_hex(8) for name in PASSWORDS}
 
     def run(*arguments: str) -> str:
         done = subprocess.run(
             [*words, "-f", str(FILE), "-p", project, *arguments],
-            env=os.environ | {"IMAGE": project, "REDIS_PORT": "", "POSTGRES_PORT": ""},
+            env=os.environ
+            | {"IMAGE": project, "REDIS_PORT": "", "POSTGRES_PORT": ""}
+            | IMAGES
+            | {name: secrets_of[name] for name in PASSWORDS},
             capture_output=True,
             text=True,
             check=False,
@@ -191,7 +279,7 @@ def stack(compose: Any) -> Iterator[Callable[..., str]]:
         docker()
     except NoServer as error:
         pytest.skip(str(error))
-    for image in ("redis:8", "pgvector/pgvector:pg17", "python:3.13-slim"):
+    for image in IMAGES.values():
         if not has_image(image):
             pytest.skip(f"the Docker engine has no image {image} and could not pull it")
     try:

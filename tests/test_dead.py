@@ -100,7 +100,7 @@ def letters(log: Log) -> dict[str, dict[bytes, bytes]]:
 def unblock(settings: Settings) -> None:
     """Remove what stood in the way: that the table's embeddings have a length already."""
     with closing(sqlite3.connect(settings.database_url.removeprefix("sqlite:///"))) as connection:
-        connection.execute("DELETE FROM tables")
+        connection.execute("DELETE FROM mnemobus_tables")
         connection.commit()
 
 

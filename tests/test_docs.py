@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ast
+import importlib
 import os
 import re
 import shlex
@@ -9,7 +11,9 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import orjson
 import pytest
 from typer.main import get_command
 
@@ -59,6 +63,9 @@ def run(program: str, settings: Settings, folder: Path) -> str:
 def test_a_program_runs_as_printed(
     page: str, program: str, settings: Settings, workers: Callable[..., Workers], tmp_path: Path
 ) -> None:
+    for module in ("fastapi", "uvloop"):
+        if re.search(rf"^(import|from) {module}\b", program, re.MULTILINE):
+            pytest.importorskip(module)
     workers(settings, processes=1)
     run(program, settings, tmp_path)
 
@@ -73,6 +80,68 @@ def test_the_first_program_is_short_and_prints_what_it_says(
     before, after = run(program, settings, tmp_path).splitlines()
     assert "The soup is salty." in before
     assert after == "The soup is fine."
+
+
+async def test_the_service_of_the_docs_serves(
+    pool: Settings, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    pytest.importorskip("fastapi")
+    for name, value in pool.environment().items():
+        monkeypatch.setenv(name, value)
+    [program] = [text for page, text in PROGRAMS if page == "processes.md" and "FastAPI(" in text]
+    (tmp_path / "service.py").write_text(program)
+    monkeypatch.syspath_prepend(tmp_path)
+    app = importlib.import_module("service").app
+
+    async def request(method: str, path: str, query: str = "") -> Any:
+        """What a server would make of a request, and its answer."""
+        scope = {
+            "type": "http",
+            "method": method,
+            "path": path,
+            "query_string": query.encode(),
+            "headers": [],
+        }
+        body, statuses = bytearray(), []
+
+        async def receive() -> dict[str, Any]:
+            return {"type": "http.request"}
+
+        async def send(message: dict[str, Any]) -> None:
+            statuses.append(message.get("status"))
+            body.extend(message.get("body", b""))
+
+        await app(scope, receive, send)
+        assert statuses[0] == 200, bytes(body)
+        return orjson.loads(body)
+
+    async with app.router.lifespan_context(app):
+        assert (await request("POST", "/rooms/kitchen", "text=hi")).keys() == {"id"}
+        assert await request("GET", "/rooms/kitchen") == ["hi"]
+        bus = app.state.bus
+    with pytest.raises(mnemobus.BusClosed):
+        await bus.count("messages", room="kitchen")
+
+
+async def test_the_cells_of_the_docs_run_in_the_loop_of_a_notebook(
+    pool: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in pool.environment().items():
+        monkeypatch.setenv(name, value)
+    names: dict[str, Any] = {}
+    answers = []
+    # As IPython does it: all in the loop that runs already, the last expression of a cell being its answer
+    for _, cell in blocks("ipython"):
+        tree = ast.parse(cell)
+        if isinstance(tree.body[-1], ast.Expr):
+            tree.body[-1] = ast.copy_location(
+                ast.Assign([ast.Name("_", ast.Store(), lineno=1, col_offset=0)], tree.body[-1].value),
+                tree.body[-1],
+            )
+        code = compile(ast.fix_missing_locations(tree), "cell", "exec", flags=ast.PyCF_ALLOW_TOP_LEVEL_AWAIT)
+        await eval(code, names)
+        answers.append(names.pop("_", None))
+    assert answers == [None, "hi", None]
 
 
 @pytest.mark.parametrize("page, command", COMMANDS)
@@ -94,7 +163,16 @@ def test_a_command_that_is_shown_exists_with_its_options(page: str, command: str
         case ["dramatiq", module, *_]:
             assert module == "mnemobus_workers"
         case [
-            "pip" | "docker-compose" | "docker" | "redis-cli" | "git" | "cp" | "cd" | "apt-get" | "curl",
+            "pip"
+            | "docker-compose"
+            | "docker"
+            | "redis-cli"
+            | "git"
+            | "cp"
+            | "cd"
+            | "apt-get"
+            | "curl"
+            | "sqlite3",
             *_,
         ]:
             pass

@@ -20,7 +20,7 @@ import redis.asyncio
 
 import mnemobus
 from commands import Command, descendants, wait_until_gone
-from mnemobus import Memory, Settings, SettingsError
+from mnemobus import Memory, Settings, SettingsError, password
 from mnemobus.embedded import (
     EmbeddedRedis,
     WorkerPool,
@@ -33,7 +33,7 @@ from mnemobus.embedded import (
     with_port,
 )
 from mnemobus.errors import EmbeddedServerError, StoreUnavailable
-from servers import RedisServer, alive, children, spawn, wait_until
+from servers import RedisServer, alive, children, redis_binaries, spawn, wait_until
 
 Start = Callable[..., Command]
 
@@ -54,6 +54,11 @@ async def started(settings: Settings) -> AsyncIterator[EmbeddedRedis]:
         yield server
     finally:
         await server.stop()
+
+
+def client_of(server: EmbeddedRedis, **options: Any) -> redis.asyncio.Redis:
+    """A client that has the server's password."""
+    return redis.asyncio.Redis.from_url(server.settings.redis_url, password=server.password, **options)
 
 
 # Which server
@@ -119,14 +124,14 @@ def test_no_server_is_one_error_that_names_the_ways_to_get_one(
 
 async def test_redis_max_memory_and_eviction_policy_are_given_to_the_server(tmp_path: Path) -> None:
     settings = here(tmp_path, redis_max_memory="64mb", redis_eviction_policy="volatile-lru", redis_db=20)
-    async with started(settings), redis.asyncio.Redis.from_url(settings.redis_url, db=20) as client:
+    async with started(settings) as server, client_of(server, db=20) as client:
         config = await client.config_get("*")
         assert config["maxmemory"] == str(64 << 20)
         assert config["maxmemory-policy"] == "volatile-lru"
         # And what nobody has to ask for: it keeps an append-only file, and hears this machine alone
         assert (config["appendonly"], config["bind"]) == ("yes", "127.0.0.1")
     defaults = here(tmp_path / "defaults")
-    async with started(defaults), redis.asyncio.Redis.from_url(defaults.redis_url) as client:
+    async with started(defaults) as server, client_of(server) as client:
         config = await client.config_get("maxmemory*")
         assert (config["maxmemory"], config["maxmemory-policy"]) == ("0", "noeviction")
 
@@ -153,6 +158,109 @@ async def test_redis_password_is_asked_for_and_does_not_show(tmp_path: Path) -> 
         )
         assert b"pa" not in listed.stdout
         assert server.url == settings.redis_url
+        assert not (settings.data_dir / "redis.password").exists()
+
+
+@pytest.mark.parametrize("binary", redis_binaries())
+async def test_nobody_comes_in_who_can_not_read_the_data_directory(
+    binary: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Given an embedded server that was given no password, on a Redis of any version
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "redis-server").symlink_to(redis_binaries()[binary])
+    monkeypatch.setenv("PATH", str(tmp_path / "bin"), prepend=os.pathsep)
+    settings = here(tmp_path)
+    kept = settings.data_dir / "redis.password"
+    words = set()
+    for _ in range(2):
+        async with started(settings) as server:
+            # Then nobody comes in without one
+            async with redis.asyncio.Redis.from_url(settings.redis_url) as client:
+                with pytest.raises(redis.AuthenticationError):
+                    await client.ping()
+            # It is in a file that only its owner can read, and agents find it there, and nothing has to be set
+            assert stat.S_IMODE(kept.stat().st_mode) == 0o600
+            assert kept.read_text().split() == [server.password, str(server.port)]
+            words.add(server.password)
+            async with mnemobus.connect(**settings.model_dump()) as bus:
+                assert (await bus.health()).redis.startswith(("Redis", "Valkey"))
+                assert server.password not in repr(bus.settings) + str(await bus.health())
+            # but not for a server at another port, nor with another data directory: they are told what to do
+            elsewhere = settings.model_copy(update={"data_dir": tmp_path / "elsewhere"})
+            with pytest.raises(
+                SettingsError, match=r"Set REDIS_PASSWORD; or set MNEMOBUS_DATA_DIR as `mnemobus up`"
+            ):
+                await mnemobus.connect(**elsewhere.model_dump()).open()
+            assert password.find(settings) == server.password
+            assert password.find(here(tmp_path)) is None
+            for login, fits in (("default", True), ("alice", False), (":word", False)):
+                named = server.settings.redis_url.replace("://", f"://{login}@")
+                found = password.find(settings.model_copy(update={"redis_url": named}))
+                assert found == (server.password if fits else None)
+            server.forget_password()
+        assert not kept.exists()
+    # And it is another one each time
+    assert len(words) == 2
+
+
+@pytest.mark.parametrize("binary", redis_binaries())
+async def test_with_the_password_nobody_can_make_redis_write_elsewhere_or_run_code(
+    binary: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "redis-server").symlink_to(redis_binaries()[binary])
+    monkeypatch.setenv("PATH", str(tmp_path / "bin"), prepend=os.pathsep)
+    async with started(here(tmp_path)) as server, client_of(server) as client:
+        for command in (
+            "CONFIG SET dir /tmp",
+            "CONFIG SET dbfilename x",
+            "CONFIG REWRITE",
+            "MODULE LOAD /tmp/x.so",
+            "DEBUG SLEEP 0",
+            "ACL SETUSER default nopass",
+            "REPLICAOF 127.0.0.1 1",
+            "SHUTDOWN NOSAVE",
+        ):
+            with pytest.raises(redis.ResponseError, match=r"no permission|not allowed"):
+                await client.execute_command(*command.split())
+        assert await client.config_get("maxmemory") == {"maxmemory": "0"}
+
+
+def test_files_are_for_nobody_else_whatever_the_umask(tmp_path: Path, command: Start) -> None:
+    # Given what an older mnemobus left: a folder and files that everybody can read
+    settings = here(tmp_path, database_url=f"sqlite:///{tmp_path}/data/memories.db")
+    old = settings.data_dir / "redis" / "old.aof"
+    old.parent.mkdir(parents=True)
+    old.write_text("")
+    for path in (old, settings.data_dir / "memories.db", settings.data_dir / "workers.log"):
+        path.touch()
+        path.chmod(0o644)
+    old.parent.chmod(0o755)
+    settings.data_dir.chmod(0o750)
+    before = os.umask(0)
+    try:
+        # If the system runs, and memories are written, under a umask that forbids nothing
+        running = up(command, settings, "--processes", "1")
+        assert command("import", "-", stdin=LINE % 1, settings=settings).status == 0
+        found = {path.relative_to(settings.data_dir): path for path in settings.data_dir.rglob("*")}
+        modes = {str(name): stat.S_IMODE(path.stat().st_mode) for name, path in found.items()}
+        folders = {str(name) for name, path in found.items() if path.is_dir()}
+        running.signal(signal.SIGTERM)
+        assert running.status == 0
+    finally:
+        os.umask(before)
+    # Then nobody else can read any of it; the folder that the user made is as it was
+    assert {
+        "memories.db",
+        "memories.db-wal",
+        "memories.db-shm",
+        "redis.log",
+        "redis.password",
+    } <= modes.keys()
+    assert {
+        name: oct(mode) for name, mode in modes.items() if mode != (0o700 if name in folders else 0o600)
+    } == {}
+    assert stat.S_IMODE(settings.data_dir.stat().st_mode) == 0o750
 
 
 async def test_a_password_in_the_url_will_do(tmp_path: Path) -> None:
@@ -170,14 +278,14 @@ async def test_g1_what_it_has_is_there_again_after_a_kill_whatever_the_folder_is
     # Given a server in a folder whose name has all that a configuration file could trip over
     settings = here(tmp_path / 'it\'s "here" #1 ü')
     async with started(settings) as server:
-        async with redis.asyncio.Redis.from_url(settings.redis_url) as client:
+        async with client_of(server) as client:
             await client.xadd("log", {"op": "put"})
         # When it is killed
         assert server.pid is not None
         os.kill(server.pid, signal.SIGKILL)
         assert await server.wait() == -signal.SIGKILL
     # Then another finds what it had
-    async with started(settings), redis.asyncio.Redis.from_url(settings.redis_url) as client:
+    async with started(settings) as server, client_of(server) as client:
         assert await client.xlen("log") == 1
 
 
@@ -394,7 +502,7 @@ def rows(settings: Settings) -> int:
 
     path = settings.database_url.removeprefix("sqlite:///")
     with contextlib.closing(sqlite3.connect(path)) as connection:
-        return int(connection.execute("SELECT count(*) FROM memories").fetchone()[0])
+        return int(connection.execute("SELECT count(*) FROM mnemobus_memories").fetchone()[0])
 
 
 LINE = b'{"table": "messages", "room": "%d", "content": {"text": "hi"}}\n'
@@ -437,6 +545,28 @@ def test_up_is_all_that_agents_need_and_keeps_what_it_has(tmp_path: Path, comman
     again.signal(signal.SIGTERM)
     assert again.status == 0
     wait_until_gone(pids, 0)
+
+
+def test_the_first_program_of_the_readme_finds_what_up_has_started_in_the_same_folder(
+    tmp_path: Path, command: Start
+) -> None:
+    # Given `mnemobus up` with nothing set, but for a port that is free here, and the program in another terminal
+    address = {"REDIS_URL": f"redis://127.0.0.1:{free_port()}/0"}
+    readme = (Path(__file__).parents[1] / "README.md").read_text()
+    [program, *_] = re.findall(r"^```python\n(.*?)^```$", readme, re.MULTILINE | re.DOTALL)
+    (tmp_path / "program.py").write_text(program)
+    running = command("up", "--processes", "1", folder=tmp_path, **address)
+    said = running.says("ready; Ctrl-C stops it")
+    # Then it works as it stands there
+    done = command("program.py", folder=tmp_path / ".", program=(), **address)
+    assert done.status == 0, done.err
+    # And the password was shown nowhere
+    word = (tmp_path / ".mnemobus" / "redis.password").read_text().split()[0]
+    assert word not in said
+    for log in (tmp_path / ".mnemobus").glob("*.log"):
+        assert word not in log.read_text()
+    # nor is it told with the figures
+    assert word not in command("doctor", folder=tmp_path, **address).out
 
 
 @pytest.mark.parametrize("moment", ["Redis is up", "all is up"])

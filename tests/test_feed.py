@@ -171,9 +171,104 @@ async def test_g5_local_copies_are_not_served_while_redis_does_not_answer(
         await eventually(lambda: local_twice(bus))
 
 
+async def test_g5_a_server_that_has_become_a_replica_vouches_for_nothing(
+    own_redis: Any, settings: Settings
+) -> None:
+    # Given a bus with a local copy
+    server: RedisServer = own_redis()
+    async with (
+        mnemobus.connect(**{**settings.model_dump(), "redis_url": server.url}) as bus,
+        redis.asyncio.Redis.from_url(server.url) as client,
+    ):
+        await eventually(lambda: local_twice(bus))
+        # If its server becomes a replica, whose link to the master is dead, but which goes on answering
+        await client.execute_command("REPLICAOF", "127.0.0.1", 1)
+        await asyncio.sleep(settings.max_staleness)
+        # Then the copy is not served any more, and health() says why
+        answer = await bus.recent("messages", room="r1")
+        assert (answer.source, answer.stale) == ("store", False)
+        assert any("is a replica" in problem for problem in (await bus.health()).problems)
+        # And once it is the master again, copies are
+        await client.execute_command("REPLICAOF", "NO", "ONE")
+        await eventually(lambda: local_twice(bus))
+
+
+@pytest.mark.parametrize(
+    ("setting", "value", "vouches"),
+    [("maxmemory", 1, True), ("min-replicas-to-write", 1, False)],
+    ids=["full", "too few replicas"],
+)
+async def test_g5_a_master_that_takes_no_writes_vouches_unless_it_may_have_been_left_behind(
+    own_redis: Any, settings: Settings, setting: str, value: int, vouches: bool
+) -> None:
+    server: RedisServer = own_redis()
+    async with (
+        mnemobus.connect(**{**settings.model_dump(), "redis_url": server.url}) as bus,
+        redis.asyncio.Redis.from_url(server.url) as client,
+    ):
+        await eventually(lambda: local_twice(bus))
+        # If the master takes no writes any more
+        await client.config_set(setting, value)
+        await asyncio.sleep(settings.max_staleness)
+        # Then copies are served as before where nobody else can take them, either; else, they come from the store
+        answer = await bus.recent("messages", room="r1")
+        assert answer.source == ("local" if vouches else "store")
+        if not vouches:
+            assert bus.stats().failed_heartbeats > 0
+        await client.config_set(setting, 0)
+        await eventually(lambda: local_twice(bus))
+
+
+async def test_g5_a_full_replica_that_does_not_say_that_it_is_one_vouches_for_nothing(
+    own_redis: Any, settings: Settings
+) -> None:
+    # Given a bus with a local copy, whose server may be full as a replica, too
+    server: RedisServer = own_redis("--replica-ignore-maxmemory", "no")
+    async with (
+        mnemobus.connect(**{**settings.model_dump(), "redis_url": server.url}) as bus,
+        redis.asyncio.Redis.from_url(server.url) as client,
+    ):
+        await eventually(lambda: local_twice(bus))
+        # If it is full, and becomes a replica: that it is full, it says first
+        await client.config_set("maxmemory", 1)
+        await client.execute_command("REPLICAOF", "127.0.0.1", 1)
+        await asyncio.sleep(settings.max_staleness)
+        # Then the copy is not served any more
+        assert (await bus.recent("messages", room="r1")).source == "store"
+
+
 async def local_twice(bus: mnemobus.Bus) -> bool:
     await bus.recent("messages", room="r1")
     return (await bus.recent("messages", room="r1")).source == "local"
+
+
+async def test_g5_a_server_that_was_a_replica_meanwhile_begins_a_new_epoch(
+    own_redis: Any, settings: Settings
+) -> None:
+    # Given a bus with a local copy, and a write that is not applied
+    server, other = own_redis(), own_redis()
+    async with mnemobus.connect(**{**settings.model_dump(), "redis_url": server.url}) as bus:
+        await eventually(lambda: local_twice(bus))
+        receipt = await bus.write(Memory(table="messages", room="r2", content={}))
+        # If its server becomes the replica of one that has nothing of that, and then the master again
+        async with redis.asyncio.Redis.from_url(server.url) as client:
+            await client.execute_command("REPLICAOF", "127.0.0.1", other.port)
+
+            async def in_step() -> bool:
+                return (await client.info("replication"))["master_link_status"] == "up"
+
+            await eventually(in_step)
+            await eventually(lambda: bus.stats().failed_heartbeats > 0)
+            await client.execute_command("REPLICAOF", "NO", "ONE")
+        # Then it is known for one that may have lost something, though it is the same process
+        await eventually(lambda: bus.stats().epochs == 1)
+        await eventually(lambda: local_twice(bus))
+        with pytest.raises(mnemobus.NotCommitted, match="no longer in the log"):
+            await receipt.committed()
+        # And no other epoch begins with the next connection
+        async with mnemobus.connect(**{**settings.model_dump(), "redis_url": server.url}) as second:
+            assert second._link.epoch == bus._link.epoch
+        assert bus.stats().epochs == 1
 
 
 async def test_g5_a_restart_of_redis_begins_a_new_epoch(own_redis: Any, settings: Settings) -> None:

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import bz2
+import gzip
 import itertools
 import json
+import lzma
 import os
 import random
 import re
+import secrets
 import signal
 import sqlite3
 import time
@@ -25,7 +29,7 @@ from hypothesis import strategies as st
 import mnemobus
 from commands import Command
 from mnemobus import Memory, Settings
-from mnemobus.cli.lines import split
+from mnemobus.cli.lines import Bad, Line, Ties, content_id, parse, split
 from mnemobus.keys import Keyspace
 from mnemobus.memory import from_micros
 from mnemobus.store import Query, open_reader
@@ -226,11 +230,49 @@ async def test_a_repeated_id_is_the_first_line_wherever_the_other_is(
 UNKNOWN = (
     "unknown field; known are agent, content, created_at, embedding, entity, id, metadata, room, table, world"
 )
+PER_LINE = "each memory is one line: jq -c . FILE | mnemobus import -"
+PER_ELEMENT = "each element of an array is a line of its own: jq -c '.[]' FILE | mnemobus import -"
 BAD: list[tuple[bytes | str | dict[str, Any], str]] = [
-    ("{'table': 1}", "not JSON: "),
-    ('{"table": "messages", "room": "r"', "not JSON: "),
-    (b'{"table": "messages", "room": "r\xff"}', "not UTF-8: byte 33 is 0xff"),
-    ("[1, 2]", "record: a JSON object is needed, not list"),
+    ("{'table': 1}", "not JSON: names and text need double quotes (column 2)"),
+    ("{table: 1}", "not JSON: unexpected character, expected a string key (column 2)"),
+    (
+        '{"table": "messages", "room": "r"',
+        f"not JSON: what goes on in the next line, or is cut short; {PER_LINE}",
+    ),
+    (b'{"table": "messages", "room": "r\xff"}', "not UTF-8: byte 33 is 0xff; convert the file: iconv -f"),
+    ("[1, 2]", f"record: a JSON object is needed, not list; {PER_ELEMENT}"),
+    ("{", f"not JSON: what goes on in the next line, or is cut short; {PER_LINE}"),
+    ('  "table": "messages",', f"not JSON: a part of an object or an array; {PER_LINE}"),
+    ("}", f"not JSON: a part of an object or an array; {PER_LINE}"),
+    ("[", f"not JSON: an array that goes on in the next line, or is cut short; {PER_ELEMENT}"),
+    ('{"table": "messages"},', f"not JSON: a comma after the object (column 22); {PER_ELEMENT}"),
+    ("{} {}", "not JSON: something follows the object (column 4); each memory is one line"),
+    (record(1, agent=float("inf")), "not JSON: Infinity (column "),
+    (
+        '{"content": {"n": -Infinity}}',
+        "not JSON: -Infinity (column 19) is not a number in JSON; write null, or leave",
+    ),
+    (
+        '{"content": {"n": None}}',
+        "not JSON: None (column 19) is Python's way to write it, not JSON's: true, false",
+    ),
+    (r'{"content": {"n": "\ud83d"}}', "not JSON: half a character, a lone surrogate (before column "),
+    ('{"table": "messages", "table": "facts"}', "table: is given twice in one object; leave one of them out"),
+    (
+        '{"table": "messages", "room": "r", "content": {"a": [{"b": 1, "c": 2, "b" : 1}]}}',
+        "b: is given twice in one object; leave one of them out",
+    ),
+    (record(1, content={"wei": [1, {"n": 10**29}]}), "content.wei[1].n: an integer beyond 64 bits"),
+    (record(1, metadata={"n": -(1 << 70)}), "metadata.n: an integer beyond 64 bits"),
+    (record(1, content={"n": 1 << 63}), "content.n: an integer beyond 64 bits"),
+    (
+        {"table": "messages", "room": "r", "content": {"n": 1 << 64}},
+        "content.n: an integer beyond 64 bits",
+    ),
+    (
+        '{"table": "messages", "room": "r", "content": {"n": ' + "9" * 300 + "}}",
+        "content.n: an integer beyond 64 bits",
+    ),
     ("null", "record: a JSON object is needed, not nothing"),
     (record(1, id="not-a-uuid"), "id: 'not-a-uuid' is not a UUID"),
     (record(1, id=7), "id: 7 is not a UUID"),
@@ -239,8 +281,11 @@ BAD: list[tuple[bytes | str | dict[str, Any], str]] = [
     ({"table": "messages", "content": {}}, "room: is missing"),
     (record(1, table="no such name!"), "table: 'no such name!' is not 1 to 64 letters"),
     (record(1, "r" * 600), "room: 600 bytes, which is more than 512"),
-    (record(1, content={"n": float("nan")}), "not JSON: "),
-    ('{"table": "messages", "room": "r", "content": {"n": 1e999}}', "not JSON: "),
+    (record(1, content={"n": float("nan")}), "not JSON: NaN (column "),
+    (
+        '{"table": "messages", "room": "r", "content": {"n": 1e999}}',
+        "not JSON: a number that is too large (column 53)",
+    ),
     (record(1, content=["a", "list"]), "content: a JSON object is needed, not list"),
     (record(1, content={"text": "x" * 1_100_000}), "memory: 1,100,0"),
     (record(1, embedding=[1.0, "two"]), "embedding: holds something that is not a number"),
@@ -413,7 +458,7 @@ async def test_g1_an_import_that_was_stopped_half_way_is_completed_by_the_next(
 
 def _rows(settings: Settings) -> int:
     with sqlite3.connect(settings.database_url.removeprefix("sqlite:///")) as connection:
-        return int(connection.execute("SELECT count(*) FROM memories").fetchone()[0])
+        return int(connection.execute("SELECT count(*) FROM mnemobus_memories").fetchone()[0])
 
 
 async def test_g1_an_import_outlives_a_killed_worker(
@@ -442,6 +487,240 @@ async def test_g1_an_import_outlives_a_killed_worker(
 
 async def _has_some(bus: mnemobus.Bus) -> bool:
     return await bus.count("messages", room="room-0") > 0
+
+
+# Files that are no plain lines
+
+
+def trickle(data: bytes, settings: Settings, command: Start, *options: str) -> Command:
+    """An import from a pipe that gives one byte, then another, then all the rest."""
+    read, write = os.pipe()
+    running = command("import", *options, "-", stdin=read, settings=settings)
+    os.close(read)
+    with os.fdopen(write, "wb", buffering=0) as pipe:
+        for part in (data[:1], data[1:2], data[2:]):
+            pipe.write(part)
+            time.sleep(0.05)
+    return running
+
+
+@pytest.mark.parametrize("way", ["file", "pipe"])
+def test_gzip_is_read(pool: Settings, command: Start, tmp_path: Path, way: str) -> None:
+    # Given a file of several parts, as `cat a.gz b.gz` makes them, and one that becomes a hundred times as large
+    records = [record(n, content={"text": "x" * 5_000}) for n in range(300)]
+    data = b"".join(gzip.compress(lines(*records[n : n + 100])) for n in range(0, 300, 100))
+    file = tmp_path / "some.jsonl.gz"
+    file.write_bytes(data)
+    # If it is imported, from a file or a pipe
+    done = (
+        command("import", "--json", str(file), settings=pool)
+        if way == "file"
+        else trickle(data, pool, command, "--json")
+    )
+    # Then all of it is there
+    assert done.status == 0, done.err
+    assert (done.json["lines"], done.json["written"], done.json["committed"]) == (300, 300, 300)
+
+
+@pytest.mark.parametrize("on_error", ["stop", "skip"])
+def test_gzip_that_is_cut_short_is_no_complete_import(
+    pool: Settings, command: Start, tmp_path: Path, on_error: str
+) -> None:
+    whole = gzip.compress(lines(*(record(n, content={"text": secrets.token_hex(99)}) for n in range(2_000))))
+    for data, reason in (
+        (
+            whole[: len(whole) // 2],
+            "the gzip data ends too early; the lines before this one are whole. Get the",
+        ),
+        (whole[:-8] + bytes(8), "the gzip data is damaged ("),
+        (whole[:5], "the gzip data ends too early"),
+    ):
+        file = tmp_path / "cut.gz"
+        file.write_bytes(data)
+        done = command("import", "--on-error", on_error, "--json", str(file), settings=pool)
+        assert done.status == 1
+        assert done.json["complete"] is False
+        [bad] = done.json["bad_lines"]
+        assert bad["reason"].startswith(reason)
+        assert bad["line"] == done.json["lines"] + 1
+    assert "Traceback" not in done.err
+
+
+@pytest.mark.parametrize(
+    ("data", "reason"),
+    [
+        ("{}".encode("utf-16"), "the file is UTF-16, not UTF-8; convert it: iconv -f UTF-16 -t UTF-8 FILE"),
+        ("{}".encode("utf-16-be"), "the file is UTF-16, not UTF-8; convert it"),
+        ("{}".encode("utf-16-le"), "the file is UTF-16, not UTF-8; convert it"),
+        ("{}".encode("utf-32"), "the file is UTF-32, not UTF-8; convert it"),
+        (b"PK\3\4...", "the file is a zip archive; unpack it: unzip -p FILE | mnemobus import -"),
+        (bz2.compress(b"{}"), "the file is compressed by bzip2; decompress it: bzcat FILE"),
+        (lzma.compress(b"{}"), "the file is compressed by xz; decompress it: xzcat FILE"),
+        (b"\x28\xb5\x2f\xfd...", "the file is compressed by zstd; decompress it: zstdcat FILE"),
+        (b"PAR1....", "the file is Parquet; write its rows as JSON, one a line"),
+        (b"SQLite format 3\0....", "the file is a database of SQLite; write its rows as JSON, one a line"),
+    ],
+)
+def test_a_file_without_lines_is_named_and_nothing_of_it_imported(
+    settings: Settings, command: Start, data: bytes, reason: str
+) -> None:
+    for on_error in ("stop", "skip"):
+        done = trickle(data + b"\n" * 50, settings, command, "--on-error", on_error)
+        assert done.status == 1
+        assert f"stdin:1: {reason}" in done.err
+        assert "--on-error skip goes on" not in done.err
+        assert "Traceback" not in done.err
+        assert done.out.startswith("0 lines: 0 written")
+    assert logged(settings) == 0
+
+
+# The order of the file
+
+
+async def in_order(bus: mnemobus.Bus, **names: str) -> list[int]:
+    """What a room's memories say, oldest first."""
+    return [m.content["n"] for m in reversed(await bus.recent("messages", limit=1_000, **names))]
+
+
+async def test_lines_with_the_same_date_keep_the_order_of_the_file(
+    pool: Settings, connect: Connect, command: Start, tmp_path: Path
+) -> None:
+    # Given a conversation with a date for each day, of two rooms, some lines with ids of their own, one line twice
+    file = tmp_path / "conversation.jsonl"
+    said = [
+        {
+            "table": "messages",
+            "room": f"room-{n % 2}",
+            "entity": "Amara",
+            "content": {"n": n},
+            "created_at": (BEGIN + timedelta(days=n // 40)).isoformat(),
+        }
+        for n in range(120)
+    ]
+    file.write_bytes(lines(*said, said[5]))
+    # If it is imported
+    first = command("import", "--json", str(file), settings=pool).json
+    assert (first["written"], first["unchanged"]) == (120, 1)
+    async with connect() as bus:
+        # Then it is listed in its order, by room and across rooms, also page by page
+        assert await in_order(bus, room="room-0") == list(range(0, 120, 2))
+        assert await in_order(bus, entity="Amara") == list(range(120))
+        page, paged = await bus.recent("messages", entity="Amara", limit=7), []
+        while page:
+            paged += [m.content["n"] for m in page]
+            page = await bus.recent("messages", entity="Amara", limit=7, before=page[-1])
+        assert paged == list(reversed(range(120)))
+        # And a second import changes nothing, nor does one of a file that goes on
+        before = await stored(pool)
+        again = command("import", "--json", str(file), settings=pool).json
+        assert (again["written"], again["unchanged"]) == (0, 121)
+        assert await stored(pool) == before
+        more = {**said[-1], "content": {"n": 120}}
+        file.write_bytes(lines(*said, said[5], more))
+        again = command("import", "--json", str(file), settings=pool).json
+        assert (again["written"], again["unchanged"]) == (1, 121)
+
+        async def there() -> bool:
+            return await in_order(bus, entity="Amara") == list(range(121))
+
+        await eventually(there)
+
+
+async def test_what_an_earlier_version_imported_stays_what_it_is(
+    pool: Settings, connect: Connect, command: Start, tmp_path: Path
+) -> None:
+    # Given lines with the same date, in the store under ids that are made of nothing but what they say
+    said = [
+        {"table": "messages", "room": "r", "content": {"n": n}, "created_at": BEGIN.isoformat()}
+        for n in range(9)
+    ]
+    async with connect() as bus:
+        old = [Memory.from_dict({**each, "id": content_id(each)}) for each in said]
+        for receipt in await bus.write_many(old):
+            await receipt.committed()
+        # And one of them was changed since
+        await (await bus.update(old[4].id, content={"n": "changed"})).committed()
+    before = await stored(pool)
+    # If the file is imported again
+    file = tmp_path / "old.jsonl"
+    file.write_bytes(lines(*said))
+    done = command("import", "--json", str(file), settings=pool).json
+    # Then nothing is written twice
+    assert (done["written"], done["unchanged"], done["different"]) == (0, 8, 1)
+    assert await stored(pool) == before
+    # And what is written over goes where it is
+    done = command("import", "--overwrite", "--json", str(file), settings=pool).json
+    assert (done["written"], done["unchanged"], done["different"]) == (1, 8, 0)
+    rows = await stored(pool)
+    assert rows.keys() == before.keys()
+    assert json.loads(rows[old[4].id].content) == {"n": 4}
+
+
+@given(st.lists(st.tuples(st.sampled_from("ab"), st.integers(0, 2), st.integers(0, 2**128 - 1)), max_size=30))
+def test_ids_of_lines_with_the_same_date_are_in_their_order(found: list[tuple[str, int, int]]) -> None:
+    found += [("a", 0, 2**128 - 1), ("a", 0, 2**128 - 2), ("a", 0, 5)]
+    made = [(table, date, str(uuid.UUID(int=plain))) for table, date, plain in found]
+    ties, again = Ties(), Ties()
+    ids = [ties.id_of(*line) for line in made]
+    # The same file has the same ids, the same line too; others have others
+    assert [again.id_of(*line) for line in made] == ids
+    by_line: dict[tuple[str, int, str], str] = {}
+    for line, id in zip(made, ids, strict=True):
+        assert id == str(uuid.UUID(id))
+        assert by_line.setdefault(line, id) == id
+    # Each date of a table has them in order of appearance
+    for table, date in {line[:2] for line in by_line}:
+        of_date = [id for line, id in by_line.items() if line[:2] == (table, date)]
+        assert of_date == sorted(of_date)
+
+
+# What a line says
+
+
+JSON = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers(-(1 << 63), (1 << 63) - 1)
+    | st.floats(allow_nan=False, allow_infinity=False)
+    | st.text(st.characters(codec="utf-8") | st.sampled_from('":\\')),
+    lambda inner: (
+        st.lists(inner, max_size=4)
+        | st.dictionaries(
+            st.text(st.characters(codec="utf-8") | st.sampled_from('":\\'), max_size=4), inner, max_size=4
+        )
+    ),
+    max_leaves=12,
+)
+
+
+@given(
+    st.dictionaries(st.text(st.characters(codec="utf-8")), JSON), st.booleans(), st.sampled_from([None, " "])
+)
+def test_a_line_is_taken_exactly(content: dict[str, Any], ascii: bool, space: str | None) -> None:
+    separators = None if space is None else (",", " :\t")
+    given = {"table": "t", "room": "r", "content": content}
+    text = json.dumps(given, ensure_ascii=ascii, separators=separators)
+    settings = Settings.load()
+    line = parse(1, text.encode(), settings, BEGIN, Ties())
+    assert isinstance(line, Line), line
+    assert json.dumps(json.loads(line.row.content), sort_keys=True) == json.dumps(content, sort_keys=True)
+
+
+@given(JSON, st.integers(), st.integers(1 << 63) | st.integers(max_value=-(1 << 63) - 1))
+def test_what_a_line_would_lose_is_refused(value: Any, other: int, large: int) -> None:
+    settings = Settings.load()
+    inner = json.dumps({"a": value, "n": 0})
+    twice = inner[:-1] + f', "n" : {json.dumps(value)}}}'
+    too_large = inner[:-1] + f', "m": {large}}}'
+    for text, reason in (
+        (twice, "n: is given twice in one object"),
+        (too_large, "content.x.m: an integer beyond"),
+    ):
+        line = parse(
+            1, f'{{"table":"t","room":"r","content":{{"x":{text}}}}}'.encode(), settings, BEGIN, Ties()
+        )
+        assert isinstance(line, Bad)
+        assert line.reason.startswith(reason)
 
 
 # What people see

@@ -72,6 +72,6 @@ def test_all_keys_of_a_partition_share_their_hash_tag() -> None:
     assert tags == {f"p:f{f}"}
     tags = {
         key[key.index("{") + 1 : key.index("}")]
-        for key in (keys.log(2), keys.producers(2), keys.meter(2), keys.dead(2))
+        for key in (keys.log(2), keys.producers(2), keys.meter(2), keys.dead(2), keys.reasons(2))
     }
     assert tags == {"p:l2"}

@@ -7,7 +7,14 @@ import json
 import math
 import pickle
 import uuid
+from array import array
+from collections import UserDict, UserList, deque
+from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta, timezone
+from decimal import Decimal
+from fractions import Fraction
+from types import MappingProxyType
+from typing import Any
 
 import orjson
 import pytest
@@ -19,6 +26,7 @@ from mnemobus.memory import (
     MAX_DEPTH,
     Row,
     encode,
+    encode_object,
     from_micros,
     new_id,
     pack_memories,
@@ -31,6 +39,37 @@ MEGABYTE = 1 << 20
 
 def memory(**changes: object) -> Memory:
     return Memory(**{"table": "messages", "room": "r1", "content": {"text": "hi"}, **changes})  # type: ignore[arg-type]
+
+
+class Columns:
+    """As a table of pandas: one can go through it, by the names of its columns."""
+
+    columns = (0, 1)
+    ndim = 2
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self.columns)
+
+
+class Series:
+    """As arrays and series of NumPy, pandas and PyTorch: no sequence, but they can be listed."""
+
+    def __init__(self, *values: object, ndim: int = 1) -> None:
+        self.values = list(values)
+        self.ndim = ndim
+
+    def __iter__(self) -> Iterator[object]:
+        return iter(self.values)
+
+    def tolist(self) -> object:
+        return list(self.values) if self.ndim else self.values[0]
+
+
+class NotATime(datetime):
+    """As pandas has it: a datetime whose methods fail."""
+
+    def utcoffset(self) -> None:
+        raise ValueError("NaTType does not support utcoffset")
 
 
 def nested(levels: int) -> dict[str, object]:
@@ -76,6 +115,20 @@ def nested(levels: int) -> dict[str, object]:
         ({"embedding": ["a"]}, "embedding: holds something that is not a number"),
         ({"embedding": "abc"}, "embedding: a sequence of numbers is needed, not str"),
         ({"embedding": b"abcd"}, "embedding: a sequence of numbers is needed, not bytes"),
+        ({"embedding": bytearray(b"abcd")}, "embedding: a sequence of numbers is needed, not bytearray"),
+        ({"embedding": memoryview(b"abcd")}, "embedding: a sequence of numbers is needed, not memoryview"),
+        ({"embedding": {0: 0.5}}, "embedding: a sequence of numbers is needed, not dict"),
+        ({"embedding": {0.5, 0.25}}, "embedding: a sequence of numbers is needed, not set"),
+        ({"embedding": {"a": 0.5}.keys()}, "embedding: a sequence of numbers is needed, not dict_keys"),
+        ({"embedding": Columns()}, "embedding: a sequence of numbers is needed, not Columns"),
+        ({"embedding": Series(0.5, 1, ndim=2)}, "embedding: a sequence of numbers is needed, not Series"),
+        ({"embedding": Series(0.5, ndim=0)}, "embedding: a sequence of numbers is needed, not Series"),
+        ({"embedding": 0.5}, "embedding: a sequence of numbers is needed, not float"),
+        ({"embedding": True}, "embedding: a sequence of numbers is needed, not bool"),
+        ({"embedding": [True, False]}, "embedding: holds something that is not a number"),
+        ({"embedding": [[0.5, 0.5]]}, "embedding: holds something that is not a number"),
+        ({"embedding": Series(0.5, None)}, "embedding: holds something that is not a number"),
+        ({"embedding": [10**400]}, "embedding: holds something that is not a number"),
         ({"created_at": datetime(2026, 1, 1)}, "created_at: 2026-01-01T00:00:00 has no time zone"),
         (
             {"created_at": datetime.fromisoformat("0001-01-01T00:00:00+14:00")},
@@ -83,12 +136,111 @@ def nested(levels: int) -> dict[str, object]:
         ),
         ({"created_at": "2026-01-01"}, "created_at: a datetime is needed, not str"),
         ({"created_at": 17}, "created_at: a datetime is needed, not int"),
+        ({"created_at": NotATime(1, 1, 1)}, "created_at: NotATime is not a moment in time"),
+        ({"created_at": datetime(2026, 1, 1).date()}, "created_at: a datetime is needed, not date"),
+        ({"created_at": [datetime(2026, 1, 1, tzinfo=UTC)]}, "created_at: a datetime is needed, not list"),
+        ({"content": {"a": NotATime(1, 1, 1)}}, "content.a: NotATime is not a JSON value"),
     ],
 )
 def test_what_is_wrong_is_named(change: dict[str, object], message: str) -> None:
     with pytest.raises(InvalidMemory) as caught:
         encode(memory(**change), MEGABYTE)
     assert str(caught.value) == message
+
+
+@pytest.mark.parametrize(
+    "embedding",
+    [
+        [0.5, 2],
+        (0.5, 2),
+        array("d", [0.5, 2]),
+        memoryview(array("f", [0.5, 2])),
+        UserList([0.5, 2]),
+        deque([0.5, 2]),
+        (number for number in (0.5, 2)),
+        map(float, ("0.5", "2")),
+        Series(0.5, 2),
+        [Fraction(1, 2), Decimal(2)],
+    ],
+    ids=lambda given: type(given).__name__,
+)
+def test_an_embedding_is_whatever_has_numbers_in_an_order(embedding: Any) -> None:
+    given = memory(embedding=embedding)
+    # As often as one looks, and writes
+    for _ in range(2):
+        assert given.embedding == (0.5, 2)
+        assert encode(given, MEGABYTE).embedding == array("f", [0.5, 2]).tobytes()
+
+
+def test_what_is_changed_afterwards_changes_no_memory() -> None:
+    # Given a memory made of what can change
+    embedding, numbers = [0.5, 2.0], array("f", [0.5, 2.0])
+    inner = {"b": [1]}
+    content, proxy, user = {"a": inner}, MappingProxyType(inner), UserDict(inner)
+    memories = [
+        memory(embedding=embedding, content=content),
+        memory(embedding=numbers, content=UserDict(a=proxy)),
+        memory(embedding=Series(0.5, 2.0), content={"a": user}),
+    ]
+    before = [encode(each, MEGABYTE) for each in memories]
+    # If all of it is changed
+    embedding[0] = numbers[0] = 9
+    inner["b"].append(2)
+    inner["c"] = user["c"] = content["d"] = 1  # type: ignore[assignment]
+    # Then the memories are what they were, in memory and encoded
+    for each, row in zip(memories, before, strict=True):
+        assert (each.embedding, each.content) == ((0.5, 2.0), {"a": {"b": [1]}})
+        assert encode(each, MEGABYTE) == row
+
+
+def test_kinds_of_float_and_mapping_in_content_are_stored_as_what_they_are() -> None:
+    class Float64(float):  # NumPy's is one, too
+        pass
+
+    found = encode(memory(content={"a": Float64(1.5), "b": [MappingProxyType({"c": Float64(2)})]}), MEGABYTE)
+    assert orjson.loads(found.content) == {"a": 1.5, "b": [{"c": 2.0}]}
+    # Also where they are not copied first
+    assert orjson.loads(encode_object("content", {"b": [MappingProxyType({"c": 2})]})) == {"b": [{"c": 2}]}
+    with pytest.raises(InvalidMemory, match=r"content\.a: nan is not a JSON number"):
+        encode(memory(content={"a": Float64("nan")}), MEGABYTE)
+
+
+ODD = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats()
+    | st.text()
+    | st.binary()
+    | st.datetimes()
+    | st.dates()
+    | st.uuids()
+    | st.decimals()
+    | st.complex_numbers(),
+    lambda inner: (
+        st.lists(inner)
+        | st.dictionaries(st.text() | st.integers(), inner)
+        | st.frozensets(st.integers())
+        | st.tuples(inner)
+    ),
+    max_leaves=6,
+)
+
+
+@given(
+    st.sampled_from(["id", "table", "room", "agent", "content", "metadata", "embedding", "created_at"]), ODD
+)
+def test_whatever_is_given_is_stored_or_refused_by_its_field(field: str, value: object) -> None:
+    given = memory(**{field: value})
+    try:
+        row = encode(given, MEGABYTE)
+    except InvalidMemory as error:
+        assert error.field.partition(".")[0].partition("[")[0] in (field, "memory")
+    else:
+        if field == "id":  # may be spelled otherwise
+            assert value is None or uuid.UUID(row.id) == uuid.UUID(str(value))
+        else:
+            assert row.memory() == given
 
 
 def test_content_may_not_be_deeper_than_the_limit_but_as_deep() -> None:

@@ -20,6 +20,7 @@ from mnemobus.keys import Dimensions, Version
 from mnemobus.settings import Settings
 from mnemobus.store import Query, Writer
 from mnemobus.store.merge import Delta, collapse
+from rows import named
 
 MEMORIES = 3
 """Two in the first room, one in the second."""
@@ -166,6 +167,7 @@ class Store:
             FROM memories AS m LEFT JOIN room_tombstones AS t ON t.tbl = m.tbl AND t.room = m.room
             WHERE m.room LIKE ? ORDER BY id
         """
+        statement = named(self.url, statement)
         parameters = (f"{world.name}/%",)
         if self.url.startswith("sqlite"):
             with closing(sqlite3.connect(self.url.removeprefix("sqlite:///"))) as connection:
@@ -258,6 +260,75 @@ def test_collapsing_does_not_depend_on_order_or_duplicates(story: tuple[list[Ste
     assert straight == mixed
     assert straight.refused == []
     assert [delta.id for delta in straight.deltas] == sorted({event.id for event in events if event.id})
+
+
+@st.composite
+def lives(draw: st.DrawFn) -> tuple[list[list[tuple[str, frozenset[str]]]], list[list[int]], list[int]]:
+    """What happens to one id that is deleted and made again; the order of each life's events; and late deliveries."""
+    ops = st.tuples(st.sampled_from([PUT, UPDATE]), st.frozensets(st.sampled_from(FIELDS), min_size=1))
+    found = [
+        [(PUT, frozenset[str]()), *life]
+        for life in draw(st.lists(st.lists(ops, max_size=2), min_size=2, max_size=4))
+    ]
+    found = [[*life, (DELETE, frozenset[str]())] for life in found[:-1]] + [found[-1]]
+    orders = [draw(st.permutations(range(len(life)))) for life in found]
+    late = draw(st.lists(st.integers(0, sum(map(len, found)) - 1), max_size=8))
+    return found, orders, late
+
+
+@many
+@given(story=lives(), cut=st.integers(1, 4))
+def test_g3_g8_whatever_is_late_of_an_earlier_life_changes_nothing(
+    database: Store,
+    story: tuple[list[list[tuple[str, frozenset[str]]]], list[list[int]], list[int]],
+    cut: int,
+) -> None:
+    history, orders, late = story
+    id, name = str(uuid.uuid4()), uuid.uuid4().hex
+    # Given an id that lives several times, each time in another room, made again only once its deletion is applied
+    events: list[list[Event]] = []
+    n = 0
+    for life, steps in enumerate(history):
+        events.append([])
+        for op, fields in steps:
+            n += 1
+            values: dict[str, Any] = {}
+            if op == PUT:
+                values = {"content": b'{"put":%d}' % n, "metadata": b"{}", "created_us": n}
+            if op == UPDATE:
+                values = dict.fromkeys(fields, b'{"update":%d}' % n)
+                if "embedding" in values:
+                    values["embedding"] = n.to_bytes(4, "little") * 2
+            dimensions = Dimensions("t", f"{name}/{life % 3}", None, f"e{life}")
+            events[-1].append(Event(op, dimensions, id, version=Version(1, n), **values))
+    all_events = [event for life in events for event in life]
+
+    def state() -> list[Any]:
+        world = World()
+        world.name, world.ids, world.dimensions = name, [id], [events[-1][0].dimensions]
+        return [database.seen(world), database.registers(world)]
+
+    for event in all_events:
+        assert not database.writer.apply([event]).refused
+    straight = state()
+    assert straight[0][0] is not None
+    # When the same comes anew elsewhere, the events of each life in any order, and then some of all of it late
+    id, name = str(uuid.uuid4()), uuid.uuid4().hex
+    moved = [
+        [e._replace(id=id, dimensions=e.dimensions._replace(room=f"{name}/{k % 3}")) for e in life]
+        for k, life in enumerate(events)
+    ]
+    flat = [event for life in moved for event in life]
+    for life, order in zip(moved, orders, strict=True):
+        for event in (life[n] for n in order):
+            assert not database.writer.apply([event]).refused
+    for start in range(0, len(late), cut):
+        assert not database.writer.apply([flat[n] for n in late[start : start + cut]]).refused
+    # Then it is the same that is there, down to the registers
+    events = moved
+    assert state() == straight
+    # And a replay of all of it changes nothing
+    assert database.writer.apply(flat).won == set()
 
 
 def test_what_known_dimensions_refuse_leaves_no_delta() -> None:

@@ -74,10 +74,14 @@ def test_the_table_of_keys_has_every_key() -> None:
     made = [
         keys.layout,
         keys.epoch,
+        keys.identity,
+        keys.resync,
+        keys.workers,
         keys.log(0),
         keys.producers(0),
         keys.meter(0),
         keys.dead(0),
+        keys.reasons(0),
         keys.feed(0),
     ]
     scope = next(s for s in (f"id:{n}" for n in range(10_000)) if keys.feed_partition(s) == 0)
@@ -152,7 +156,7 @@ def wipe(settings: Settings) -> None:
 
     connection = sqlite3.connect(settings.database_url.removeprefix("sqlite:///"))
     with connection:
-        for table in ("memories", "room_tombstones"):
+        for table in ("mnemobus_memories", "mnemobus_room_tombstones"):
             connection.execute(f"DELETE FROM {table}")
     connection.close()
 

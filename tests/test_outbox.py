@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
+import re
 import shutil
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -56,6 +59,24 @@ def logged(settings: Settings) -> list[str]:
 
 def files(settings: Settings) -> list[Path]:
     return sorted((settings.data_dir / "outbox").glob("*.db"))
+
+
+async def test_g7_what_waits_is_published_as_soon_as_a_heartbeat_finds_redis_back(
+    settings: Settings,
+    server: RedisServer,
+    connect: Callable[..., mnemobus.Bus],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    # Given a write in the outbox, which is tried again after half a minute
+    async with connect(redis_create_retry_interval=30_000) as bus:
+        await bus.write(said("0"))
+        server.kill()
+        assert (await bus.write(said("1"))).outboxed
+        await eventually(lambda: "1 writes wait in the outbox" in caplog.text)
+        # If Redis is back before, then the outbox does not wait for that
+        await asyncio.to_thread(server.start)
+        await eventually(lambda: bus.stats().outbox == 0)
+        assert sorted(logged(settings)) == ["0", "1"]
 
 
 async def test_g7_with_redis_away_writes_wait_and_are_published_once_and_in_order(
@@ -387,6 +408,98 @@ async def test_an_outbox_of_another_bus_or_of_none_is_refused(
     with pytest.raises(OutboxError, match=r"can't be used: file is not a database"):
         async with connect(outbox=path):
             pass
+
+
+def hindered(folder: Path, how: str) -> Path:
+    """A path at which no file can be made."""
+    folder.mkdir()
+    match how:
+        case "below a file":
+            (folder / "file").write_text("")
+            return folder / "file" / "outbox.db"
+        case "a folder":
+            (folder / "outbox.db").mkdir()
+        case "a link to nowhere":
+            (folder / "link").symlink_to(folder / "gone")
+            return folder / "link" / "outbox.db"
+        case "not ours to write":
+            if os.geteuid() == 0:
+                pytest.skip("root may write everywhere")
+            folder.chmod(0o500)
+    return folder / "outbox.db"
+
+
+HINDERED = ("below a file", "a folder", "a link to nowhere", "not ours to write")
+
+
+@pytest.mark.parametrize("how", HINDERED)
+async def test_a_file_that_can_not_be_made_is_an_error_when_the_bus_opens(
+    how: str, connect: Callable[..., mnemobus.Bus], tmp_path: Path
+) -> None:
+    path = hindered(tmp_path / "x", how)
+    with pytest.raises(OutboxError, match=re.escape(f"the outbox {path} can't be used: ")):
+        await connect(outbox=str(path)).open()
+
+
+@pytest.mark.parametrize("how", [how for how in HINDERED if how != "a folder"])
+async def test_a_data_directory_that_can_not_be_had_is_told_and_keeps_nobody_from_reading(
+    how: str,
+    connect: Callable[..., mnemobus.Bus],
+    server: RedisServer,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    # Given an agent whose outbox could not be made if it were needed
+    folder = hindered(tmp_path / "x", how).parent
+    async with connect(data_dir=folder / "data", write_timeout=4.0) as bus:
+        # Then that is logged when it opens, health() says it, and the agent reads and writes
+        assert "writes can't wait in the outbox" in caplog.text
+        health = await bus.health()
+        [problem] = [problem for problem in health.problems if "can't wait in the outbox" in problem]
+        assert "Set MNEMOBUS_DATA_DIR, or MNEMOBUS_OUTBOX" in problem
+        assert await bus.recent("messages", room="r1") == []
+        await bus.write(said("x"))
+        # and with Redis away a write waits as it would without an outbox, and fails with an error of ours
+        server.kill()
+        began = time.monotonic()
+        with pytest.raises(
+            LogUnavailable, match=r"may or may not be in the log; and the outbox .* can't be used"
+        ):
+            await bus.write(said("y"))
+        assert time.monotonic() - began > 1.0
+    # And where it can be made, nothing is said, and nothing is made before it is needed
+    server.start()
+    async with connect(data_dir=tmp_path / "new" / "data") as bus:
+        assert not any("outbox" in problem for problem in (await bus.health()).problems)
+        assert not (tmp_path / "new").exists()
+
+
+async def test_the_outbox_is_for_nobody_else_whatever_the_umask(
+    connect: Callable[..., mnemobus.Bus], server: RedisServer, settings: Settings, tmp_path: Path
+) -> None:
+    # Given a file that everybody can read, as an older mnemobus left it when it was killed
+    async with connect(outbox=str(tmp_path / "old.db")) as bus:
+        server.kill()
+        await bus.write(said("old"))
+    server.start()
+    folder = settings.data_dir / "outbox"
+    folder.mkdir(parents=True)
+    for path in tmp_path.glob("old.db*"):
+        path.rename(folder / path.name)
+        (folder / path.name).chmod(0o666)
+    before = os.umask(0)
+    try:
+        async with connect() as bus:
+            # Then it is closed when it is taken up, and what is made anew is closed from the beginning
+            await eventually(lambda: logged(settings) == ["old"])
+            server.kill()
+            assert (await bus.write(said("new"))).outboxed
+            made = [folder, *folder.iterdir()]
+            assert len(made) >= 3
+            open_to_others = {path.name for path in made if path.stat().st_mode & 0o077}
+            assert open_to_others == set()
+    finally:
+        os.umask(before)
 
 
 async def test_a_damaged_file_that_is_found_is_left_where_it_is(

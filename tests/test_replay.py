@@ -320,7 +320,7 @@ async def test_g5_what_a_replay_changes_is_dropped_from_every_cache(
         await applied(log)
     # Given a database that has lost a row, and an agent that holds what is left: nothing
     with closing(sqlite3.connect(settings.database_url.removeprefix("sqlite:///"))) as database:
-        database.execute("DELETE FROM memories")
+        database.execute("DELETE FROM mnemobus_memories")
         database.commit()
     async with connect(**settings.model_dump()) as bus:
 

@@ -21,7 +21,8 @@ import redis.asyncio
 
 import mnemobus
 from mnemobus import Memory, NotCommitted, Settings, SettingsError, StoreUnavailable, UnsafeRedis
-from mnemobus.connection import AWAY, Link
+from mnemobus.connection import Link
+from mnemobus.redis_errors import AWAY
 from mnemobus.settings import hide_password
 from servers import RedisServer, eventually
 
@@ -54,6 +55,70 @@ def test_keywords_override_the_environment_and_that_the_file(
     assert Settings.load().claim_idle == 8
     assert Settings.load(claim_idle=9).claim_idle == 9
     assert Settings.load().lease == 3
+
+
+def test_an_empty_variable_is_none_for_every_setting(clean: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    plain = Settings.load()
+    for name in [*all_names(), "DATABASE_URL"]:
+        for empty in ("", " ", '""', "\n"):
+            clean.setenv(name, empty)
+            assert Settings.load() == plain, name
+        # Nor does it hide what the file says
+        clean.setenv(name, "")
+        (tmp_path / ".env").write_text("MNEMOBUS_LEASE=3\nREDIS_URL=redis://file\nMNEMOBUS_DURABILITY=\n")
+        found = Settings.load()
+        assert (found.lease, found.redis_url, found.durability) == (3, "redis://file", "logged")
+        (tmp_path / ".env").unlink()
+        clean.delenv(name)
+    # Also as a keyword, which others fill from the environment
+    assert Settings.load(redis_url="", redis_db="", outbox=" ") == plain
+
+
+def all_names() -> list[str]:
+    """Every variable."""
+    return [str(field.validation_alias.choices[1]) for field in Settings.model_fields.values()]  # type: ignore[union-attr]
+
+
+def test_what_comes_along_from_files_is_taken_off(clean: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    # As `docker --env-file` and files of secrets hand values over
+    clean.setenv("REDIS_URL", '"redis://h:1/2"\n')
+    clean.setenv("MNEMOBUS_DURABILITY", " 'committed' ")
+    clean.setenv("MNEMOBUS_LEASE", "3\r\n")
+    clean.setenv("REDIS_PASSWORD", "' with quotes and spaces '\n")
+    settings = Settings.load()
+    assert (settings.redis_url, settings.durability, settings.lease) == ("redis://h:1/2", "committed", 3)
+    assert settings.redis_password == "' with quotes and spaces '"
+    # As some editors save files
+    (tmp_path / ".env").write_bytes(b"\xef\xbb\xbfMNEMOBUS_HEARTBEAT=0.5\n")
+    assert Settings.load().heartbeat == 0.5
+    (tmp_path / ".env").write_bytes("MNEMOBUS_HEARTBEAT=0.5\n".encode("utf-16"))
+    with pytest.raises(SettingsError, match=r"\.env can't be read as text in UTF-8"):
+        Settings.load()
+
+
+def test_database_url_of_another_program_comes_last_and_is_named(
+    clean: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    # Given a variable that another program reads, too
+    clean.setenv("DATABASE_URL", "mysql://u:hunter2@h/d")
+    with pytest.raises(SettingsError) as caught:
+        Settings.load()
+    assert str(caught.value).startswith("DATABASE_URL: must be sqlite:///path/to/file.db or postgresql://")
+    assert "it is read only where the same name with MNEMOBUS_ in front is not set" in str(caught.value)
+    # Then what is set for mnemobus wins, wherever it is set
+    (tmp_path / ".env").write_text("MNEMOBUS_DATABASE_URL=sqlite:///file.db\n")
+    assert Settings.load().database_url == "sqlite:///file.db"
+    clean.setenv("MNEMOBUS_DATABASE_URL", "sqlite:///environment.db")
+    assert Settings.load().database_url == "sqlite:///environment.db"
+    # And an error names the one that is meant
+    clean.setenv("MNEMOBUS_DATABASE_URL", "mysql://x")
+    with pytest.raises(SettingsError, match=r"^MNEMOBUS_DATABASE_URL: must be"):
+        Settings.load()
+    # It is read from the file as well
+    clean.delenv("MNEMOBUS_DATABASE_URL")
+    clean.delenv("DATABASE_URL")
+    (tmp_path / ".env").write_text("DATABASE_URL=postgres://h/d\n")
+    assert Settings.load().database_url == "postgresql://h/d"
 
 
 @pytest.mark.parametrize(
@@ -154,6 +219,51 @@ def test_passwords_are_not_shown(clean: pytest.MonkeyPatch) -> None:
     with pytest.raises(SettingsError) as caught:
         Settings.load()
     assert "hunter2" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("url", "shown"),
+    [
+        ("redis://h:1/0?password=hunter2&db=3", "redis://h:1/0?password=***&db=3"),
+        ("redis://h/0?username=me&Password=hunter2", "redis://h/0?username=me&Password=***"),
+        ("rediss://h/0?ssl_password=hunter2&ssl_ca_certs=/ca.pem", "rediss://h/0?ssl_password=***&ssl_ca_certs=/ca.pem"),
+        ("unix:///run/redis.sock?password=hunter2", "unix:///run/redis.sock?password=***"),
+        ("unix://me:hunter2@/run/redis.sock", "unix://me:***@/run/redis.sock"),
+        ("redis://:hunter2@[::1]:7/0", "redis://:***@[::1]:7/0"),
+        ("postgresql://me@h/db?password=hunter2&sslmode=require", "postgresql://me@h/db?password=***&sslmode=require"),
+        ("postgresql://me@h/db?sslpassword=hunter2", "postgresql://me@h/db?sslpassword=***"),
+        ("postgresql://me@h/db?p%61ssword=hunter2", "postgresql://me@h/db?p%61ssword=***"),
+        ("postgresql://h/db?passfile=/etc/me.pgpass", "postgresql://h/db?passfile=/etc/me.pgpass"),
+        # Not well formed: a / or # in a password, no number for a port
+        ("redis://:hunt/er2@h:1/0", "redis://***@h:1/0"),
+        ("redis://:hunt#er2@h:1/0?password=hunter2", "redis://***@h:1/0"),
+        ("postgresql://me:hunter2@h:port/db", "postgresql://***@h:port/db"),
+        ("redis://[hunter2", "redis://***"),
+        # Nothing to hide
+        ("sqlite:////tmp/x.db", "sqlite:////tmp/x.db"),
+        ("sqlite:///a/b@c.db", "sqlite:///a/b@c.db"),
+        ("redis://h:1/0", "redis://h:1/0"),
+    ],
+)  # fmt: skip
+def test_a_url_is_shown_without_its_secrets(url: str, shown: str) -> None:
+    assert hide_password(url) == shown
+
+
+def test_no_error_of_settings_shows_a_password(clean: pytest.MonkeyPatch) -> None:
+    for name, value in (
+        ("REDIS_URL", "redis://:hunter2@h:port/0"),
+        ("REDIS_URL", "redis://:7/hunter2@h/0"),
+        ("REDIS_URL", "http://h/0?password=hunter2"),
+        ("MNEMOBUS_DATABASE_URL", "mysql://h/db?password=hunter2"),
+    ):
+        with pytest.raises(SettingsError) as caught:
+            Settings.load(**{name.removeprefix("MNEMOBUS_").lower(): value})
+        assert "hunter2" not in str(caught.value)
+    for settings in (
+        Settings.load(redis_url="redis://h/0?password=hunter2", redis_password="hunter2"),
+        Settings.load(database_url="postgresql://h/db?password=hunter2"),
+    ):
+        assert "hunter2" not in repr(settings) + str(settings)
 
 
 # What they do: Redis
@@ -373,7 +483,7 @@ async def test_database_pool_max_and_timeout(settings: Settings, postgres_url: s
             assert 1 <= row[0] <= 2
             # A query that hangs is given up
             async with other.transaction():
-                await other.execute("lock table memories in access exclusive mode")
+                await other.execute("lock table mnemobus.memories in access exclusive mode")
                 with pytest.raises(StoreUnavailable):
                     await bus.recent("messages", room="other")
         assert len(await bus.recent("messages", room="other")) == 0

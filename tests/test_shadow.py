@@ -69,7 +69,7 @@ def fan_out(settings: Settings, *scopes: str) -> None:
             names = [keys.feed(keys.feed_partition(scope))]
             names += [key.decode() for key in client.scan_iter(f"*:b:*:{scope}")]
             payload = orjson.dumps({"p": 0, "v": [], "s": [scope]})
-            Script(client, script("fanout").source)(keys=names, args=[payload, 100])
+            Script(client, script("fanout").source)(keys=names, args=[payload, 100, 1 << 20])
 
 
 async def decided(bus: mnemobus.Bus) -> None:

@@ -14,6 +14,7 @@ import signal
 import sqlite3
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -24,13 +25,15 @@ import psycopg
 import pytest
 
 import mnemobus
-from mnemobus import Memory, Receipt, Settings, WriteRejected
+from mnemobus import Memory, NotCommitted, Receipt, Settings, WriteRejected
 from mnemobus.connection import ThreadedLink
 from mnemobus.events import PUT, Event
 from mnemobus.keys import APPLY_GROUP, Dimensions, Version
 from mnemobus.memory import encode, new_id
-from mnemobus.store import open_writer
+from mnemobus.store import Deletion, open_writer
+from mnemobus.store.merge import BEGINNING, STEP
 from mnemobus.store.sqlite import SqliteWriter
+from mnemobus_workers.apply import Applier
 from mnemobus_workers.broker import ALONE_AFTER, DEAD_AFTER
 from outside import Log, stored
 from servers import RedisServer, Workers, alive, end, eventually, is_paused, spawn
@@ -101,7 +104,7 @@ def locked(settings: Settings) -> Iterator[None]:
         connection.execute("BEGIN IMMEDIATE")
     else:
         connection = psycopg.connect(url)
-        connection.execute("LOCK TABLE memories IN EXCLUSIVE MODE")
+        connection.execute("LOCK TABLE mnemobus.memories IN EXCLUSIVE MODE")
     try:
         yield
     finally:
@@ -277,10 +280,11 @@ async def test_a_stop_while_the_store_is_away_hands_back_what_waits_for_it(
 
 def test_a_letter_is_written_once_however_often_its_batch_comes(settings: Settings) -> None:
     link = ThreadedLink(settings, connections=2)
-    key = link.keys.dead(0)
-    first = link.run("dead", [key], ["1-1", "why", "op", "put"])
-    assert link.run("dead", [key], ["1-2", "why", "op", "put"]) != first
-    assert link.run("dead", [key], ["1-1", "why again", "op", "put"]) == first
+    places = [link.keys.dead(0), link.keys.reasons(0), link.keys.meter(0)]
+    [first, *_] = link.run("dead", places, ["1-1", "why", 10_000, "op", "put"])
+    [second, *_] = link.run("dead", places, ["1-2", "why", 10_000, "op", "put"])
+    assert second != first
+    assert link.run("dead", places, ["1-1", "why again", 10_000, "op", "put"]) == [first, 0, 0]
     assert [letter["version"] for letter in Log(settings).letters()] == ["1-1", "1-2"]
     link.close()
 
@@ -530,6 +534,7 @@ async def test_mnemobus_feed_length_is_about_how_many_messages_the_feed_keeps(
                 "batch_size": 1,
                 "feed_length": length,
                 "redis_key_prefix": f"{settings.redis_key_prefix}-{number}",
+                "database_url": f"{settings.database_url}.{number}",
             }
         )
         async with opened(own) as bus:
@@ -540,6 +545,86 @@ async def test_mnemobus_feed_length_is_about_how_many_messages_the_feed_keeps(
     # Redis removes a hundred at most at a time
     assert 5 <= kept[0] <= 105
     assert kept[1] == 120
+
+
+@pytest.fixture
+async def many(both: Settings, pool_of: PoolOf) -> list[str]:
+    """The ids of a room's memories, more than one step deletes."""
+    async with opened(both) as bus:
+        with pool_of(both):
+            receipts = await write(bus, *texts(STEP + 100))
+            await receipts[-1].committed(30)
+            await eventually(Log(both).done)
+            return [receipt.id for receipt in receipts]
+
+
+async def test_g1_a_large_room_whose_deletion_is_broken_off(
+    both: Settings, pool_of: PoolOf, monkeypatch: Any, many: list[str]
+) -> None:
+    # Given a worker that fails in the midst of a deletion, after a step of which it has told nobody
+    clear, failures = Applier._clear, iter([ZeroDivisionError("a bug")])
+
+    def stumble(applier: Applier, deletion: Deletion) -> None:
+        for error in failures:
+            applier._writer.clear(deletion, BEGINNING, 30)
+            raise error
+        clear(applier, deletion)
+
+    monkeypatch.setattr(Applier, "_clear", stumble)
+    async with opened(both) as writer, opened(both) as reader:
+        await eventually(lambda: is_local(reader))
+        # And an agent with copies of memories that it begins with, and that it ends with
+        some = many[::40]
+        for id in some:
+            assert await reader.get(id)
+        with pool_of(both):
+            # When the room is deleted
+            receipt = await writer.delete_room("messages", room="r1")
+            # Then another does the rest, and no copy is left
+            await receipt.committed(30)
+            await eventually(lambda: _none_of(reader, some))
+            assert await reader.recent("messages", room="r1") == []
+            await eventually(Log(both).done)
+
+
+async def _none_of(bus: mnemobus.Bus, ids: list[str]) -> bool:
+    return [await bus.get(id) for id in ids] == [None] * len(ids)
+
+
+async def test_others_write_while_a_large_room_is_deleted(
+    both: Settings, pool_of: PoolOf, monkeypatch: Any, many: list[str]
+) -> None:
+    # Given a deletion that stops between two of its steps
+    clear, begun, go = Applier._clear, threading.Event(), threading.Event()
+
+    def stop(applier: Applier, deletion: Deletion) -> None:
+        begun.set()
+        go.wait(30)
+        clear(applier, deletion)
+
+    monkeypatch.setattr(Applier, "_clear", stop)
+    async with opened(both) as writer, opened(both) as reader:
+        await eventually(lambda: is_local(reader))
+        assert await reader.recent("messages", room="r1", limit=5)
+        with pool_of(both):
+            try:
+                receipt = await writer.delete_room("messages", room="r1")
+                await asyncio.to_thread(begun.wait, 30)
+                # Then the room is empty for everybody, and what is written to others, and to itself, is committed
+                await eventually(lambda: _is_empty(reader))
+                await committed([*await write(writer, "a", room="r2"), *await write(writer, "b", room="r1")])
+                with pytest.raises(NotCommitted):
+                    await receipt.committed(0.1)
+            finally:
+                go.set()
+            # And when it goes on, that is all that is left
+            await receipt.committed(30)
+            assert await stored(both) == ["b"]
+            assert await reader.count("messages", room="r2") == 1
+
+
+async def _is_empty(bus: mnemobus.Bus) -> bool:
+    return await bus.recent("messages", room="r1", limit=5) == []
 
 
 async def test_g6_a_deleted_room_waits_for_what_was_deleted_in_it_before(

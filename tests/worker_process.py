@@ -20,7 +20,7 @@ from typing import Any
 import dramatiq
 
 from mnemobus import Settings
-from mnemobus.connection import ThreadedLink
+from mnemobus.connection import Script, ThreadedLink
 from mnemobus.store import merge
 from mnemobus_workers.apply import Applier
 from mnemobus_workers.broker import StreamConsumer
@@ -57,8 +57,15 @@ def wrap(owner: Any, name: str, *, before: Any = None, after: Any = None) -> Non
     setattr(owner, name, wrapped)
 
 
+def is_fan_out(calls: list[Any]) -> bool:
+    """Whether a pipeline is a batch's fan-out; a worker sends others, too."""
+    return isinstance(calls[0][0], Script) and calls[0][0].name == "fanout"
+
+
 def send_one_of_many(link: ThreadedLink, calls: list[Any]) -> None:
     """In place of the fan-out's pipeline."""
+    if not is_fan_out(calls):
+        return
     link._pipeline([("EVAL", calls[0][0].source, len(calls[0][1]), *calls[0][1], *calls[0][2])])
     die()
 

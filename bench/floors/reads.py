@@ -96,9 +96,9 @@ class _Cold:
 
 
 class ColdPostgres(_Cold):
-    _one = f"SELECT {PostgresReader._columns} FROM memories WHERE id = %s AND live"
+    _one = f"SELECT {PostgresReader._columns} FROM mnemobus.memories WHERE id = %s AND live"
     _many = (
-        f"SELECT {PostgresReader._columns} FROM memories WHERE live AND tbl = %s AND room = %s"
+        f"SELECT {PostgresReader._columns} FROM mnemobus.memories WHERE live AND tbl = %s AND room = %s"
         " ORDER BY created_us DESC, id DESC LIMIT %s"
     )
 
@@ -119,9 +119,9 @@ class ColdPostgres(_Cold):
 
 
 class ColdSqlite(_Cold):
-    _one = f"SELECT {SqliteReader._columns} FROM memories WHERE id = ? AND live"
+    _one = f"SELECT {SqliteReader._columns} FROM mnemobus_memories WHERE id = ? AND live"
     _many = (
-        f"SELECT {SqliteReader._columns} FROM memories WHERE live AND tbl = ? AND room = ?"
+        f"SELECT {SqliteReader._columns} FROM mnemobus_memories WHERE live AND tbl = ? AND room = ?"
         " ORDER BY created_us DESC, id DESC LIMIT ?"
     )
 

@@ -9,7 +9,7 @@ import aiosqlite
 import psycopg
 from redis.asyncio import Redis
 
-_QUERY = "SELECT content FROM memories LIMIT 1"
+_QUERY = "SELECT content FROM {}memories LIMIT 1"
 
 
 async def start(redis_url: str, database_url: str) -> float:
@@ -19,12 +19,12 @@ async def start(redis_url: str, database_url: str) -> float:
     await client.ping()
     if database_url.startswith("sqlite"):
         lite = await aiosqlite.connect(Path(database_url.removeprefix("sqlite:///")))
-        await lite.execute_fetchall(_QUERY)
+        await lite.execute_fetchall(_QUERY.format("mnemobus_"))
         seconds = time.perf_counter() - begin
         await lite.close()
     else:
         connection = await psycopg.AsyncConnection.connect(database_url, autocommit=True)
-        await connection.execute(_QUERY)
+        await connection.execute(_QUERY.format("mnemobus.").encode())
         seconds = time.perf_counter() - begin
         await connection.close()
     await client.aclose()

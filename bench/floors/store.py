@@ -81,7 +81,7 @@ class Postgres:
     """One statement with an array for each column, binary."""
 
     _UPSERT = f"""
-        INSERT INTO memories ({_COLUMNS})
+        INSERT INTO mnemobus.memories ({_COLUMNS})
         SELECT id::uuid, tbl, room, agent, entity, world, created_us, content::json, metadata::json, embedding, version,
             '', '', '', ''
         FROM unnest(%b::text[], %b::text[], %b::text[], %b::text[], %b::text[], %b::text[], %b::bigint[], %b::text[],
@@ -105,7 +105,7 @@ class Sqlite:
     """One `executemany` in one transaction, as durable as mnemobus commits."""
 
     _UPSERT = (
-        f"INSERT INTO memories ({_COLUMNS}) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, x'', x'', x'', x'')"
+        f"INSERT INTO mnemobus_memories ({_COLUMNS}) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, x'', x'', x'', x'')"
         + _CONFLICT
     )
 

@@ -109,7 +109,7 @@ async def _fan_out(
 
     async def publish() -> int:
         for _ in range(times):
-            await feed._link.run("fanout", [key, bucket], [payload, 4096])
+            await feed._link.run("fanout", [key, bucket], [payload, 4096, 4 << 20])
         return times
 
     try:

@@ -2,12 +2,14 @@
 
 from .bus import KEEP, Bus, Receipt, connect
 from .errors import (
+    AccessDenied,
     BacklogFull,
     BadEvent,
     BusClosed,
     DimensionChanged,
     DurabilityUnavailable,
     EmbeddedServerError,
+    IdentityMismatch,
     InvalidMemory,
     InvalidQuery,
     LogFull,
@@ -28,6 +30,7 @@ from .errors import (
     UnsafeRedis,
     WriteFailed,
     WriteRejected,
+    WrongLoop,
 )
 from .keys import Version
 from .memory import Context, Memories, Memory
@@ -38,6 +41,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "KEEP",
+    "AccessDenied",
     "BacklogFull",
     "BadEvent",
     "Bus",
@@ -47,6 +51,7 @@ __all__ = [
     "DurabilityUnavailable",
     "EmbeddedServerError",
     "Health",
+    "IdentityMismatch",
     "InvalidMemory",
     "InvalidQuery",
     "LogFull",
@@ -73,5 +78,6 @@ __all__ = [
     "Version",
     "WriteFailed",
     "WriteRejected",
+    "WrongLoop",
     "connect",
 ]

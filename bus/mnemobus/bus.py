@@ -7,10 +7,13 @@ A write goes to the log (log.py) and leaves marks on what it touches (marks.py).
 from __future__ import annotations
 
 import asyncio
+import atexit
 import base64
 import binascii
 import logging
+import os
 import secrets
+import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AsyncExitStack, suppress
@@ -20,11 +23,12 @@ from typing import Any, Final, Literal
 import orjson
 from redis.exceptions import RedisError
 
-from .connection import AWAY, Link
+from .connection import Link
 from .errors import (
     BusClosed,
     DimensionChanged,
     DurabilityUnavailable,
+    IdentityMismatch,
     InvalidMemory,
     InvalidQuery,
     LogUnavailable,
@@ -33,17 +37,20 @@ from .errors import (
     SettingsError,
     StoreError,
     StoreUnavailable,
+    WrongLoop,
 )
 from .events import DELETE, DELETE_ROOM, PUT, UPDATE, Event
 from .feed import Feed
+from .health import Checkup
+from .identity import Acquaintance
 from .keys import (
     Dimensions,
     Version,
     id_scope,
 )
 from .live.scopes import LiveScopes
-from .local import MISS, LocalCache, clock
-from .log import Publisher, Syncer
+from .local import MISS, LocalCache
+from .log import Publisher, Syncer, forget_producers, last_pending
 from .marks import Marks, Write
 from .memory import (
     Context,
@@ -64,14 +71,18 @@ from .query import (
     GET_FIELD,
     MANY,
     ONE,
+    ROOM_SCOPES,
     Place,
     Plan,
     Question,
     cursor_of,
     field_of,
+    limit_of,
     query_of,
+    room_scope,
     scope_of,
 )
+from .redis_errors import AWAY
 from .settings import Settings
 from .shadow import Shadow
 from .shared import SharedCache
@@ -90,6 +101,16 @@ _KNOWN_DIMENSIONS = 10_000
 
 _LOOKUPS = 256
 """Memories that a call looks up at once: they share the pool with all other calls."""
+
+
+_KNOWN_TABLES = 1_000
+"""Tables whose embeddings' length a bus remembers."""
+
+
+def _keep(lengths: dict[str, int], table: str, length: int) -> None:
+    if len(lengths) >= _KNOWN_TABLES and table not in lengths:
+        del lengths[next(iter(lengths))]
+    lengths[table] = length
 
 
 class _Keep:
@@ -146,7 +167,10 @@ def connect(**settings: Any) -> Bus:
 
 
 class Bus:
-    """An agent's way to its memories. One per process (or event loop); tasks share it.
+    """An agent's way to its memories. One per event loop; tasks share it.
+
+    It belongs to the event loop in which it is opened. In any other, in another thread or after a fork, calls raise
+    WrongLoop. One that is not yet open may be forked: each process then opens a bus of its own.
 
     Any call may be cancelled at any time. A cancelled write may or may not have been logged; the bus
     behaves as if it had been.
@@ -154,6 +178,12 @@ class Bus:
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
+        self._assemble()
+        _buses.add(self)
+
+    def _assemble(self) -> None:
+        """Make its parts, none of which does anything before `open`."""
+        settings = self.settings
         self.id = secrets.token_hex(8)
         """Names this bus among all that share its Redis: its producer id in the log."""
         self._link = Link(settings)
@@ -162,6 +192,7 @@ class Bus:
         self._shared = SharedCache(self._link, settings.lease)
         self._marks = Marks(self._link)
         self._feed = Feed(self._link, self._local, self._marks, self.id)
+        self._acquaintance = Acquaintance(self._link, self._reader, self._local.clear)
         self._live = LiveScopes(
             settings,
             self._link,
@@ -171,15 +202,38 @@ class Bus:
             self._ask,
             self._feed.send,
             self._feed.wake,
+            self._acquaintance.knows,
         )
         self._feed.live = self._live
         self._tiers = Tiers(
-            settings, self._link.keys, self._local, self._shared, self._feed, self._marks, self._live
+            settings,
+            self._link.keys,
+            self._local,
+            self._shared,
+            self._feed,
+            self._marks,
+            self._acquaintance.knows,
+            self._live,
         )
         self._shadow = Shadow(settings, self._ask, self._local, self._shared, self._marks)
         self._outbox = (
-            None if settings.outbox == "off" else Outbox(self._link, self.id, self._kept, self._published)
+            None
+            if settings.outbox == "off"
+            else Outbox(self._link, self.id, self._kept, self._published, self._marks.landed)
         )
+        self._checkup = Checkup(
+            self._link,
+            self._reader,
+            self._local,
+            self._feed,
+            self._shared,
+            self._shadow,
+            self._outbox,
+            self.id,
+            self._acquaintance,
+        )
+        if self._outbox is not None:
+            self._feed.on_back.append(self._outbox.hurry)
         self._publishers = [
             Publisher(self._link, p, self.id, self._logged, self._outbox)
             for p in range(settings.log_partitions)
@@ -194,11 +248,26 @@ class Bus:
         """By table, those that this bus wrote before the store had any."""
         self._seen: dict[int, Version] = {}
         """The last version that this bus wrote or observed, by log partition: its token."""
-        self._state = "new"
+        self._state: Literal["new", "open", "closed", "forked"] = "new"
+        self._loop: asyncio.AbstractEventLoop | None = None
+        """That in which it was opened."""
         self._opening: list[asyncio.Task[Any]] = []
         self._closing: asyncio.Task[None] | None = None
         self._epochs = 0
         self._link.on_epoch.append(self._count_epoch)
+
+    def _fork(self) -> None:
+        """Called in a child process, for what it has inherited."""
+        if self._state == "new":
+            on_drop = self.on_drop
+            self._assemble()  # under an id of its own: the log takes two processes of one id for one
+            self.on_drop = on_drop
+        elif self._closing is None or not self._closing.done():
+            self._state = "forked"
+            self._local.stop()
+            # Connections, files and locks are the parent's. Whatever is done with them here, closing them when they
+            # are forgotten included, would harm it. So they are never forgotten.
+            _keep_forever(self)
 
     # Life
 
@@ -208,8 +277,14 @@ class Bus:
         A Redis or a store that is away is no error (the bus degrades, and recovers), both are. A Redis that is not
         fit for use (it could evict the log, refuses the login, is laid out differently) is a SettingsError.
         """
+        if self._state == "forked":
+            raise self._elsewhere()
         if self._state != "new":
             raise BusClosed("a bus is opened once; connect() gives a new one")
+        self._loop = asyncio._get_running_loop()
+        if self._loop is None:
+            raise WrongLoop("a bus needs an event loop of asyncio (or uvloop's), and none is running here")
+        self._shadow.loop = self._loop
         self._state = "open"
         redis, store = asyncio.create_task(self._open_redis()), asyncio.create_task(self._open_store())
         self._opening = [redis, store]
@@ -223,6 +298,7 @@ class Bus:
             for what, error in (("Redis", redis_error), ("the store", store_error)):
                 if error is not None:
                     logger.warning("%s is away, going on without it: %s", what, error)
+            await self._acquaintance.start()
             if self._outbox is not None:
                 await self._outbox.open()
         except BaseException as error:
@@ -253,10 +329,20 @@ class Bus:
     async def close(self) -> None:
         """Publish what is queued, then let go of everything. Done by ``async with``; safe to repeat.
 
+        Who waits for a write to be committed, or for what a token names, gets BusClosed at once.
+
         If it is cancelled, the bus goes on closing; a repeated call waits for that.
         """
+        if self._state == "forked" or (
+            self._loop is not asyncio._get_running_loop()
+            and self._state != "new"
+            and not (self._closing is not None and self._closing.done())
+        ):
+            raise self._elsewhere()
         if self._closing is None:
             self._state = "closed"
+            self._marks.stop()
+            self._feed.stop()
             self._closing = asyncio.create_task(self._close(), name="mnemobus-close")
         await asyncio.shield(self._closing)
 
@@ -268,7 +354,9 @@ class Bus:
             steps.push_async_callback(self._close_store)
             steps.callback(self._local.stop)
             steps.push_async_callback(self._feed.close)
+            steps.push_async_callback(self._acquaintance.close)
             steps.push_async_callback(self._marks.close)
+            steps.push_async_callback(forget_producers, self._link, self._publishers)
             steps.push_async_callback(self._shadow.close)
             if self._outbox is not None:
                 steps.push_async_callback(self._outbox.close, self.settings.write_timeout)
@@ -289,8 +377,34 @@ class Bus:
         await self.close()
 
     def _check_open(self) -> None:
+        """That the bus may be used, here: of every call but a hit in L1, which needs no loop. IdentityMismatch if
+        its store turned out to be another's."""
+        self._check_state()
+        if self._acquaintance.refused:
+            raise IdentityMismatch(self._acquaintance.refused)
+
+    def _check_state(self) -> None:
+        self._check_process()
         if self._state != "open":
             raise BusClosed(f"the bus is {'closed' if self._state == 'closed' else 'not open yet'}")
+        if asyncio._get_running_loop() is not self._loop:
+            raise self._elsewhere()
+
+    def _check_process(self) -> None:
+        if self._state == "forked":
+            raise self._elsewhere()
+
+    def _elsewhere(self) -> WrongLoop:
+        if self._state == "forked":
+            return WrongLoop(
+                "the bus was opened before this process was forked, and belongs to its parent. Open a bus in each"
+                " process, after the fork"
+            )
+        ended = self._loop is not None and self._loop.is_closed()
+        return WrongLoop(
+            f"the bus was opened in another event loop{', which has ended' if ended else ''}. A bus belongs to the loop"
+            " in which it is opened: open one in each, or hand calls over with asyncio.run_coroutine_threadsafe()"
+        )
 
     def _count_epoch(self, epoch: str) -> None:
         self._epochs += 1
@@ -343,17 +457,27 @@ class Bus:
         event = Event.put(row)
         known = self._known_dimensions(row.id)
         if known is not None and known != event.dimensions:
-            self._refuse_dimensions(known, event.dimensions)
+            await self._check_dimensions(row.id, event.dimensions)
         if row.embedding is not None:
             await self._check_embedding(row.table, row.embedding, lengths)
         return event
 
-    @staticmethod
-    def _refuse_dimensions(known: Dimensions, given: Dimensions) -> None:
+    async def _check_dimensions(self, id: str, given: Dimensions) -> None:
+        """DimensionChanged if there is such a memory, with others. One that was deleted may be made again with any."""
+        if id in self._deleted and not await self._marks.settle(id_scope(id)):
+            # Its room may be in another log partition: the new one could come before the deletion.
+            raise DimensionChanged(
+                "id", f"{id} is being deleted; to make it again elsewhere, wait until that is committed"
+            )
+        known = await self._find_dimensions(id, there=True)
+        if known is None:
+            return
         for name, before, now in zip(Dimensions._fields, known, given, strict=True):
             if before != now:
                 raise DimensionChanged(
-                    name, f"is {before!r} and would become {now!r}; dimensions never change: use a new id"
+                    name,
+                    f"is {before!r} and would become {now!r}; dimensions never change while a memory is there:"
+                    " use a new id, or delete it first",
                 )
 
     async def _check_embedding(self, table: str, embedding: bytes, lengths: dict[str, int]) -> None:
@@ -366,10 +490,11 @@ class Bus:
         if length is None:
             length = lengths.get(table) or self._own_embeddings.get(table)
             if length != given:
-                with suppress(StoreUnavailable):  # then it is left to the worker
+                with suppress(StoreError):  # then it is left to the worker
                     stored = await self._reader.embedding_length(table)
                     if stored is not None:
-                        length = self._embedding_lengths[table] = stored
+                        length = stored
+                        _keep(self._embedding_lengths, table, stored)
                         self._own_embeddings.pop(table, None)
         if length is not None and length != given:
             raise InvalidMemory("embedding", f"{given} floats, but those of table {table!r} have {length}")
@@ -386,8 +511,9 @@ class Bus:
     ) -> Receipt:
         """Change what is given, and nothing else, of a memory; ``embedding=None`` removes its embedding.
 
-        Two agents that update different fields at once both win. Raises MemoryNotFound if there is no such memory,
-        else as `write`.
+        Two agents that update different fields at once both win. Raises MemoryNotFound if there is no such memory, as
+        far as this bus has heard (a deletion that comes before the update in the log, and is heard of later, leaves it
+        without effect); NotCommitted if that can't be known now; else as `write`.
         """
         self._check_open()
         id = canonical_id(id)
@@ -396,7 +522,7 @@ class Bus:
         new_content = None if isinstance(content, _Keep) else encode_object("content", content)
         new_metadata = None if isinstance(metadata, _Keep) else encode_object("metadata", metadata)
         new_embedding = None if isinstance(embedding, _Keep) else (encode_embedding(embedding) or b"")
-        dimensions = await self._find_dimensions(id)
+        dimensions = await self._find_dimensions(id, there=True)
         if dimensions is None:
             raise MemoryNotFound(f"there is no memory {id}")
         row = Row(id, *dimensions, new_content or b"", new_metadata or b"", new_embedding, 0, Version(0, 0))
@@ -409,7 +535,11 @@ class Bus:
         return receipt
 
     async def delete(self, id: str, *, durability: Durability | None = None) -> Receipt | None:
-        """Delete a memory; None if there is none with this id."""
+        """Delete a memory; None if there is none with this id.
+
+        What this bus has written counts, whether or not it is in the store yet. Raises NotCommitted if it can't be
+        known now whether that is one of them; else as `write`.
+        """
         [receipt] = await self.delete_many([id], durability=durability)
         return receipt
 
@@ -444,7 +574,8 @@ class Bus:
         durability: Durability | None,
         embedding_lengths: Mapping[str, int] | None = None,
     ) -> list[Receipt]:
-        durability = durability or self.settings.durability
+        if durability is None:
+            durability = self.settings.durability
         if durability not in ("logged", "synced", "committed"):
             raise InvalidQuery(f"durability must be logged, synced or committed, not {durability!r}")
         if durability == "synced":
@@ -458,6 +589,7 @@ class Bus:
             (indexes, self._publishers[partition].publish([events[index] for index in indexes]))
             for partition, indexes in by_partition.items()
         ]
+        epoch = self._link.epoch
         writes: list[Any] = [None] * len(events)
         try:
             for indexes, parts in futures:
@@ -472,7 +604,7 @@ class Bus:
             raise
         for table, length in (embedding_lengths or {}).items():
             if table not in self._embedding_lengths:
-                self._own_embeddings[table] = length
+                _keep(self._own_embeddings, table, length)
         receipts = [
             Receipt(self, event.id or event.dimensions.room, write)
             for event, write in zip(events, writes, strict=True)
@@ -483,6 +615,10 @@ class Bus:
                     "the log can't be reached: the write is in the outbox, and will be logged, but is not synced"
                 )
             await asyncio.gather(*(self._syncers[partition].sync() for partition in by_partition))
+            if epoch and epoch != self._link.epoch:
+                raise DurabilityUnavailable(
+                    "Redis failed over or restarted before the write was synced: it may be lost"
+                )
         elif durability == "committed":
             await asyncio.gather(*(receipt.committed(self.settings.write_timeout) for receipt in receipts))
         return receipts
@@ -517,10 +653,13 @@ class Bus:
         return self._logged(partition, event, None)
 
     def _published(self, partition: int, write: Write | None, version: Version) -> None:
-        """A write is out of the outbox and in the log; None for one of an earlier process."""
+        """A write is out of the outbox and in the log; None for one of an earlier process, or that nobody holds."""
         self._saw(partition, version)
         if write is not None:
             self._marks.logged(write, version)
+        else:
+            deadline = asyncio.get_running_loop().time() + self.settings.own_write_timeout
+            self._marks.cover(partition, version, deadline)
 
     def _saw(self, partition: int, version: Version) -> None:
         self._seen[partition] = max(self._seen.get(partition, version), version)
@@ -528,6 +667,7 @@ class Bus:
     def _drop(self, event: Event) -> list[str]:
         """Drop what a write touches; the scopes that are known from the event alone."""
         if event.op == DELETE_ROOM:
+            self._local.drop_orphans()
             for scope in list(self._local):
                 if not scope.startswith("room:"):
                     self._local.drop(scope)
@@ -559,15 +699,56 @@ class Bus:
             forgotten, _ = self._dimensions.popitem(last=False)
             self._deleted.discard(forgotten)
 
-    async def _find_dimensions(self, id: str) -> Dimensions | None:
-        """The dimensions of a memory that there is, or was when this bus last heard of it; else None."""
+    async def _find_dimensions(self, id: str, *, there: bool = False) -> Dimensions | None:
+        """The dimensions of a memory that there is, or was when this bus last heard of it; else None.
+
+        there: only if it still is, as far as the nearest tier that has it can tell
+        """
         known = self._known_dimensions(id)
-        if known is None or id in self._deleted:
+        deleted = id in self._deleted
+        scope = id_scope(id)
+        # A write of our own that is on its way says so itself; what is stored, somebody else may have deleted since.
+        on_its_way = id in self._dimensions and scope in self._marks
+        if known is not None and not deleted and (on_its_way or not there):
+            return known
+        try:
             memory = await self.get(id)
-            known = None if memory is None else memory.dimensions
-        return known
+        except StoreUnavailable:
+            if known is None or deleted:
+                raise
+            return known
+        if memory is not None:
+            return memory.dimensions
+        if scope in self._marks or (self._outbox is not None and self._outbox.waiting):
+            return await self._find_pending(id)
+        return None
+
+    async def _find_pending(self, id: str) -> Dimensions | None:
+        """The dimensions of a memory by the last that the outbox or the log has of it which is not applied yet; None if
+        it was deleted there, or is nowhere. NotCommitted if that can't be known now."""
+        if self._outbox is not None and self._outbox.waiting:
+            event = await self._outbox.last_of(id)
+            if event is not None:
+                return None if event.op == DELETE else event.dimensions
+        try:
+            async with asyncio.timeout(self.settings.write_timeout):
+                found = await last_pending(self._link, self._marks, id)
+        except (*AWAY, RedisError) as error:
+            raise NotCommitted(
+                f"whether there is a memory {id} can't be known now: earlier writes of this bus are not in the store"
+                f" yet, and the log can't be searched for it ({str(error) or 'it takes too long'}); nothing was written"
+            ) from None
+        if found is not None:
+            return None if found.op == DELETE else found.dimensions
+        memory = await self.get(id)  # it may have been applied before we looked there
+        return None if memory is None else memory.dimensions
 
     async def _committed(self, write: Write, timeout: float) -> None:
+        if self._state == "closed" and not write.applied:
+            raise BusClosed(
+                "the bus was closed before the store was known to have the write; what is in the log or the outbox"
+                " goes on from there"
+            )
         self._check_open()
         await self._marks.wait(write, timeout)
 
@@ -624,10 +805,15 @@ class Bus:
 
         Raises InvalidQuery, or StoreUnavailable if no tier can answer.
         """
+        if type(limit) is not int:  # True is 1 to a cache
+            limit = limit_of(limit)
         key: Any = limit  # nothing else: what is asked for in nearly every case makes no tuple
         narrower = entity is not None or agent is not None or world is not None
         if room is not None and not narrower and before is None and after is None:
-            scope = f"room:{table}:{room}"
+            try:
+                scope = ROOM_SCOPES[table][room]
+            except (KeyError, TypeError):
+                scope = room_scope(table, room)
         else:
             scope = scope_of(table, room, entity, agent, world)
             key = (limit, entity, agent, world)
@@ -651,7 +837,7 @@ class Bus:
         before: Place | None,
         after: Place | None,
     ) -> Memories:
-        if not isinstance(limit, int) or not 1 <= limit <= MAX_LIMIT:
+        if not 1 <= limit <= MAX_LIMIT:
             raise InvalidQuery(f"limit must be between 1 and {MAX_LIMIT}, not {limit!r}")
         query = query_of(table, room, entity, agent, world, before, after)
 
@@ -716,6 +902,7 @@ class Bus:
 
         Raises LogUnavailable while writes wait in the outbox: they have no version yet that could be waited for.
         """
+        self._check_process()
         if self._outbox is not None and self._outbox.waiting:
             raise LogUnavailable(
                 f"{self._outbox.waiting} writes wait in the outbox: a token can't name them yet"
@@ -730,9 +917,10 @@ class Bus:
         """
         self._check_open()
         wanted = self._parse_token(token)
+        deadline = asyncio.get_running_loop().time() + timeout
         try:
-            async with asyncio.timeout(timeout):
-                await self._observe(wanted)
+            async with asyncio.timeout_at(deadline):
+                await self._observe(wanted, deadline)
         except TimeoutError:
             raise NotCommitted(
                 f"what the token names was not in the store after {timeout:g} s. Are workers running?"
@@ -750,13 +938,16 @@ class Bus:
             raise InvalidQuery("the token is of a bus with other log partitions")
         return wanted
 
-    async def _observe(self, wanted: dict[int, Version]) -> None:
+    async def _observe(self, wanted: dict[int, Version], deadline: float) -> None:
+        """Return once all of it is applied and fanned out, and that is known here; TimeoutError after the deadline."""
         left = dict(wanted)
         pause = 0.002
         while left:
+            self._check_open()
+            self._check_time(deadline)
             try:
                 states = await self._marks.state(list(left))
-            except AWAY as error:
+            except (*AWAY, RedisError, SettingsError) as error:
                 logger.debug("can't ask what is applied: %s", error)
             else:
                 left = {
@@ -770,12 +961,22 @@ class Bus:
             pause = min(pause * 1.5, 0.05)
         # All of it is fanned out. What the fan-out has not brought here yet, a heartbeat fetches.
         while not await self._feed.sync():
+            self._check_time(deadline)
             logger.debug("the heartbeat failed; another one")
+        # What is being loaded under a scope that the bus does not listen to may be from before.
+        self._local.drop_orphans()
+
+    @staticmethod
+    def _check_time(deadline: float) -> None:
+        """A timeout cancels once, and that may be lost while a connection is made: see tasks.py."""
+        if asyncio.get_running_loop().time() > deadline:
+            raise TimeoutError
 
     # What it tells of itself
 
     def stats(self) -> Stats:
         """Figures since the bus was opened."""
+        self._check_process()
         local, shared, feed, tiers = self._local, self._shared, self._feed, self._tiers
         return Stats(
             hits_local=local.hits,
@@ -812,57 +1013,39 @@ class Bus:
             breaches_shared=self._shadow.breaches_shared,
         )
 
-    async def health(self) -> Health:
-        """How the bus is, now: asks Redis and the store."""
-        self._check_open()
-        problems: list[str] = []
-        redis, backlog, dead = await self._redis_health(problems)
-        try:
-            schema = await self._reader.schema()
-            store = f"schema {schema}"
-        except StoreError as error:
-            store = str(error)
-            problems.append(f"the store can't be read: {error}")
-        if self._outbox is not None and self._outbox.waiting:
-            problems.append(f"{self._outbox.waiting} writes wait in the outbox {self._outbox.where}")
-        if self._shared.trouble:
-            problems.append(f"results can't be shared, so reads go to the store: {self._shared.trouble}")
-        shadow = self._shadow
-        if shadow.breaches_local or shadow.breaches_shared:
-            problems.append(
-                f"copies were older than promised: {shadow.breaches_local} local, {shadow.breaches_shared} shared;"
-                " the log names them"
-            )
-        age = clock() - self._feed.last_good
-        if clock() < self._local.fresh_until:
-            feed = f"local copies are served; verified {age:.1f} s ago"
-        else:
-            feed = "local copies are not served"
-            problems.append(f"the feed is not verified: {self._feed.trouble or 'no heartbeat yet'}")
-        return Health(not problems, redis, store, feed, backlog, dead, tuple(problems))
+    async def health(self, timeout: float = 2.0) -> Health:
+        """How the bus is, now: asks Redis and the store, for ``timeout`` seconds at most. Raises only BusClosed."""
+        self._check_state()
+        return await self._checkup.health(timeout)
 
-    async def _redis_health(self, problems: list[str]) -> tuple[str, int, int]:
-        keys = self._link.keys
-        partitions = range(self.settings.log_partitions)
-        try:
-            replies = await self._link.pipeline(
-                [("HMGET", keys.meter(p), "added", "applied") for p in partitions]
-                + [("XLEN", keys.dead(p)) for p in partitions],
-                pool=self._link.probe,
-            )
-        except (*AWAY, RedisError, SettingsError) as error:
-            problems.append(f"Redis can't be used: {error}")
-            return str(error), -1, -1
-        for reply in replies:
-            if isinstance(reply, Exception):
-                problems.append(f"Redis can't be used: {reply}")
-                return str(reply), -1, -1
-        meters, letters = replies[: len(partitions)], replies[len(partitions) :]
-        backlog = sum(int(added or 0) - int(applied or 0) for added, applied in meters)
-        dead = sum(letters)
-        if dead:
-            problems.append(f"{dead} dead letters: writes that no worker could apply")
-        return str(self._link.server), max(backlog, 0), dead
+
+_buses: weakref.WeakSet[Bus] = weakref.WeakSet()
+"""All that there are in this process."""
+
+
+def _after_fork() -> None:
+    for bus in list(_buses):
+        bus._fork()
+
+
+def _at_exit() -> None:
+    """A bus that nobody closed ends with the process. To take it apart would be of no use, and its tasks and
+    connections would complain of it, each with a traceback."""
+    for bus in list(_buses):
+        if bus._state == "open":
+            _keep_forever(bus)
+
+
+if hasattr(os, "register_at_fork"):  # not on Windows, which does not fork
+    os.register_at_fork(after_in_child=_after_fork)
+atexit.register(_at_exit)
+
+
+def _keep_forever(thing: object) -> None:
+    """Have the interpreter not forget an object, nor what it refers to, even as it ends."""
+    import ctypes
+
+    ctypes.pythonapi.Py_IncRef(ctypes.py_object(thing))
 
 
 __all__ = ["KEEP", "Bus", "Receipt", "connect"]

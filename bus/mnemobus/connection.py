@@ -1,12 +1,17 @@
 """Connections to Redis, and what has to be known about the server before one is used.
 
-Every connection, of every pool, begins with the same handshake. It asks the server for its run id: one round
-trip. A run id that this process has not met means that the server restarted, failed over or was restored, and
-may have lost its last second. Then, on that very connection and before anything else is sent on it:
+Every connection, of every pool, begins with the same handshake. It asks the server for its role and its run id: one
+round trip. A replica is refused: it doesn't know what happens, and takes no writes; as it may become the master, or the
+address may lead to another server soon, it counts as away. A connection that is open when its server becomes one is
+given up with the first answer that says so (redis_errors.py), and with it all others: new ones find the new master.
+
+A run id that this process has not met means that the server restarted, failed over or was restored, and may have lost
+its last second. A server that was a replica meanwhile may have lost more: it took over what its master had. Then, on
+that very connection and before anything else is sent on it:
 
 1. the eviction policy is checked: under ``allkeys-*`` Redis may drop the log, and is refused;
 2. the layout (how many partitions) is agreed on: whoever is configured differently is refused;
-3. the epoch is agreed on. An unseen run id begins a new one; the first to say so names it.
+3. the epoch is agreed on. An unseen run id, or an unseen promotion, begins a new one; the first to say so names it.
 
 L2 buckets carry the epoch in their key, so what was cached before a restart is out of reach after it. An
 epoch that changes while a command is on its way makes that command's keys those of the old epoch: whoever put
@@ -20,6 +25,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import re
 import secrets
 from collections.abc import Callable, Generator, Sequence
 from contextlib import suppress
@@ -33,24 +39,18 @@ import redis
 import redis.asyncio
 from redis.asyncio.connection import AbstractConnection
 from redis.backoff import NoBackoff
-from redis.exceptions import AuthenticationError, NoScriptError, OutOfMemoryError, RedisError, ResponseError
+from redis.exceptions import NoScriptError, RedisError, ResponseError
 from redis.maint_notifications import MaintNotificationsConfig
 
-from .errors import SettingsError, UnsafeRedis
+from . import password
+from .errors import AccessDenied, SettingsError, UnsafeRedis
 from .keys import Keyspace
+from .redis_errors import AWAY, PASSING, REPLACED, Unfit, code_of, meaning
 from .settings import POLICIES, Settings, hide_password
 from .tasks import end
 from .wire import Argument, Command, Pool, Wire
 
 logger = logging.getLogger("mnemobus.connection")
-
-AWAY = (redis.exceptions.ConnectionError, redis.exceptions.TimeoutError, OSError, TimeoutError)
-"""What a Redis that can't be reached looks like."""
-
-
-def is_full(error: ResponseError) -> bool:
-    """Whether Redis refuses for lack of memory; 6.2 says so of a script in other words."""
-    return isinstance(error, OutOfMemoryError) or "OOM command not allowed" in str(error)
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,6 +102,7 @@ class Server:
     version           of that product, for people
     speaks            the version of Redis whose commands it has
     run_id            new with every start of the server process
+    promotion         new whenever it becomes the master, having been a replica; empty if it never was, or forgot
     policy            its maxmemory-policy
     max_memory        bytes, 0 for no limit
     aof, fsync_always whether it has an append-only file, and writes it before it answers
@@ -112,6 +113,7 @@ class Server:
     version: str
     speaks: tuple[int, int]
     run_id: str
+    promotion: str
     policy: str
     max_memory: int
     aof: bool
@@ -120,6 +122,30 @@ class Server:
 
     def __str__(self) -> str:
         return f"{'Valkey' if self.name == 'valkey' else 'Redis'} {self.version}"
+
+
+_TRANSPORTS = {
+    "redis": (redis.asyncio.Connection, redis.Connection),
+    "rediss": (redis.asyncio.SSLConnection, redis.SSLConnection),
+    "unix": (redis.asyncio.UnixDomainSocketConnection, redis.UnixDomainSocketConnection),
+}
+"""How a server is reached, by the scheme of its URL: from asyncio, and from threads."""
+
+
+def _address(url: str) -> tuple[tuple[type[Any], type[Any]], dict[str, Any]]:
+    """The classes of its connections, and their options. SettingsError for a URL that none can be made from."""
+    classes = _TRANSPORTS[url.partition(":")[0].lower()]
+    options: dict[str, Any] = {}
+    try:
+        options = dict(redis.asyncio.connection.parse_url(url))
+        options.pop("connection_class", None)
+        for cls in classes:
+            cls(**options)
+    except (TypeError, ValueError, AttributeError, RedisError) as error:
+        named = [name for name in options if f"'{name}'" in str(error)]
+        what = f"?{named[0]}= is no option of such a connection; leave it out" if named else error
+        raise SettingsError(f"REDIS_URL: {what}") from None
+    return classes, options
 
 
 def parse_info(reply: Any) -> dict[str, str]:
@@ -136,12 +162,15 @@ class _Link:
         self.settings = settings
         self.keys = Keyspace(settings.redis_key_prefix, settings.log_partitions, settings.feed_partitions)
         self.server: Server | None = None
+        self.give_way_at = 0.0
+        """When, by the cache's clock, L2 may be asked again to make room for the log."""
         self.epoch = ""
         """The epoch in force, as far as this process knows; empty before the first connection."""
         self.on_epoch: list[Callable[[str], None]] = []
         """Called, with the new epoch, whenever it changed; never for the first."""
         self.on_late: list[Callable[[], None]] = []
         """Called when the log answered a write in another epoch than it was asked in."""
+        self._class, self._address = _address(settings.redis_url)
 
     @property
     def address(self) -> str:
@@ -150,10 +179,10 @@ class _Link:
 
     def _options(self) -> dict[str, Any]:
         settings = self.settings
-        options: dict[str, Any] = dict(redis.asyncio.connection.parse_url(settings.redis_url))
-        options.pop("connection_class", None)
-        if settings.redis_password is not None:
-            options["password"] = settings.redis_password
+        options = dict(self._address)
+        word = settings.redis_password or password.find(settings)
+        if word is not None:
+            options["password"] = word
         if settings.redis_db is not None:
             options["db"] = settings.redis_db
         options.update(
@@ -168,21 +197,26 @@ class _Link:
 
     def handshake(self) -> Generator[Command, Any, None]:
         """The commands that open every connection, as a dialogue: yields one, is sent the reply."""
-        # Of the first one everything is asked at once: Redis before 7 can't be asked for a few sections.
-        info = parse_info((yield ("INFO",) if self.server is None else ("INFO", "server")))
-        run_id = info.get("run_id", "")
+        info = parse_info((yield ("INFO",)))
+        run_id, role = info.get("run_id", ""), info.get("role", "")
         if not run_id:
             raise SettingsError(
                 f"{self.address} does not tell its run_id in INFO server: is it a Redis server?"
             )
-        if self.server is not None and run_id == self.server.run_id:
-            return
-        yield from self.meet(info)
+        if info.get("redis_mode") == "sentinel":
+            raise SettingsError(
+                f"Redis at {self.address} is a Sentinel, which is not supported: set REDIS_URL to the address of the"
+                " master itself"
+            )
+        if role in ("slave", "replica"):
+            where = f"{info.get('master_host', '?')}:{info.get('master_port', '?')}"
+            raise Unfit(f"Redis at {self.address} is a replica, of {where}, and takes no writes")
+        known = self.server
+        if known is None or run_id != known.run_id or _promotion(info) not in ("", known.promotion):
+            yield from self.meet(info)
 
     def meet(self, info: dict[str, str]) -> Generator[Command, Any, None]:
         """Check a server process that is new to this one, and agree with everyone on layout and epoch."""
-        if self.server is not None:
-            info = parse_info((yield ("INFO",)))
         try:
             reply = yield ("CONFIG", "GET", "appendfsync")
             fsync_always = b"always" in (reply.values() if isinstance(reply, dict) else reply)
@@ -195,10 +229,10 @@ class _Link:
                 " log. Set it to noeviction or volatile-lru:  redis-cli CONFIG SET maxmemory-policy noeviction"
                 "  (and in redis.conf)"
             )
-        yield from self.agree(server.run_id)
+        yield from self.agree(server)
         self.server = server
 
-    def agree(self, run_id: str) -> Generator[Command, Any, None]:
+    def agree(self, server: Server) -> Generator[Command, Any, None]:
         """Agree with everyone who uses this prefix on layout and epoch."""
         mine = (self.keys.log_partitions, self.keys.feed_partitions)
         reply = yield evaluate((script("layout"), [self.keys.layout], mine))
@@ -215,7 +249,9 @@ class _Link:
                 " Partition counts can't change while a bus is in use: set it to what is there,"
                 " or use another REDIS_KEY_PREFIX"
             )
-        reply = yield evaluate((script("epoch"), [self.keys.epoch], (run_id, secrets.token_hex(6))))
+        reply = yield evaluate(
+            (script("epoch"), [self.keys.epoch], (server.run_id, secrets.token_hex(6), server.promotion))
+        )
         self.enter(reply.decode())
 
     def enter(self, epoch: str) -> None:
@@ -226,21 +262,46 @@ class _Link:
             for callback in self.on_epoch:
                 callback(epoch)
 
+    def proof(self) -> Command:
+        """A command that only a server which takes writes carries out, without effect on one that a connection met."""
+        return ("HSETNX", self.keys.layout, "log_partitions", self.keys.log_partitions)
+
     def explain(self, error: Exception) -> Exception:
-        """A refused login as the SettingsError that it is; any other error as it is."""
-        if isinstance(error, AuthenticationError) or "NOAUTH" in str(error) or "WRONGPASS" in str(error):
-            return SettingsError(f"Redis at {self.address} refuses the login: {error}. Set REDIS_PASSWORD")
-        return error
+        """What an error in a handshake, or on the way there, is to whoever wanted the connection: a SettingsError if
+        somebody has to see to it, else one of AWAY."""
+        if isinstance(error, SettingsError):
+            return error
+        code = code_of(error)
+        told = f"Redis at {self.address} can't be used: {meaning(error)}"
+        if code in ("NOAUTH", "WRONGPASS"):
+            hint = ""
+            if not password.has_password(self.settings):
+                hint = "; or set MNEMOBUS_DATA_DIR as `mnemobus up` has it, which keeps its password there"
+            return AccessDenied(
+                f"Redis at {self.address} refuses the login: {error}. Set REDIS_PASSWORD{hint}"
+            )
+        if code == "NOPERM":
+            return AccessDenied(told)
+        if code == "OOM" or (code in PASSING and code not in ("MOVED", "ASK")):
+            return Unfit(told)
+        return error if isinstance(error, AWAY) else SettingsError(told)
+
+
+def _promotion(info: dict[str, str]) -> str:
+    """What names the last time that a server was promoted: the history that it followed until then."""
+    history = info.get("master_replid2", "")
+    return history if history.strip("0") else ""
 
 
 def _server(info: dict[str, str], fsync_always: bool) -> Server:
-    major, minor, *_ = (*info.get("redis_version", "0.0").split("."), "0", "0")
+    major, minor, *_ = (*re.findall(r"\d+", info.get("redis_version", "")), "0", "0")
     valkey = "valkey_version" in info
     return Server(
         name="valkey" if valkey else "redis",
         version=info["valkey_version"] if valkey else info.get("redis_version", "?"),
         speaks=(int(major), int(minor)),
         run_id=info["run_id"],
+        promotion=_promotion(info),
         policy=info.get("maxmemory_policy", "noeviction"),
         max_memory=int(info.get("maxmemory", 0)),
         aof=info.get("aof_enabled") == "1",
@@ -250,15 +311,16 @@ def _server(info: dict[str, str], fsync_always: bool) -> Server:
 
 
 class Link(_Link):
-    """The bus's link to Redis. Every method raises one of AWAY if Redis can't be reached."""
+    """The bus's link to Redis. Every method raises one of AWAY if Redis can't be reached, a SettingsError if it is not
+    fit for use until somebody sees to it."""
 
     def __init__(self, settings: Settings) -> None:
         super().__init__(settings)
-        self._class = redis.asyncio.connection.parse_url(settings.redis_url).get(
-            "connection_class", redis.asyncio.Connection
-        )
+        self.on_given_up: list[Callable[[Exception], None]] = []
+        """Called when connections were given up because their server said that it takes no writes."""
         self.pool = Pool(
             self._connect,
+            on_refusal=self.give_up,
             timeout=settings.redis_timeout,
             minimum=settings.redis_pool_min,
             maximum=settings.redis_pool_max,
@@ -267,7 +329,11 @@ class Link(_Link):
             destroy=settings.redis_destroy_timeout / 1000,
         )
         self.probe = Pool(
-            self._connect, timeout=settings.redis_timeout, maximum=4, acquire=settings.redis_timeout
+            self._connect,
+            on_refusal=self.give_up,
+            timeout=settings.redis_timeout,
+            maximum=4,
+            acquire=settings.redis_timeout,
         )
         """For the heartbeat, which must not wait behind a busy pool: what it measures is the link, not the load."""
         self._reaper: asyncio.Task[None] | None = None
@@ -276,6 +342,13 @@ class Link(_Link):
         connection = self.dedicated()
         await connection.connect()
         return Wire(connection)
+
+    def give_up(self, refusal: Exception) -> None:
+        """All connections lead to a server that takes no writes: cut them. New ones may lead to another."""
+        self.pool.renew()
+        self.probe.renew()
+        for callback in self.on_given_up:
+            callback(refusal)
 
     async def _on_connect(self, connection: AbstractConnection) -> None:
         try:
@@ -311,7 +384,7 @@ class Link(_Link):
     def options(self) -> dict[str, Any]:
         """What redis-py is given to open a connection, its class among it; without our handshake."""
         options = self._options()
-        options["connection_class"] = self._class
+        options["connection_class"] = self._class[0]
         options["retry"] = redis.asyncio.retry.Retry(NoBackoff(), 0)
         options.pop("maint_notifications_config")  # for a client of redis-py, not for a connection
         return options
@@ -369,7 +442,7 @@ class Link(_Link):
         connection = self.dedicated()
         try:
             await connection.connect()
-            await self._converse(connection, self.agree(server.run_id))
+            await self._converse(connection, self.agree(server))
         finally:
             await connection.disconnect(nowait=True)
 
@@ -378,16 +451,30 @@ def _command(item: Command | Call, form: Callable[[Call], Command]) -> Command:
     return form(item) if isinstance(item[0], Script) else item
 
 
+def _giving_up(base: type[Any]) -> type[Any]:
+    """A class of connections that are replaced, once given back, when their server said that it takes no writes."""
+
+    class GivingUp(base):  # type: ignore[misc]
+        def read_response(self, *args: Any, **options: Any) -> Any:
+            try:
+                return super().read_response(*args, **options)
+            except RedisError as error:
+                if code_of(error) in REPLACED:
+                    self.mark_for_reconnect()
+                raise
+
+    return GivingUp
+
+
 class ThreadedLink(_Link):
-    """The workers' link to Redis: the same handshake, for threads. Raises one of AWAY as `Link` does."""
+    """The workers' link to Redis: the same handshake, for threads. Raises as `Link` does."""
 
     def __init__(self, settings: Settings, connections: int) -> None:
         super().__init__(settings)
         options = self._options()
-        cls = redis.connection.parse_url(settings.redis_url).get("connection_class", redis.Connection)
         self.client = redis.Redis(
             connection_pool=redis.BlockingConnectionPool(
-                connection_class=cls,
+                connection_class=_giving_up(self._class[1]),
                 max_connections=connections,
                 timeout=settings.redis_acquire_timeout / 1000,
                 retry=redis.retry.Retry(NoBackoff(), 0),
@@ -397,6 +484,8 @@ class ThreadedLink(_Link):
         )
 
     def _on_connect(self, connection: Any) -> None:
+        # An embedded server has another password each time that it is started; the pool has that of the first.
+        connection.password = password.find(self.settings) or connection.password
         try:
             connection.on_connect()
             self._converse(connection, self.handshake())

@@ -4,7 +4,9 @@
 
     MnemobusError
      ├─ SettingsError            a setting is missing, malformed or contradicts what is in Redis
-     │   └─ UnsafeRedis          the Redis server could evict the log
+     │   ├─ UnsafeRedis          the Redis server could evict the log
+     │   ├─ AccessDenied         Redis refuses the login, or its user lacks a permission
+     │   └─ IdentityMismatch     the store is not the one that belongs to this bus
      ├─ InvalidMemory            a write was refused before anything left the process
      │   ├─ MemoryTooLarge
      │   └─ DimensionChanged     a write would change a memory's table, room, agent, entity or world
@@ -20,11 +22,13 @@
      ├─ NotCommitted             the store did not have the write within the given time
      ├─ StoreError
      │   ├─ StoreUnavailable     the database can't be reached, or is not in a state to answer
-     │   ├─ SchemaError          the database's schema does not fit this version
+     │   │   └─ StoreTooSlow     it did not get done in time, or has no memory for so much at once
+     │   ├─ SchemaError          the database's schema does not fit, or its tables may not be used
      │   └─ Rejected             the database refuses this data; the data's fault, not the database's
      ├─ BadEvent                 an entry of the log that can't be decoded
      ├─ LogTrimmed               a replay asks for events that the log no longer has
      ├─ EmbeddedServerError      no server binary for the embedded Redis, or it did not start
+     ├─ WrongLoop                the bus was used in another event loop, thread or process than it was opened in
      └─ BusClosed                the bus was used before it was opened or after it was closed
 """
 
@@ -41,6 +45,14 @@ class SettingsError(MnemobusError):
 
 class UnsafeRedis(SettingsError):
     """The Redis server could evict the log; the message names the fix."""
+
+
+class AccessDenied(SettingsError):
+    """Redis refuses the login, or its user lacks a permission; the message says which."""
+
+
+class IdentityMismatch(SettingsError):
+    """The store and the bus in Redis don't belong together; the message names both."""
 
 
 class InvalidMemory(MnemobusError, ValueError):
@@ -60,7 +72,7 @@ class MemoryTooLarge(InvalidMemory):
 
 
 class DimensionChanged(InvalidMemory):
-    """A write would change a dimension of a memory that exists; dimensions never change."""
+    """A write would change a dimension of a memory that is there; it can have others once it was deleted."""
 
 
 class InvalidQuery(MnemobusError, ValueError):
@@ -119,8 +131,12 @@ class StoreUnavailable(StoreError):
     """The database can't be reached, or is in no state to answer; trying again later can help."""
 
 
+class StoreTooSlow(StoreUnavailable):
+    """The database did not get done in time, or had no memory for it; less at once, or more time, can help."""
+
+
 class SchemaError(StoreError):
-    """The database's schema does not fit this version of mnemobus."""
+    """The database's schema does not fit this version of mnemobus, or its tables are none of mnemobus's."""
 
 
 class Rejected(StoreError):
@@ -141,3 +157,7 @@ class EmbeddedServerError(MnemobusError):
 
 class BusClosed(MnemobusError, RuntimeError):
     """The bus was used before it was opened or after it was closed."""
+
+
+class WrongLoop(MnemobusError, RuntimeError):
+    """The bus was used in another event loop, thread or process than the one in which it was opened."""

@@ -18,6 +18,11 @@ long as someone goes through the stream from the position on:
 - Only a heartbeat that left every position at (or beyond) its head moves `LocalCache.fresh_until` on, to the moment
   the heartbeat *began* plus ``max_staleness``. A lost message, a half-open link or a reconnect without a word thus
   costs at most that much (G5), whatever pub/sub does; pub/sub is what makes it fast.
+- A heartbeat proves that it speaks to the server that takes the writes. A server that has become a replica goes on
+  telling heads, those that it knows of; what is written elsewhere by now it may never hear. So a write without effect
+  goes along with each heartbeat, and is the last of it. What refuses it (READONLY, say, or NOREPLICAS: it may have been
+  left behind) verifies nothing. A server that only can't (full, or without room on its disk) and says that it is the
+  master does: nobody else can write either.
 - A new epoch (Redis restarted, failed over or was flushed) drops everything, and positions are read anew.
 
 Joining a partition: SUBSCRIBE, its confirmation, then the head as the position; what arrives meanwhile is kept
@@ -38,14 +43,15 @@ from typing import TYPE_CHECKING, Any
 
 import orjson
 from redis.asyncio.connection import AbstractConnection
-from redis.exceptions import RedisError, ResponseError
+from redis.exceptions import RedisError
 
-from .connection import AWAY, Call, Link, script
-from .errors import SettingsError
+from .connection import Call, Link, parse_info, script
+from .errors import AccessDenied, BusClosed, SettingsError
 from .inquiry import Inquiry, decode_inquiry, encode_holding
 from .keys import Version
 from .local import LocalCache, clock
 from .marks import Marks
+from .redis_errors import AWAY, Unfit, code_of, meaning
 from .tasks import end
 from .wire import Busy, Command
 
@@ -56,8 +62,12 @@ logger = logging.getLogger("mnemobus.feed")
 
 REPLAY = 500
 """Messages read at a time when the feed is replayed."""
+EARLY = 4_096
+"""Messages of a partition that wait at most until its position is known."""
 _GRACE = (0.002, 0.005, 0.010)
 """Seconds that a head may be ahead of its position before pub/sub counts as having lost something."""
+_LISTEN_PATIENCE = 0.5
+"""Seconds that a bus which opens waits to be told that it may listen."""
 _ANSWERING = 16
 """Questions that are answered at once; who asks more is not answered."""
 _LINGER = 30.0
@@ -161,7 +171,13 @@ class Feed:
         self._partitions: dict[int, _Partition] = {}
         self._by_channel: dict[bytes, _Partition] = {}
         self._connection: AbstractConnection | None = None
+        self._listening_to = ""
+        """The run id of the server at its other end."""
         self._heard = clock()
+        self._listened = asyncio.Event()
+        """Set once we listen, or know why not."""
+        self._denied: AccessDenied | None = None
+        """What Redis did not let us do when it was last asked."""
         self._tasks: set[asyncio.Task[None]] = set()
         self._wake = asyncio.Event()
         self._epoch_doubts = 0
@@ -169,10 +185,17 @@ class Feed:
         self._answering = 0
         self._beats = 0
         self._beaten = asyncio.Condition()
+        self._stopped = False
         self.up = False
         """Whether the last heartbeat reached Redis."""
         self.trouble = ""
-        """Why it did not, for people."""
+        """Why it did not, or why what it reached is not fit for use, for people."""
+        self.refusal = ""
+        """Why Redis takes no writes, though it is the master: for people, as the last good heartbeat found it."""
+        self.deaf = ""
+        """Why there is no connection that listens, for people; empty while there is one."""
+        self.on_back: list[Callable[[], None]] = []
+        """Called when a heartbeat is good again."""
         self.last_good = 0.0
         """When, by `clock`, the last good heartbeat began."""
         self.invalidations = 0
@@ -187,21 +210,35 @@ class Feed:
     # Life
 
     async def start(self) -> None:
-        """Begin to listen and to beat; returns after the first heartbeat, good or not."""
+        """Begin to listen and to beat; returns after the first heartbeat, good or not.
+
+        AccessDenied if Redis does not let us do one of them.
+        """
         self._link.on_epoch.append(self._on_epoch)
         self._link.on_late.append(self._on_late)
+        self._link.on_given_up.append(self._on_given_up)
         self._spawn("feed-listen", self._listen)
         await self._beat_once()
         self._spawn("feed-heartbeat", self._beat)
+        if self.up:
+            with suppress(TimeoutError):
+                async with asyncio.timeout(_LISTEN_PATIENCE):
+                    await self._listened.wait()
+        if self._denied is not None:
+            raise self._denied
 
     async def close(self) -> None:
+        self._stopped = True
         await end(self._tasks)
+        async with self._beaten:
+            self._beaten.notify_all()
         if self._connection is not None:
             with suppress(*AWAY, RedisError):
                 await self._connection.disconnect(nowait=True)
         with suppress(ValueError):
             self._link.on_epoch.remove(self._on_epoch)
             self._link.on_late.remove(self._on_late)
+            self._link.on_given_up.remove(self._on_given_up)
 
     def _spawn(self, name: str, work: Callable[[], Awaitable[None]]) -> None:
         """Run a task for the life of the feed: if it dies, say so, and start it again."""
@@ -212,6 +249,8 @@ class Feed:
                     await work()
                     return
                 except Exception:
+                    if asyncio._get_running_loop() is None:  # it is being forgotten, together with its loop
+                        return
                     self.restarted_tasks += 1
                     logger.exception("%s died; starting it again", name)
                     await asyncio.sleep(self._settings.redis_create_retry_interval / 1000)
@@ -258,33 +297,41 @@ class Feed:
 
     async def _listen(self) -> None:
         """Hold a connection to Redis, subscribed to all partitions, and hear what comes."""
-        said = ""
         while True:
             connection = self._link.dedicated()
             try:
                 await connection.connect()
-                said = ""
                 self._heard = clock()
                 for partition in self._partitions.values():
                     partition.confirmed = False
-                channels = [p.channel for p in self._partitions.values()]
-                if self.live is not None:
-                    self.live.listener.disconnected()
-                    channels += self.live.listener.names
+                live = [] if self.live is None else self.live.listener.disconnected()
                 self._connection = connection
-                await connection.send_command("SUBSCRIBE", self._own_channel, *channels, check_health=False)
+                self._listening_to = "" if self._link.server is None else self._link.server.run_id
+                channels = [p.channel for p in self._partitions.values()]
+                await self.send("SUBSCRIBE", self._own_channel, *channels, *live)
                 while True:
                     self._hear(await connection.read_response(timeout=float("inf"), push_request=True))
             except (*AWAY, RedisError, SettingsError) as error:
-                if str(error) != said:
-                    said = str(error)
-                    logger.warning("the feed's connection to Redis at %s broke: %s", self._link.address, said)
+                self._broke(error)
             finally:
                 self.reconnects += self._connection is not None
                 self._connection = None
                 with suppress(*AWAY, RedisError):
                     await connection.disconnect(nowait=True)
             await asyncio.sleep(self._retry)
+
+    def _broke(self, error: Exception) -> None:
+        """There is no listening connection, or none any more."""
+        self._note_denial(error)
+        self._listened.set()
+        said, self.deaf = self.deaf, meaning(error)
+        if self.deaf != said:
+            logger.warning("the feed's connection to Redis at %s broke: %s", self._link.address, self.deaf)
+
+    def _note_denial(self, error: Exception) -> None:
+        explained = self._link.explain(error)
+        if isinstance(explained, AccessDenied):
+            self._denied = explained
 
     def _hear(self, reply: Any) -> None:
         """One push of the listening connection; never raises for what it says."""
@@ -311,6 +358,8 @@ class Feed:
             else:
                 self._receive(partition, message)
         elif kind == b"subscribe":
+            self.deaf = ""
+            self._listened.set()
             partition = self._by_channel.get(channel)
             if partition is not None and not partition.confirmed:
                 partition.confirmed = True
@@ -392,7 +441,8 @@ class Feed:
     def _receive(self, partition: _Partition, message: Invalidation) -> None:
         position = partition.position
         if position is None:
-            partition.early.append(message)
+            if len(partition.early) < EARLY:  # what is not kept shows as a gap
+                partition.early.append(message)
             self._apply(partition, message)  # a replay may be under way; to drop too much is safe
             return
         if message.id <= position:
@@ -443,16 +493,21 @@ class Feed:
         try:
             async with asyncio.timeout(self._settings.redis_timeout):
                 await self._verify()
-        except (*AWAY, ResponseError, SettingsError) as error:
+        except (*AWAY, RedisError, SettingsError) as error:
+            self._note_denial(error)
             self.failed_heartbeats += 1
-            trouble = str(error) or "no answer in time"
+            trouble = meaning(error) if str(error) else "no answer in time"
             if self.up or trouble != self.trouble:
                 logger.warning("no heartbeat with Redis at %s: %s", self._link.address, trouble)
             self.up, self.trouble = False, trouble
         else:
-            if not self.up and self.trouble:
-                logger.info("Redis at %s is back", self._link.address)
-            self.up, self.trouble = True, ""
+            was_up, self.up = self.up, True
+            if not was_up:
+                if self.trouble:
+                    logger.info("Redis at %s is back", self._link.address)
+                for callback in self.on_back:
+                    callback()
+            self.trouble = ""
             self._epoch_doubts -= doubts  # those that came meanwhile are left to the next one
             self.last_good = started
             self._local.fresh_until = started + self._settings.max_staleness
@@ -467,8 +522,15 @@ class Feed:
         async with self._beaten:
             while self._beats < target:
                 await self._beaten.wait()
+                if self._stopped:
+                    raise BusClosed("the bus was closed while a token was waited for")
                 self._wake.set()
         return self.up
+
+    def stop(self) -> None:
+        """End all waiting: the bus is being closed."""
+        self._stopped = True
+        self._wake.set()
 
     def wake(self) -> None:
         """Call the heartbeat."""
@@ -477,9 +539,27 @@ class Feed:
     def suspect(self, error: Exception) -> None:
         """A call found Redis away: look at once instead of letting others find out the same."""
         if self.up and not isinstance(error, Busy):
-            self.up, self.trouble = False, str(error)
-            logger.warning("Redis at %s does not answer: %s", self._link.address, error)
+            self.up, self.trouble = False, meaning(error)
+            logger.warning("Redis at %s can't be used: %s", self._link.address, self.trouble)
             self._wake.set()
+
+    def _on_given_up(self, refusal: Exception) -> None:
+        """Redis takes no writes, so what it says is not to be believed, and where we listen nobody speaks any more."""
+        if self.up:  # once: a new connection may lead there again, until one leads elsewhere (see `_follow`)
+            self._once(self._reconnect)
+        self.suspect(refusal)
+
+    async def _follow(self) -> None:
+        """Listen to the server that the bus has come to, if it is another one."""
+        server = self._link.server
+        if server is not None and server.run_id != self._listening_to:
+            await self._reconnect()
+
+    async def _reconnect(self) -> None:
+        """Have the listening connection replaced."""
+        connection = self._connection
+        if connection is not None:
+            await connection.disconnect(nowait=True)
 
     def _head(self, partition: _Partition) -> Call:
         return (script("head"), [self._link.keys.feed(partition.number)], ())
@@ -496,11 +576,13 @@ class Feed:
                 ("HGET", self._link.keys.epoch, "epoch"),
                 ("PUBLISH", self._own_channel, str(self._beats)),
                 *(self._head(p) for p, _ in known),
+                self._link.proof(),
             ]
-            replies = await self._link.pipeline(commands, pool=self._link.probe)
+            *replies, proof = await self._link.pipeline(commands, pool=self._link.probe)
             for reply in replies:
                 if isinstance(reply, Exception):
                     raise reply
+            refusal = await self._unwilling(proof) if isinstance(proof, Exception) else ""
             # Another connection may have been faster, and this answer may be of before: then begin again.
             if epoch != self._link.epoch:
                 continue
@@ -532,8 +614,26 @@ class Feed:
                 await self.live.verify()
             await self._look_after_link()
             if epoch == self._link.epoch:
+                self._accept(refusal)
                 return
         raise TimeoutError("Redis restarts again and again")
+
+    async def _unwilling(self, error: Exception) -> str:
+        """Why a server takes no writes that is the master nevertheless; raises if it may not be."""
+        if code_of(error) not in ("OOM", "MISCONF"):
+            raise error
+        # Both come before READONLY, so a replica may say the same.
+        info = parse_info(await self._link.command("INFO", "replication", pool=self._link.probe))
+        if info.get("role") != "master":
+            refusal = Unfit(f"Redis at {self._link.address} is no master any more")
+            self._link.give_up(refusal)
+            raise refusal
+        return meaning(error)
+
+    def _accept(self, refusal: str) -> None:
+        if refusal and not self.refusal:
+            logger.warning("Redis at %s takes no writes: %s", self._link.address, refusal)
+        self.refusal = refusal
 
     async def _catch_up(self, heads: list[tuple[_Partition, Version]]) -> None:
         for pause in _GRACE:
@@ -594,7 +694,7 @@ class Feed:
         ):
             logger.warning("nothing was heard from the feed for %.1f s: replacing its connection", silent)
             self._heard = clock()
-            await connection.disconnect(nowait=True)
+            await self._reconnect()
         now = clock()
         for partition in list(self._partitions.values()):
             if self._local.holds(partition.number):
@@ -612,6 +712,7 @@ class Feed:
 
     def _on_epoch(self, epoch: str) -> None:
         """Everything may have changed without a word."""
+        self._once(self._follow)
         self._local.clear()
         self._marks.doubt()
         for partition in self._partitions.values():

@@ -14,6 +14,8 @@ from zlib import crc32
 
 _PAIR = struct.Struct(">QQ")
 _LIMIT = 1 << 64
+SHARED_SCOPES = 4_096
+"""Combinations of names whose scopes are remembered: writes repeat them, and marks share the strings."""
 
 
 class Version(NamedTuple):
@@ -94,17 +96,22 @@ class Dimensions(NamedTuple):
         """The scopes, at most five, that a write to memory ``id`` with these dimensions touches."""
         return [f"id:{id}", *self.shared_scopes()]
 
-    def shared_scopes(self) -> list[str]:
-        """Those of them that a memory shares with others of the same dimensions."""
-        table = self.table
-        scopes = [f"room:{table}:{self.room}"]
-        if self.entity is not None:
-            scopes.append(f"entity:{table}:{self.entity}")
-        if self.agent is not None:
-            scopes.append(f"agent:{table}:{self.agent}")
-        if self.world is not None:
-            scopes.append(f"world:{table}:{self.world}")
-        return scopes
+    def shared_scopes(self) -> tuple[str, ...]:
+        """Those of them that a memory shares with others of the same dimensions; the same strings each time."""
+        return _shared_scopes(self)
+
+
+@lru_cache(SHARED_SCOPES)
+def _shared_scopes(dimensions: Dimensions) -> tuple[str, ...]:
+    table = dimensions.table
+    scopes = [f"room:{table}:{dimensions.room}"]
+    if dimensions.entity is not None:
+        scopes.append(f"entity:{table}:{dimensions.entity}")
+    if dimensions.agent is not None:
+        scopes.append(f"agent:{table}:{dimensions.agent}")
+    if dimensions.world is not None:
+        scopes.append(f"world:{table}:{dimensions.world}")
+    return tuple(scopes)
 
 
 SLOTS = 256
@@ -144,6 +151,14 @@ class Keyspace:
         """A hash: log_partitions and feed_partitions, as the first to connect wrote them."""
         self.epoch = f"{{{prefix}}}:epoch"
         """A hash: run_id of the server that the epoch began with, and the epoch."""
+        self.identity = f"{{{prefix}}}:identity"
+        """A hash: this bus, its store, and what workers note of them (see identity.py)."""
+        self.resync = f"{{{prefix}}}:resync"
+        """Names the worker that applies the log again to a store which went back in time; expires."""
+        self.workers = f"{{{prefix}}}:workers"
+        """A hash: consumer name of a worker process -> what it last told of itself (vitals.py)."""
+        self.probe = f"{{{prefix}}}:probe"
+        """Never made: a write to it, where only a key that is there would change, shows whether writes are taken."""
         self._log = [f"{{{prefix}:l{p}}}:" for p in range(log_partitions)]
         self._feed = [f"{{{prefix}:f{f}}}:" for f in range(feed_partitions)]
 
@@ -179,6 +194,10 @@ class Keyspace:
         """The stream of dead letters."""
         return self._log[partition] + "dead"
 
+    def reasons(self, partition: int) -> str:
+        """A hash: version -> what became of an event that could not be applied; see dead.lua."""
+        return self._log[partition] + "reasons"
+
     def feed(self, partition: int) -> str:
         """The stream of invalidations, and the channel that carries the same messages."""
         return self._feed[partition] + "feed"
@@ -186,6 +205,11 @@ class Keyspace:
     def bucket(self, epoch: str, scope: str) -> str:
         """The L2 hash of a scope, in an epoch."""
         return f"{self._feed[self.feed_partition(scope)]}b:{epoch}:{scope}"
+
+    @property
+    def buckets(self) -> str:
+        """A pattern, as SCAN takes it, that the names of all L2 hashes have, of whatever epoch."""
+        return f"{{{self.prefix}:f*}}:b:*"
 
     def agent_channel(self, bus_id: str) -> str:
         """The channel on which a bus probes its own link, and is asked what it holds."""

@@ -8,6 +8,10 @@ object. An invalidation meanwhile has taken the object out of the dict, so the l
 later read can see. Nothing is compared and no lock is held. Reads of one query that share a load share it
 through the bucket, for the same reason: who begins after the invalidation finds another bucket, and loads anew.
 
+That holds as well for reads whose results may not be cached, because the bus does not listen to the scope's feed
+partition, or waits for a write of its own. They share an orphan that nobody finds once the scope was invalidated, or
+once the last of their loads has ended.
+
 Freshness (G5). Nothing is served once ``fresh_until`` has passed. The feed moves it forward whenever it has
 verified that every invalidation up to a moment is applied here. The clock goes on while the machine is suspended.
 
@@ -31,6 +35,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar, Final
+from weakref import WeakValueDictionary
 
 from .keys import Version
 
@@ -56,6 +61,8 @@ MISS: Final = _Miss()
 
 OVERHEAD = 384
 """Bytes that a cached result takes besides its encoded form, roughly."""
+EACH = 192
+"""Bytes that each memory of a list takes besides its encoded form, roughly."""
 _UNIT = 64
 """Bytes by which sizes are counted."""
 _NOWHERE = -1
@@ -159,6 +166,12 @@ class LiveBucket(Bucket):
         self.classic: Bucket | None = None
 
 
+class Orphan(Bucket):
+    """A bucket of reads that must not be cached, and share no more than their loads."""
+
+    __slots__ = ("__weakref__",)
+
+
 class LocalCache:
     """The L1 of one bus. Used from one event loop; nothing here awaits."""
 
@@ -166,6 +179,8 @@ class LocalCache:
         self._max_entries = max_entries
         self._max_units = max_bytes // _UNIT
         self._buckets: dict[str, Bucket] = {}
+        self._orphans: WeakValueDictionary[tuple[str, bool], Orphan] = WeakValueDictionary()
+        """By name, and whether the reads are stale. Each lasts as long as a load that holds it."""
         self._held: Counter[int] = Counter()
         """How many buckets there are of each feed partition."""
         self._units = 0
@@ -275,9 +290,21 @@ class LocalCache:
             last = self._expiries[ttl] = float(int(expires))
         return last
 
-    def orphan(self, scope: str, partition: int) -> Bucket:
-        """A bucket that nobody else will ever see, for a read that must not be cached."""
-        return Bucket(_name(scope), partition, 0.0)
+    def orphan(self, scope: str, partition: int, *, stale: bool = False) -> Bucket:
+        """A bucket for a read that must not be cached: nothing that is put there is kept. Reads of a scope have the
+        same one, for as long as one of them loads and the scope is not invalidated.
+
+        stale: whether the read has waited for a write of this bus in vain; it may see less than others must
+        """
+        name = _name(scope)
+        found = self._orphans.get((name, stale))
+        if found is None:
+            found = self._orphans[name, stale] = Orphan(name, partition, 0.0)
+        return found
+
+    def drop_orphans(self) -> None:
+        """Have no later read share a load of what may not be cached."""
+        self._orphans.clear()
 
     def put(self, bucket: Bucket, query: Any, value: Any, size: int) -> None:
         """Cache a result in the bucket that its read began with, and evict others if it is too much.
@@ -360,7 +387,11 @@ class LocalCache:
 
     def drop(self, scope: str) -> bool:
         """Invalidate a scope; whether anything was cached under it. A live bucket stays: the log keeps it current."""
-        bucket = self._buckets.get(_name(scope))
+        name = _name(scope)
+        if self._orphans:
+            self._orphans.pop((name, False), None)
+            self._orphans.pop((name, True), None)
+        bucket = self._buckets.get(name)
         if bucket is None:
             return False
         if isinstance(bucket, LiveBucket):
@@ -377,12 +408,14 @@ class LocalCache:
 
     def drop_partition(self, partition: int) -> None:
         """Invalidate every scope of a feed partition. Looks at every bucket: it is for when the feed was lost."""
+        self.drop_orphans()
         if self._held[partition]:
             for bucket in [bucket for bucket in self._buckets.values() if bucket.partition == partition]:
                 self._drop(bucket)
 
     def clear(self) -> None:
         """Invalidate everything."""
+        self.drop_orphans()
         for bucket in list(self._buckets.values()):
             self._drop(bucket)
 

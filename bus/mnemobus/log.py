@@ -26,28 +26,33 @@ import asyncio
 import logging
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from hashlib import blake2b
 from itertools import repeat
 from typing import Any, NamedTuple, Protocol
 
-from redis.exceptions import ResponseError
+from redis.exceptions import RedisError, ResponseError
 from tenacity import AsyncRetrying, RetryCallState, retry_if_exception_type, wait_random_exponential
 
-from .connection import AWAY, Link, ThreadedLink, evalsha, is_full, script
+from .connection import Link, ThreadedLink, evalsha, script
 from .errors import (
     BacklogFull,
+    BadEvent,
     DurabilityUnavailable,
     LogFull,
     LogUnavailable,
     MnemobusError,
+    SettingsError,
     WriteFailed,
 )
-from .events import DELETE_ROOM, Event
-from .keys import Dimensions, Version, slot_of, slots_of
-from .marks import Write
+from .events import DELETE, DELETE_ROOM, Event, decode
+from .keys import ZERO, Dimensions, Version, slot_of, slots_of
+from .marks import Marks, Write
+from .redis_errors import AWAY, PASSING, Unfit, code_of, meaning
 from .settings import Settings
+from .shared import give_way
 from .wire import Wire, pack
 
 logger = logging.getLogger("mnemobus.log")
@@ -56,8 +61,9 @@ CALL_EVENTS = 1_000
 CALL_BYTES = 8 << 20
 """What one call carries at most; a script blocks the server while it runs."""
 
-_PASSING = ("READONLY", "LOADING", "MASTERDOWN", "NOREPLICAS", "CLUSTERDOWN", "TRYAGAIN", "UNBLOCKED")
-"""Errors of a server that is failing over or starting: trying again helps."""
+_SEARCHED = 500
+_SEARCHED_BYTES = 1 << 20
+"""Entries that a search of the log reads at a time, and about how many bytes."""
 
 _PATIENCE = 0.5
 """Seconds that a log which can't be reached is waited for before writes go to the outbox."""
@@ -89,19 +95,23 @@ async def append(
 ) -> Logged:
     """One call: put events, as field names and values, into a log partition.
 
-    May be repeated, and is answered the same then. Raises one of AWAY if the outcome is unknown; Unready, BacklogFull
-    or LogFull if nothing was written; Overtaken if the producer has gone on to another call.
+    May be repeated, and is answered the same then. Raises one of AWAY if the outcome is unknown; Unready, BacklogFull,
+    LogFull, another WriteFailed, or a SettingsError if nothing was written; Overtaken if the producer has gone on to
+    another call.
     """
     epoch = link.epoch
+    call = publish_call(link, partition, producer, sequence, events)
     try:
-        reply = await link.run("publish", *publish_call(link, partition, producer, sequence, events))
+        try:
+            reply = await link.run("publish", *call)
+        except ResponseError as error:
+            if code_of(error) != "OOM" or not await give_way(link):
+                raise
+            reply = await link.run("publish", *call)  # nothing was written: cached results were in the way
+    except Unfit as error:
+        raise Unready(f"{error}; nothing was written") from error
     except ResponseError as error:
-        if is_full(error):
-            raise LogFull(
-                f"Redis at {link.address} is out of memory (maxmemory); nothing was written. Raise maxmemory,"
-                " or lower MNEMOBUS_RETENTION"
-            ) from None
-        raise _refusal(link, partition, producer, str(error)) from error
+        raise _refusal(link, partition, producer, error) from error
     return _logged(link, epoch, events, reply)
 
 
@@ -165,33 +175,85 @@ def publish_call(
     ], arguments
 
 
-def _refusal(link: Link, partition: int, producer: str, text: str) -> WriteFailed:
-    word, _, number = text.partition(" ")
-    if word == "BACKLOG":
+def _refusal(link: Link, partition: int, producer: str, error: ResponseError) -> WriteFailed:
+    code, number = code_of(error), str(error).rpartition(" ")[2]
+    if code == "OOM":
+        return LogFull(
+            f"Redis at {link.address} is out of memory (maxmemory); nothing was written. Raise maxmemory,"
+            " or lower MNEMOBUS_RETENTION"
+        )
+    if code == "BACKLOG":
         return BacklogFull(
             f"log partition {partition} holds {number} events that no worker has applied yet"
             f" (MNEMOBUS_MAX_BACKLOG is {link.settings.max_backlog}); nothing was written. Are workers"
             " running? `mnemobus doctor` tells"
         )
-    if word == "SUPERSEDED":
+    if code == "SUPERSEDED":
         return Overtaken(
             f"producer {producer} is in use by another process, or went on without this write: nothing was written"
         )
-    if word == "TAKEN":
+    if code == "TAKEN":
         return Overtaken(
             f"producer {producer} is in use by another process, which has made call {number} of it: nothing was written"
         )
-    if text.startswith(_PASSING):
-        return Unready(f"Redis at {link.address} does not take writes now: {text}")
-    return WriteFailed(f"the log refuses the write: {text}")
+    refused = f"Redis at {link.address} refuses the write; nothing was written: {meaning(error)}"
+    return Unready(refused) if code in PASSING else WriteFailed(refused)
+
+
+async def last_pending(link: Link, marks: Marks, id: str) -> Event | None:
+    """The last event of a memory that is not applied yet, in the log partitions that this bus waits for; a deletion,
+    if its room was deleted after it. Raises one of AWAY, or what Redis answers."""
+    partitions = marks.partitions
+    last: Event | None = None
+    for partition, state in zip(partitions, await marks.state(partitions), strict=True):
+        position = state.pending.before() if state.pending is not None else state.last or ZERO
+        size = _SEARCHED
+        while True:
+            entries = await link.command(
+                "XRANGE", link.keys.log(partition), f"({position}", "+", "COUNT", size
+            )
+            for entry, pairs in entries:
+                position = Version.parse(entry)
+                with suppress(BadEvent):
+                    event = decode(position, pairs)
+                    if event.id == id:
+                        if last is None or event.version > last.version:
+                            last = event
+                    elif last is not None and _deletes_room_of(event, last):
+                        last = last._replace(op=DELETE, version=event.version)
+            if len(entries) < size:
+                break
+            read = sum(len(field) for _, pairs in entries for field in pairs)
+            size = max(1, min(_SEARCHED, size * _SEARCHED_BYTES // max(read, 1)))
+    return last
+
+
+def _deletes_room_of(event: Event, other: Event) -> bool:
+    return (
+        event.op == DELETE_ROOM
+        and event.dimensions[:2] == other.dimensions[:2]
+        and event.version > other.version
+    )
 
 
 class Unready(LogUnavailable):
-    """The server fails over, or starts: it takes no writes yet. Nothing was written."""
+    """The server takes no writes now: it fails over, starts, or has no room on its disk, say. Nothing was written."""
 
 
 class Overtaken(WriteFailed):
     """The producer has made this call, or a later one, with other events."""
+
+
+async def forget_producers(link: Link, publishers: Iterable[Publisher]) -> None:
+    """Have the log forget what it keeps for repeated calls of a bus that is being closed; best effort.
+
+    Only where each call was answered the first time: a late copy, of a producer that nobody knows, would be done again.
+    """
+    done = [publisher for publisher in publishers if publisher.done]
+    commands = [("HDEL", link.keys.producers(each.partition), each.producer) for each in done]
+    if commands:
+        with suppress(*AWAY, RedisError, SettingsError):
+            await link.pipeline(commands)
 
 
 class Overflow(Protocol):
@@ -200,6 +262,10 @@ class Overflow(Protocol):
     @property
     def waiting(self) -> int:
         """Writes that newer ones have to wait behind."""
+
+    @property
+    def trouble(self) -> str | None:
+        """Why nothing can be kept there; None if it can."""
 
     async def keep(
         self, partition: int, events: Sequence[tuple[Event, Sequence[bytes]]], call: tuple[str, int] | None
@@ -235,8 +301,8 @@ class Publisher:
     ) -> None:
         self._link = link
         self._settings: Settings = link.settings
-        self._partition = partition
-        self._producer = producer
+        self._partition = self.partition = partition
+        self._producer = self.producer = producer
         self._on_logged = on_logged
         self._overflow = overflow
         self._queue: deque[_Pending] = deque()
@@ -248,6 +314,8 @@ class Publisher:
         self._epoch = ""
         self._landed = asyncio.Event()
         self._sequence = 0
+        self._copies = False
+        """Whether a copy of a call may be on its way yet: one was not answered, whatever came of its repetition."""
         self.calls = 0
         self.retries = 0
         self.events = 0
@@ -282,6 +350,12 @@ class Publisher:
                 self._landed.clear()
                 await self._landed.wait()
 
+    @property
+    def done(self) -> bool:
+        """Whether the log may forget this producer: it has made calls, each was answered, and none will come."""
+        idle = self._task is None and self._flying is None and not self._queue
+        return self._sequence > 0 and idle and not self._copies
+
     def _begin(self) -> None:
         """Make the next call: at once, if a connection is idle; else a task sees to it."""
         wire = None if self._behind_outbox else self._link.pool.idle()
@@ -304,6 +378,7 @@ class Publisher:
         batch, self._flying = self._flying, None
         assert batch is not None
         if isinstance(outcome, Exception):
+            self._copies = True
             self._link.pool.drop(wire)
             self._again(1, outcome)
             self._hand_over(batch, unanswered=True)
@@ -346,6 +421,7 @@ class Publisher:
         finally:
             self._task = None
             # Only if the loop is shutting down and cancelled this task is anything left.
+            self._copies = self._copies or bool(batch)
             self._queue.extendleft(batch or ())
             self._fail(self._queue, LogUnavailable("the bus was shut down before the write was published"))
             self._queue.clear()
@@ -385,6 +461,7 @@ class Publisher:
                 if overflow is None:
                     raise
                 call, unavailable = (self._producer, self._sequence), error
+                self._copies = True  # the outbox makes it again
         assert overflow is not None
         events = [pair for p in batch for pair in zip(p.events, p.fields, strict=True)]
         try:
@@ -420,7 +497,7 @@ class Publisher:
         deadline = batch[0].deadline
         loop = asyncio.get_running_loop()
         spill_at = deadline
-        if self._overflow is not None:
+        if self._overflow is not None and self._overflow.trouble is None:
             spill_at = min(deadline, (loop.time() if made is None else made) + _PATIENCE)
         if loop.time() >= spill_at:
             raise self._unreachable("no answer in time")
@@ -458,11 +535,16 @@ class Publisher:
                             self._link, self._partition, self._producer, self._sequence, events
                         )
                     except AWAY:
-                        unanswered = True
+                        unanswered = self._copies = True
                         raise
+                    except SettingsError as error:
+                        # It was fit for use when the bus was opened: somebody will see to it, and the outbox can wait.
+                        if self._overflow is None and not unanswered:
+                            raise
+                        raise Unready(f"{error}: nothing was written") from error
         except AWAY as error:
             raise self._unreachable(error) from error
-        except (BacklogFull, LogFull) as error:
+        except (BacklogFull, LogFull, Unready) as error:
             if not unanswered:
                 raise
             # A first copy of the call may be on its way yet, and arrive when there is room again.
@@ -562,13 +644,15 @@ class Syncer:
         while loop.time() < deadline:
             try:
                 replies = await self._link.pipeline([("HINCRBY", self._meter, "syncs", 1), wait])
-            except AWAY as error:
+            except (SettingsError, *AWAY) as error:
                 raise DurabilityUnavailable(
                     f"the write is in the log, but Redis went away before it was synced: {error}"
                 ) from error
             for reply in replies:
                 if isinstance(reply, Exception):
-                    raise DurabilityUnavailable(f"the write is in the log, but can't be synced: {reply}")
+                    raise DurabilityUnavailable(
+                        f"the write is in the log, but can't be synced: {meaning(reply)}"
+                    ) from reply
             if (replies[1][0] if local else replies[1]) >= 1:
                 return
         raise DurabilityUnavailable(

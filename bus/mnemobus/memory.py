@@ -13,9 +13,11 @@ import struct
 import time
 import uuid
 from array import array
+from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import UTC, datetime, timedelta
 from sys import intern
+from threading import Lock
 from typing import Any, NamedTuple, NoReturn, overload
 
 import orjson
@@ -112,7 +114,12 @@ def freeze(value: Any, _depth: int = 0) -> Any:
         return FrozenDict({k: freeze(v, _depth + 1) for k, v in value.items()})
     if isinstance(value, (list, tuple)) and _depth <= MAX_DEPTH:
         return FrozenList([freeze(v, _depth + 1) for v in value])
+    if type(value) not in _ATOMS and isinstance(value, Mapping) and _depth <= MAX_DEPTH:
+        return FrozenDict({k: freeze(v, _depth + 1) for k, v in value.items()})
     return value
+
+
+_ATOMS = frozenset((str, int, float, bool, type(None)))
 
 
 def thaw(value: Any) -> Any:
@@ -157,16 +164,17 @@ class Memory(_Draft):
     table       its kind ("messages", "facts", ...): 1 to 64 letters, digits, ``_ . -``
     room        the conversation it belongs to
     agent, entity, world
-                whom else it concerns; each optional. These five never change.
+                whom else it concerns; each optional. These five never change while it is there.
     content     a JSON object
     metadata    a JSON object, empty by default
-    embedding   floats, kept as float32; or None
+    embedding   numbers in order (a list, an array of one dimension, an iterator...), kept as float32; or None
     created_at  when it happened, with a zone; now by default. Kept to the microsecond, in UTC.
     version     the log's stream ID of the last change; None until a bus has read it
     stale       True on a copy that a bus could not verify (see docs/guarantees.md)
 
-    Two memories are equal if all but ``version`` and ``stale`` are. Nothing is validated here;
-    :meth:`mnemobus.Bus.write` does that and names the field that is wrong.
+    Two memories are equal if all but ``version`` and ``stale`` are. What is given is copied: a list that changes
+    afterwards changes no memory. Nothing is validated here; :meth:`mnemobus.Bus.write` does that and names the field
+    that is wrong.
     """
 
     __slots__ = ()
@@ -192,7 +200,7 @@ class Memory(_Draft):
         put(self, "_record", None)
         put(self, "_content", freeze(content))
         put(self, "_metadata", FrozenDict() if metadata is None else freeze(metadata))
-        put(self, "_embedding", embedding)
+        put(self, "_embedding", _snapshot(embedding))
         put(self, "_created", datetime.now(UTC) if created_at is None else created_at)
 
     @classmethod
@@ -244,22 +252,24 @@ class Memory(_Draft):
 
     @property
     def content(self) -> Mapping[str, Any]:
-        if self._content is None and self._record is not None:
-            object.__setattr__(self, "_content", freeze(orjson.loads(content_of(self._record))))
-        return self._content  # type: ignore[no-any-return]
+        found = self._content
+        if found is None and self._record is not None:
+            found = _decoded.keep(self, "_content", content_of(self._record))
+        return found  # type: ignore[no-any-return]
 
     @property
     def metadata(self) -> Mapping[str, Any]:
-        if self._metadata is None and self._record is not None:
-            object.__setattr__(self, "_metadata", freeze(orjson.loads(metadata_of(self._record))))
-        return self._metadata  # type: ignore[no-any-return]
+        found = self._metadata
+        if found is None and self._record is not None:
+            found = _decoded.keep(self, "_metadata", metadata_of(self._record))
+        return found  # type: ignore[no-any-return]
 
     @property
     def embedding(self) -> tuple[float, ...] | None:
         if self._record is not None:
             packed = embedding_of(self._record)
             return None if packed is None else tuple(_floats(packed))
-        return None if self._embedding is None else tuple(self._embedding)
+        return self._embedding  # type: ignore[no-any-return]
 
     @property
     def created_at(self) -> datetime:
@@ -348,6 +358,50 @@ class Memory(_Draft):
         )
         names = f"id={self.id!r}, table={self.table!r}, room={self.room!r}{others}"
         return f"Memory({names}, content={self.content!r})"
+
+
+DECODED = 16 << 20
+"""Bytes that decoded contents take, about, of which memories that were read keep a hold in this process."""
+_DECODED_EACH = 500
+_DECODED_FACTOR = 12
+"""How much larger than its JSON a decoded object is, about: many small strings, dicts and lists."""
+
+
+class _Decoded:
+    """What memories keep of their contents, decoded: that of those which were decoded last.
+
+    The cached copy of a memory is the one that is handed out, and lives as long as it is cached. Were each content
+    kept that was ever looked at, a cache of encoded records would come to ten times its bound. Safe for threads.
+    """
+
+    def __init__(self, limit: int) -> None:
+        self._limit = limit
+        self._lock = Lock()
+        self._held: deque[tuple[Memory, str, int]] = deque()
+        self.bytes = 0
+
+    def keep(self, memory: Memory, slot: str, encoded: bytes) -> Any:
+        """Decode an object, put it into its slot, and empty the slots of others if it is too much."""
+        if encoded == b"{}":
+            return _NOTHING
+        value = freeze(orjson.loads(encoded))
+        # With the record: this may be what keeps the memory alive.
+        cost = _DECODED_EACH + _DECODED_FACTOR * len(encoded) + len(memory._record or b"")
+        if cost > self._limit:
+            return value
+        with self._lock:
+            object.__setattr__(memory, slot, value)
+            self._held.append((memory, slot, cost))
+            self.bytes += cost
+            while self.bytes > self._limit:
+                other, name, size = self._held.popleft()
+                object.__setattr__(other, name, None)
+                self.bytes -= size
+        return value
+
+
+_NOTHING = FrozenDict()
+_decoded = _Decoded(DECODED)
 
 
 _RECORD_FIELDS = frozenset(
@@ -598,9 +652,18 @@ def encode_object(field: str, value: object) -> bytes:
     if not _is_plain(value):
         _check_json(field, value, 1)
     try:
-        return orjson.dumps(value if isinstance(value, dict) else dict(value))
-    except (TypeError, ValueError) as error:  # a lone surrogate, an integer beyond 64 bits
+        return orjson.dumps(value if isinstance(value, dict) else dict(value), default=_as_json)
+    except (TypeError, ValueError) as error:  # a lone surrogate, say
         raise InvalidMemory(field, f"can't be encoded as JSON: {error}") from None
+
+
+def _as_json(value: object) -> object:
+    """What orjson leaves to others, and JSON has: mappings that are no dict, kinds of float (NumPy's)."""
+    if isinstance(value, Mapping):
+        return dict(value)
+    if isinstance(value, float):
+        return float(value)
+    raise TypeError(f"{_kind(value)} is not a JSON value")
 
 
 def _is_plain(value: Mapping[Any, Any]) -> bool:
@@ -643,14 +706,15 @@ def _check_json(path: str, value: object, depth: int) -> None:
 
 
 def encode_embedding(value: object) -> bytes | None:
-    """Little-endian float32; None stays None. Takes any iterable of numbers, NumPy's arrays among them."""
+    """Little-endian float32; None stays None."""
     if value is None:
         return None
-    if isinstance(value, (str, bytes)) or not hasattr(value, "__iter__"):
-        raise InvalidMemory("embedding", f"a sequence of numbers is needed, not {_kind(value)}")
+    numbers = value if type(value) is tuple else _numbers(value)
     try:
-        floats = array("f", value)
-    except (TypeError, OverflowError):
+        if numbers and isinstance(numbers[0], bool):
+            raise TypeError
+        floats = array("f", numbers)
+    except _ODD:
         raise InvalidMemory("embedding", "holds something that is not a number") from None
     if not floats:
         raise InvalidMemory("embedding", "is empty; use None for no embedding")
@@ -662,6 +726,37 @@ def encode_embedding(value: object) -> bytes | None:
     if _BIG_ENDIAN:
         floats.byteswap()
     return floats.tobytes()
+
+
+_ODD = (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
+"""What may come of converting what somebody else made."""
+
+
+def _numbers(value: object) -> tuple[Any, ...]:
+    """The elements of what has some in an order, along one dimension: sequences, iterators, arrays and series of NumPy,
+    pandas, PyTorch and others. InvalidMemory for anything else: a mapping, a set, a table, text."""
+    if isinstance(value, (list, tuple, Iterator)):
+        return tuple(value)
+    if isinstance(value, memoryview):
+        if value.ndim == 1 and value.format in ("f", "d"):
+            return tuple(value)
+    elif isinstance(value, Sequence) and not isinstance(value, (str, bytes, bytearray)):
+        return tuple(value)
+    elif getattr(value, "ndim", 1) == 1:
+        listed = getattr(value, "tolist", None) or getattr(value, "to_list", None)
+        if callable(listed):
+            return tuple(listed())
+    raise InvalidMemory("embedding", f"a sequence of numbers is needed, not {_kind(value)}")
+
+
+def _snapshot(value: object) -> object:
+    """An embedding as it is now, whatever its maker does with it afterwards; as it is if it is none, for `encode`."""
+    if value is None or type(value) is tuple:
+        return value
+    try:
+        return _numbers(value)
+    except InvalidMemory:
+        return value
 
 
 _BIG_ENDIAN = struct.pack("=H", 1) == b"\0\1"
@@ -676,16 +771,31 @@ def _floats(packed: bytes) -> array[float]:
 
 
 def _encode_date(created: object) -> int:
-    if not isinstance(created, datetime):
-        raise InvalidMemory("created_at", f"a datetime is needed, not {_kind(created)}")
-    if created.utcoffset() is None:
-        raise InvalidMemory("created_at", f"{created.isoformat()} has no time zone")
     try:
-        return to_micros(created.astimezone(UTC))
-    except OverflowError:
-        raise InvalidMemory(
-            "created_at", f"{created.isoformat()} is not in the years 1 to 9999, UTC"
-        ) from None
+        micros = moment_of(created)
+    except ValueError as error:
+        raise InvalidMemory("created_at", str(error)) from None
+    if not _FIRST <= micros <= _LAST:
+        assert isinstance(created, datetime)
+        raise InvalidMemory("created_at", f"{created.isoformat()} is not in the years 1 to 9999, UTC")
+    return micros
+
+
+_FIRST = to_micros(datetime.min.replace(tzinfo=UTC))
+_LAST = to_micros(datetime.max.replace(tzinfo=UTC))
+
+
+def moment_of(value: object) -> int:
+    """Microseconds since 1970 of a datetime; ValueError, which says why, for what is no moment."""
+    if not isinstance(value, datetime):
+        raise ValueError(f"a datetime is needed, not {_kind(value)}")
+    try:
+        if value.utcoffset() is not None:
+            return int(to_micros(value))
+        text = value.isoformat()
+    except _ODD:  # "not a time" of pandas is a datetime whose methods fail
+        raise ValueError(f"{_kind(value)} is not a moment in time") from None
+    raise ValueError(f"{text} has no time zone")
 
 
 def _kind(value: object) -> str:

@@ -34,16 +34,19 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
+from weakref import WeakValueDictionary
 
 import aiosqlite
 
-from .connection import AWAY, Link
-from .errors import MnemobusError, OutboxError, OutboxFull, OutboxInUse
-from .events import Event
-from .keys import Version
+from . import private
+from .connection import Link
+from .errors import BacklogFull, BadEvent, LogFull, MnemobusError, OutboxError, OutboxFull, OutboxInUse
+from .events import Event, decode
+from .keys import ZERO, Version
 from .log import CALL_BYTES, CALL_EVENTS, Field, Overtaken, append
 from .marks import Write
-from .tasks import end
+from .redis_errors import AWAY
+from .tasks import end, in_background
 
 logger = logging.getLogger("mnemobus.outbox")
 
@@ -96,14 +99,22 @@ class OutboxFile:
 
         OutboxInUse if another process, or another bus of this one, has it.
         """
-        if self._own:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
         mode = "rwc" if self._own else "rw"
         try:
-            self._database = await aiosqlite.connect(
-                f"{self.path.absolute().as_uri()}?mode={mode}", uri=True, timeout=0, isolation_level=None
+            if self._own:
+                private.make_folder(self.path.parent)
+                private.make_database(self.path)
+            address = f"{self.path.absolute().as_uri()}?mode={mode}"
+            self._database = await in_background(
+                aiosqlite.connect(address, uri=True, timeout=0, isolation_level=None)
             )
             await self._prepare(self._database)
+        except OSError as error:
+            await self._abandon()
+            raise OutboxError(
+                f"the outbox {self.path} can't be used: {error.strerror or error}. Set MNEMOBUS_OUTBOX, or"
+                " MNEMOBUS_DATA_DIR, to a place that can be written"
+            ) from error
         except sqlite3.Error as error:
             await self._abandon()
             if "locked" in str(error):
@@ -122,6 +133,8 @@ class OutboxFile:
         [version] = await self._one("PRAGMA user_version") or [0]
         if version not in (0, _SCHEMA):
             raise OutboxError(f"the outbox {self.path} is of version {version}: written by a newer mnemobus")
+        if version == 0 and await self._one("SELECT 1 FROM sqlite_master"):
+            raise OutboxError(f"the outbox {self.path} can't be used: it is a database of something else")
         if version == 0:
             await database.execute("CREATE TABLE meta (name TEXT PRIMARY KEY, value TEXT NOT NULL)")
             await database.execute(
@@ -137,10 +150,10 @@ class OutboxFile:
         await database.execute("COMMIT")
         rows = await database.execute_fetchall("SELECT name, value FROM meta")
         values = {str(name): str(value) for name, value in rows}
-        if values["owner"] != self._owner:
+        if values.get("owner") != self._owner or "producer" not in values:
+            owner = values.get("owner", "nobody")
             raise OutboxError(
-                f"the outbox {self.path} has writes for {values['owner']}, not for {self._owner}: it belongs to"
-                " another bus"
+                f"the outbox {self.path} has writes for {owner}, not for {self._owner}: it belongs to another bus"
             )
         self._producer = values["producer"]
         self.entries, self.bytes = await self._one("SELECT count(*), coalesce(sum(size), 0) FROM writes") or (
@@ -165,14 +178,14 @@ class OutboxFile:
         async with self._lock:  # a transaction may still be under way, though its caller was cancelled
             remove = remove and not self.entries
             if not self.entries and self._database is not None:
-                self._spare.unlink(missing_ok=True)
+                _remove(self._spare)
             if remove:
                 # Before the lock on it is gone: nobody else can have put anything in it.
-                self.path.unlink(missing_ok=True)
+                _remove(self.path)
             await self._abandon()
             if remove:
                 for suffix in ("-wal", "-journal"):
-                    self.path.with_name(self.path.name + suffix).unlink(missing_ok=True)
+                    _remove(self.path.with_name(self.path.name + suffix))
 
     async def append(
         self,
@@ -208,6 +221,25 @@ class OutboxFile:
             return rows
 
         return await self._transaction(insert, len(packed), size)
+
+    async def last_of(self, id: str) -> Event | None:
+        """The last write to a memory."""
+
+        async def find() -> Event | None:
+            # The id as a field of its own, its length before it; what merely mentions it is looked at, and passed over.
+            assert self._database is not None
+            async with self._database.execute(
+                "SELECT fields FROM writes WHERE instr(fields, ?) ORDER BY n DESC",
+                (_pack([b"id", id.encode()]),),
+            ) as rows:
+                async for (fields,) in rows:
+                    with suppress(BadEvent):
+                        event = decode(ZERO, _unpack(fields, self.path))
+                        if event.id == id:
+                            return event
+            return None
+
+        return await self._transaction(find)
 
     async def next_call(self) -> Call | None:
         """The call to make next; None if the file is empty. It is the same one until `answered` or `renumber`."""
@@ -250,7 +282,7 @@ class OutboxFile:
             (partition, CALL_EVENTS),
         ):
             size += length
-            if rows and size > (CALL_BYTES if self._spare.exists() else _SPARE_CALL):
+            if rows and size > (CALL_BYTES if self._has_spare else _SPARE_CALL):
                 break
             rows.append(number)
         return rows
@@ -281,20 +313,27 @@ class OutboxFile:
 
         await self._insist(update)
 
+    @property
+    def _has_spare(self) -> bool:
+        try:
+            return self._spare.exists()
+        except OSError:  # its folder can't be looked into any more
+            return False
+
     async def _keep_spare(self) -> None:
         """Have some space on the disk for the way out. OutboxFull if there is none."""
-        if self._spare.exists():
+        if self._has_spare:
             return
 
         def allocate() -> None:
             try:
-                with self._spare.open("wb") as file:
+                with private.open_file(self._spare, "wb") as file:
                     if hasattr(os, "posix_fallocate"):
                         os.posix_fallocate(file.fileno(), 0, self._spare_bytes)
                     else:
                         file.write(bytes(self._spare_bytes))
             except OSError as error:
-                self._spare.unlink(missing_ok=True)
+                _remove(self._spare)
                 if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
                     raise OutboxFull(
                         f"the disk of the outbox {self.path} is full; nothing was written"
@@ -308,9 +347,9 @@ class OutboxFile:
         try:
             return await self._transaction(work, entries, size)
         except OutboxFull:
-            if not self._spare.exists():
+            if not self._has_spare:
                 raise
-            self._spare.unlink(missing_ok=True)
+            _remove(self._spare)
             return await self._transaction(work, entries, size)
 
     async def _transaction(self, work: Callable[[], Awaitable[T]], entries: int = 0, size: int = 0) -> T:
@@ -352,8 +391,16 @@ def _has_begun(path: Path) -> bool:
     """Whether there is anything in a file, or was: one that is empty may be about to be locked by who made it."""
     try:
         return path.stat().st_size > 0
-    except FileNotFoundError:  # its owner has just removed it
+    except OSError:  # its owner has just removed it, or it is nobody's that we are
         return False
+
+
+def _remove(path: Path) -> None:
+    """Remove a file, if it is there; what can't be removed is found, empty, by the next bus that opens."""
+    try:
+        path.unlink(missing_ok=True)
+    except OSError as error:
+        logger.warning("%s can't be removed: %s", path, error)
 
 
 def _retrieve(task: asyncio.Future[Any]) -> None:
@@ -390,7 +437,8 @@ class Outbox:
 
     on_kept: called with partition and event of each write that is in the file, before its writer knows; what it returns
         is the writer's answer
-    on_published: called once such a write is in the log; with None for one of an earlier process
+    on_published: called once such a write is in the log; with None for one of an earlier process, or that nobody holds
+    on_empty: called when all are
     """
 
     def __init__(
@@ -399,11 +447,13 @@ class Outbox:
         bus_id: str,
         on_kept: Callable[[int, Event], Write],
         on_published: Callable[[int, Write | None, Version], None],
+        on_empty: Callable[[], None],
     ) -> None:
         settings = link.settings
         self._link = link
         self._on_kept = on_kept
         self._on_published = on_published
+        self._on_empty = on_empty
         keys = link.keys
         self._owner = f"{keys.prefix}, {keys.log_partitions} log partitions"
         self._max_bytes = settings.outbox_max_bytes
@@ -415,11 +465,12 @@ class Outbox:
         self._opened = False
         self._opening = asyncio.Lock()
         self._found: list[OutboxFile] = []
-        self._writes: dict[int, Write] = {}
-        """By number in the own file, those of this process."""
+        self._writes: WeakValueDictionary[int, Write] = WeakValueDictionary()
+        """By number in the own file, those of this process that anybody still holds."""
         self._task: asyncio.Task[None] | None = None
         self._empty = asyncio.Event()
         self._empty.set()
+        self._hurried = asyncio.Event()
         self.away = False
         """Whether the log could not be reached when it was last tried."""
         self.kept = 0
@@ -436,9 +487,23 @@ class Outbox:
     def where(self) -> str:
         return str(self._own.path)
 
+    @property
+    def trouble(self) -> str | None:
+        """Why writes could not wait here now, were the log away; None if they could."""
+        reason = None if self._opened else private.obstacle(self._own.path.parent)
+        return reason and f"{reason}. Set MNEMOBUS_DATA_DIR, or MNEMOBUS_OUTBOX to a file, or to off"
+
     async def open(self) -> None:
-        """Take up what an earlier process left. OutboxInUse, OutboxError if the configured file can't be had."""
+        """Take up what an earlier process left. OutboxInUse, OutboxError if the configured file can't be had.
+
+        With MNEMOBUS_OUTBOX=auto the file is made when it is needed; that it could not be is no error before, as
+        many agents only read. It is logged, and `trouble` says it.
+        """
         if self._auto:
+            if self.trouble:
+                logger.warning("while Redis is away, writes can't wait in the outbox: %s", self.trouble)
+            if self._folder.is_dir():
+                private.close_tree_to_others(self._folder)
             for path in sorted(self._folder.glob("*.db")) if self._folder.is_dir() else ():
                 if _has_begun(path):
                     await self._adopt(path)
@@ -489,10 +554,23 @@ class Outbox:
         self._start()
         return writes
 
+    async def last_of(self, id: str) -> Event | None:
+        """The last write to a memory that waits here, of this process or an earlier one."""
+        for file in [self._own, *reversed(self._found)]:
+            if file.entries:
+                event = await file.last_of(id)
+                if event is not None:
+                    return event
+        return None
+
     def _start(self) -> None:
         self._empty.clear()
         if self._task is None:
             self._task = asyncio.create_task(self._drain(), name="mnemobus-outbox")
+
+    def hurry(self) -> None:
+        """The log can be reached again: publish now what waits."""
+        self._hurried.set()
 
     async def _drain(self) -> None:
         """Publish until nothing waits. Whatever goes wrong is logged, and tried again."""
@@ -507,6 +585,7 @@ class Outbox:
                 except AWAY as error:
                     self.away, reason = True, f"the log can't be reached ({error})"
                 except MnemobusError as error:
+                    self.away = not isinstance(error, (BacklogFull, LogFull))
                     reason = str(error)
                 except Exception as error:
                     logger.exception("publishing from the outbox failed")
@@ -514,10 +593,14 @@ class Outbox:
                 if reason != said:
                     said = reason
                     logger.warning("%d writes wait in the outbox: %s", self.waiting, reason)
-                await asyncio.sleep(pause)
+                self._hurried.clear()
+                with suppress(TimeoutError):
+                    async with asyncio.timeout(pause):
+                        await self._hurried.wait()
                 pause = min(2 * pause, 1.0)
             logger.warning("the outbox is empty again: all of it is in the log")
             self._empty.set()
+            self._on_empty()
         finally:
             self._task = None
 

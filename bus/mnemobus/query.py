@@ -5,15 +5,18 @@ A `Question` goes the other way: from what an answer is called in a tier back to
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Iterable, Sequence
+from collections import Counter
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
+from operator import index
+from reprlib import repr as _short
 from typing import Any, Final
 
 import orjson
 
 from .errors import InvalidMemory, InvalidQuery
-from .keys import Version, agent_scope, entity_scope, room_scope, world_scope
+from .keys import Version
 from .memory import (
     Memories,
     Memory,
@@ -21,8 +24,8 @@ from .memory import (
     canonical_id,
     check_name,
     check_table,
+    moment_of,
     pack_memories,
-    to_micros,
     unpack_memories,
 )
 from .store import Cursor, Query, Reader
@@ -76,17 +79,66 @@ class Plan:
     limit: int = 0
 
 
+_SCOPES: dict[str, dict[str, dict[str, str]]] = {"room": {}, "entity": {}, "agent": {}, "world": {}}
+"""By kind, table and name: scopes that are fit. A scope is not spelled from anything else: "a:b" is no table, but
+spelled with a room "c" it would name the room "b:c" of table "a"."""
+_MOST_SCOPES = 10_000
+"""How many of each kind are remembered."""
+_remembered: Counter[str] = Counter()
+ROOM_SCOPES: Final[Mapping[str, Mapping[str, str]]] = _SCOPES["room"]
+"""Those of rooms, by table and room, for who is in a hurry; `room_scope` has the others."""
+
+
+def room_scope(table: str, room: str) -> str:
+    """The scope of a room; InvalidQuery if there can be none."""
+    return _scope("room", table, room)
+
+
 def scope_of(table: str, room: str | None, entity: str | None, agent: str | None, world: str | None) -> str:
     """The scope that a query depends on: the narrowest that it names."""
     if room is not None:
-        return room_scope(table, room)
+        return _scope("room", table, room)
     if entity is not None:
-        return entity_scope(table, entity)
+        return _scope("entity", table, entity)
     if agent is not None:
-        return agent_scope(table, agent)
+        return _scope("agent", table, agent)
     if world is not None:
-        return world_scope(table, world)
+        return _scope("world", table, world)
     raise InvalidQuery("name at least one of room, entity, agent and world")
+
+
+def _scope(kind: str, table: str, name: str) -> str:
+    known = _SCOPES[kind]
+    try:
+        return known[table][name]
+    except (KeyError, TypeError):  # a list, say, which the check names
+        _check_names(table, {kind: name})
+    if _remembered[kind] >= _MOST_SCOPES:
+        known.clear()
+        _remembered[kind] = 0
+    _remembered[kind] += 1
+    scope = known.setdefault(table, {})[name] = f"{kind}:{table}:{name}"
+    return scope
+
+
+def _check_names(table: str, names: Mapping[str, str | None]) -> None:
+    try:
+        check_table(table)
+        for field, value in names.items():
+            if value is not None:
+                check_name(field, value)
+    except InvalidMemory as error:
+        raise InvalidQuery(str(error)) from None
+
+
+def limit_of(limit: Any) -> int:
+    """A limit that is no plain int as one; InvalidQuery if it is no whole number. True is none."""
+    try:
+        if not isinstance(limit, bool):
+            return index(limit)
+    except TypeError:
+        pass
+    raise InvalidQuery(f"limit must be a whole number, not {limit!r}")
 
 
 def query_of(
@@ -98,13 +150,7 @@ def query_of(
     before: Place | None,
     after: Place | None,
 ) -> Query:
-    try:
-        check_table(table)
-        for field, value in (("room", room), ("entity", entity), ("agent", agent), ("world", world)):
-            if value is not None:
-                check_name(field, value)
-    except InvalidMemory as error:
-        raise InvalidQuery(str(error)) from None
+    _check_names(table, {"room": room, "entity": entity, "agent": agent, "world": world})
     return Query(table, room, agent, entity, world, cursor_of(before), cursor_of(after, last=True))
 
 
@@ -116,16 +162,15 @@ def cursor_of(place: Place | None, *, last: bool = False) -> Cursor | None:
         place = (place.created_at, place.id)
     if isinstance(place, datetime):
         place = (place, _LAST_ID if last else _FIRST_ID)
+    field = "after" if last else "before"
     if not isinstance(place, tuple) or len(place) != 2 or not isinstance(place[0], datetime):
         raise InvalidQuery(
-            f"before and after take a Memory, a datetime, or a datetime and an id, not {place!r}"
+            f"{field}: a Memory, a datetime, or a datetime and an id is needed, not {_short(place)}"
         )
-    if place[0].utcoffset() is None:
-        raise InvalidQuery(f"before and after need a time zone: {place[0].isoformat()}")
     try:
-        return Cursor(to_micros(place[0]), canonical_id(place[1]))
-    except InvalidMemory as error:
-        raise InvalidQuery(str(error)) from None
+        return Cursor(moment_of(place[0]), canonical_id(place[1]))
+    except (InvalidMemory, ValueError) as error:
+        raise InvalidQuery(f"{field}: {error}") from None
 
 
 def field_of(kind: str, query: Query, limit: int) -> bytes:

@@ -6,14 +6,23 @@ milliseconds); the rest is ``MNEMOBUS_*`` (times in seconds). env.template docum
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
-from urllib.parse import quote, urlsplit, urlunsplit
+from urllib.parse import quote, unquote, urlsplit
 
 from pydantic import AliasChoices, Field, ValidationError, field_validator, model_validator
-from pydantic_settings import BaseSettings, NoDecode, PydanticBaseSettingsSource, SettingsConfigDict
+from pydantic_settings import (
+    BaseSettings,
+    DotEnvSettingsSource,
+    InitSettingsSource,
+    NoDecode,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+)
 
+from .addresses import database_address, redis_address
 from .errors import SettingsError
 
 Positive = Annotated[float, Field(gt=0)]
@@ -28,8 +37,12 @@ POLICIES = (
 )
 """The eviction policies under which Redis can't drop the log: its keys never expire."""
 
+_NAMESPACE = re.compile(r"(?!pg_|sqlite_)[a-z][a-z0-9_]{0,39}\Z")
 _SIZE = re.compile(r"(\d+)\s*(b|kb?|mb?|gb?)?\Z", re.IGNORECASE)
 _UNITS = {"": 1, "b": 1, "k": 1000, "kb": 1024, "m": 1000**2, "mb": 1024**2, "g": 1000**3, "gb": 1024**3}
+
+_SECRET = re.compile(r"(?i)pass(?!file)|pwd|secret|token")
+"""Names of a URL's options that hold what nobody may see."""
 
 TTL_CLASSES = ("short", "medium", "long")
 
@@ -47,7 +60,8 @@ class Settings(BaseSettings):
 
     model_config = SettingsConfigDict(
         env_file=".env",
-        env_file_encoding="utf-8",
+        env_file_encoding="utf-8-sig",  # some editors begin a file with a byte order mark
+        env_ignore_empty=True,
         extra="ignore",
         frozen=True,
         case_sensitive=True,
@@ -64,8 +78,23 @@ class Settings(BaseSettings):
         dotenv_settings: PydanticBaseSettingsSource,
         file_secret_settings: PydanticBaseSettingsSource,
     ) -> tuple[PydanticBaseSettingsSource, ...]:
-        """Keywords, the environment, and ``.env`` where there is one: to look for each setting in none takes time."""
-        return init_settings, env_settings, *([dotenv_settings] if Path(".env").exists() else [])
+        """Keywords, the environment, and ``.env`` where there is one: to look for each setting in none takes time. Then
+        DATABASE_URL, which may be meant for another program: whatever is set for this one comes before it."""
+        sources = [init_settings, env_settings]
+        theirs = os.environ.get("DATABASE_URL")
+        if Path(".env").exists():
+            sources.append(dotenv_settings)
+            if not theirs and isinstance(dotenv_settings, DotEnvSettingsSource):
+                theirs = dotenv_settings.env_vars.get("DATABASE_URL")
+        if theirs and theirs.strip():
+            sources.append(InitSettingsSource(settings_cls, {"database_url": _Theirs(theirs)}))
+        return tuple(sources)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _tidy(cls, given: dict[str, Any]) -> dict[str, Any]:
+        """Without what comes along from files: space around a value, quotes that nobody took off, and empty values."""
+        return {name: value for name, each in given.items() if (value := _tidied(name, each)) != ""}
 
     # Redis
     redis_url: str = _redis("REDIS_URL", "redis://127.0.0.1:6379/0", repr=False)
@@ -86,11 +115,8 @@ class Settings(BaseSettings):
     redis_timeout: Positive = _own("REDIS_TIMEOUT", 2.0)
 
     # The store
-    database_url: str = Field(
-        "sqlite:///.mnemobus/memories.db",
-        validation_alias=AliasChoices("database_url", "MNEMOBUS_DATABASE_URL", "DATABASE_URL"),
-        repr=False,
-    )
+    database_url: str = _own("DATABASE_URL", "sqlite:///.mnemobus/memories.db", repr=False)
+    database_namespace: str = _own("DATABASE_NAMESPACE", "mnemobus")
     database_pool_max: Count = _own("DATABASE_POOL_MAX", 8)
     database_timeout: Positive = _own("DATABASE_TIMEOUT", 5.0)
     data_dir: Path = _own("DATA_DIR", Path(".mnemobus"))
@@ -113,6 +139,8 @@ class Settings(BaseSettings):
     claim_idle: float = _own("CLAIM_IDLE", 5.0, ge=0.1)
     worker_processes: Count = _own("WORKER_PROCESSES", 2)
     worker_threads: Count = _own("WORKER_THREADS", 4)
+
+    dead_letter_bytes: Count = _own("DEAD_LETTER_BYTES", 64 << 20)
 
     # The feed and the caches
     feed_partitions: int = _own("FEED_PARTITIONS", 64, ge=1, le=4096)
@@ -137,30 +165,32 @@ class Settings(BaseSettings):
     @field_validator("redis_url")
     @classmethod
     def _redis_url(cls, value: str) -> str:
-        parts = urlsplit(value)
-        if parts.scheme not in ("redis", "rediss", "unix"):
-            raise ValueError("must begin with redis://, rediss:// or unix://")
-        if parts.scheme != "unix":
-            try:
-                fine = parts.port is None or parts.port > 0
-            except ValueError:
-                fine = False
-            if not fine:
-                raise ValueError("the port must be a number from 1 to 65535")
-            if not re.match(r"(/[0-9]*)?\Z", parts.path):
-                raise ValueError(f"what follows the address must be a database's number, not {parts.path!r}")
-        return value
+        return redis_address(value)
 
     @field_validator("database_url")
     @classmethod
     def _database_url(cls, value: str) -> str:
-        if value.startswith("postgres://"):
-            value = "postgresql://" + value.removeprefix("postgres://")
-        if value.startswith("sqlite:///") and len(value) > len("sqlite:///"):
-            return value
-        if value.startswith("postgresql://"):
-            return value
-        raise ValueError("must be sqlite:///path/to/file.db or postgresql://user:password@host/database")
+        return database_address(value)
+
+    @field_validator("data_dir")
+    @classmethod
+    def _data_dir(cls, value: Path) -> Path:
+        return _at_home(value)
+
+    @field_validator("outbox")
+    @classmethod
+    def _outbox(cls, value: str) -> str:
+        return str(_at_home(Path(value))) if value.startswith("~") else value
+
+    @field_validator("database_namespace")
+    @classmethod
+    def _namespace(cls, value: str) -> str:
+        if not _NAMESPACE.match(value):
+            raise ValueError(
+                "must be a lower-case letter and up to 39 more letters, digits and _, and not begin with pg_ or"
+                " sqlite_: the database keeps these for itself"
+            )
+        return value
 
     @field_validator("redis_eviction_policy")
     @classmethod
@@ -228,9 +258,11 @@ class Settings(BaseSettings):
         if unknown:
             raise SettingsError(f"{sorted(unknown)[0]} is no setting; see env.template for those there are")
         try:
-            return cls(**{name: value for name, value in overrides.items() if value is not None})
+            return cls(**{name: value for name, value in overrides.items() if not _is_unset(value)})
         except ValidationError as error:
             raise SettingsError("; ".join(_explain(item) for item in error.errors())) from None
+        except (OSError, UnicodeError) as error:
+            raise SettingsError(f".env can't be read as text in UTF-8: {error}") from None
 
     def ttl(self, table: str) -> float:
         """How long, in seconds, a copy of a query on this table is kept at most."""
@@ -266,6 +298,35 @@ class Settings(BaseSettings):
         return out
 
 
+class _Theirs(str):
+    """What DATABASE_URL says, which may be meant for another program."""
+
+    __slots__ = ()
+
+
+def _is_unset(value: object) -> bool:
+    return value is None or (isinstance(value, str) and not value.strip())
+
+
+def _tidied(name: str, value: Any) -> Any:
+    if not isinstance(value, str):
+        return value
+    tidy = value.strip()
+    if len(tidy) > 1 and tidy[0] == tidy[-1] and tidy[0] in "\"'":
+        tidy = tidy[1:-1].strip()
+    if tidy and "password" in name:  # may begin or end with any of these
+        tidy = value.strip("\r\n")
+    return type(value)(tidy)
+
+
+def _at_home(path: Path) -> Path:
+    """The path, with ``~`` as the home directory that it stands for."""
+    try:
+        return path.expanduser()
+    except RuntimeError:
+        raise ValueError("~ names no home directory that is known here; write the whole path") from None
+
+
 def _explain(item: Any) -> str:
     location = item["loc"]
     message = item["msg"].removeprefix("Value error, ")
@@ -278,15 +339,36 @@ def _explain(item: Any) -> str:
     if field is not None and isinstance(field.validation_alias, AliasChoices):
         name = str(field.validation_alias.choices[1])
     value = item.get("input")
+    if isinstance(value, _Theirs):
+        return (
+            f"DATABASE_URL: {message}. If this address is another program's: it is read only where the same name with"
+            " MNEMOBUS_ in front is not set, so set that one"
+        )
     shown = "" if name in ("REDIS_PASSWORD", "MNEMOBUS_DATABASE_URL", "REDIS_URL") else f" (it is {value!r})"
     return f"{name}: {message}{shown}"
 
 
 def hide_password(url: str) -> str:
-    """The URL with its password, if any, as ``***``: for logs and messages."""
-    parts = urlsplit(url)
-    if parts.password is None:
+    """The URL with its secrets, if any, as ``***``: for logs and messages. Hides more where it can't be told apart."""
+    if url.startswith("sqlite:"):
         return url
-    user = quote(parts.username or "")
-    host = parts.netloc.rpartition("@")[2]
-    return urlunsplit(parts._replace(netloc=f"{user}:***@{host}"))
+    try:
+        parts = urlsplit(url)
+        user, password, _ = parts.username, parts.password, parts.port
+    except ValueError:
+        parts = None
+    if parts is None or "@" in parts.path + parts.fragment:
+        # Not what it should be; with a / or # in a password, say. What comes last is where it leads.
+        scheme, _, rest = url.partition("://")
+        return f"{scheme}://***{'@' + rest.rpartition('@')[2].partition('?')[0] if '@' in rest else ''}"
+    # What is to be seen stays as it is written: to put the parts together again would take slashes away.
+    if password is not None:
+        host = parts.netloc.rpartition("@")[2]
+        url = url.replace(parts.netloc, f"{quote(user or '')}:***@{host}", 1)
+    options = "&".join(_hide_option(option) for option in parts.query.split("&"))
+    return url.replace(f"?{parts.query}", f"?{options}", 1) if parts.query else url
+
+
+def _hide_option(option: str) -> str:
+    name, equals, value = option.partition("=")
+    return f"{name}=***" if value and _SECRET.search(unquote(name)) else f"{name}{equals}{value}"

@@ -26,12 +26,12 @@ from typing import Any
 
 from redis.exceptions import RedisError
 
-from .connection import AWAY
 from .errors import MnemobusError
 from .local import MISS, Bucket, LocalCache, clock
 from .marks import Marks
 from .memory import Row, unpack_memories
 from .query import Question, Versions, versions_of
+from .redis_errors import AWAY
 from .settings import Settings
 from .shared import SharedCache
 from .tasks import end
@@ -67,6 +67,8 @@ class Shadow:
         self._local = local
         self._shared = shared
         self._marks = marks
+        self.loop: asyncio.AbstractEventLoop | None = None
+        """That of the bus; hits in any other thread are no samples."""
         self._waiting = 0
         self._tasks: set[asyncio.Task[None]] = set()
         self.reads = 0
@@ -103,6 +105,8 @@ class Shadow:
             self._start(self._check_shared(scope, field, packed))
 
     def _busy(self) -> bool:
+        if asyncio._get_running_loop() is not self.loop:
+            return True
         return len(self._tasks) >= _WAITING or len(self._tasks) - self._waiting >= _READING
 
     def _start(self, check: Coroutine[Any, Any, None]) -> None:

@@ -6,6 +6,10 @@ all, after the write is committed: so a fill that read the store before cannot a
 Nishtala et al., NSDI 2013). Eviction and expiry do the same as an invalidation: whatever is lost, it fails safe.
 
 The lease also holds back the herd: others wait a moment for the fill, then read the store without filling.
+
+The log comes first. Where Redis has a limit and evicts nothing (``noeviction``), results are shared only as long as it
+is filled to no more than `SHARE` percent; and where it is full all the same, what L2 holds goes (`give_way`) before a
+write is refused.
 """
 
 from __future__ import annotations
@@ -17,19 +21,30 @@ from collections.abc import Callable
 from contextlib import suppress
 from itertools import count
 
-from redis.exceptions import ResponseError
+from redis.exceptions import RedisError, ResponseError
 
-from .connection import AWAY, Link
+from .connection import Link
+from .errors import SettingsError
 from .local import clock
+from .redis_errors import AWAY, REPLACED, code_of, meaning
 
 logger = logging.getLogger("mnemobus.shared")
 
 MAX_FIELDS = 512
-"""Results and leases that one bucket may hold."""
+"""Results and leases that one bucket may hold; with the next one it begins anew."""
+SHARE = 60
+"""Percent of a limited Redis up to which results are shared there."""
 MAX_RESULT = 4 << 20
 """Bytes above which a result is not shared."""
+REFUSED = 2
+"""What `lookup` and `fill.lua` answer where Redis takes no result."""
 _PATIENCE = (0.002, 0.005, 0.010, 0.020)
 """Seconds between looks for a fill that another has the lease for."""
+_SCAN = 1_000
+"""Keys that are looked at in one step when L2 gives way."""
+_GIVE_WAY_EVERY = 5.0
+_LAZY = 0.02
+"""Seconds that Redis has to free in the background what was unlinked."""
 _SPELL = 60.0
 """Seconds for which a refusal is remembered; those within are one spell, and logged once."""
 
@@ -68,11 +83,13 @@ class SharedCache:
         """Why Redis refused to share a result, within the last minute; empty if it did not."""
         return self._trouble if clock() < self._trouble_until else ""
 
-    def refused(self, error: Exception) -> None:
-        """Redis answered a lookup or a fill with an error: it is full, or a key of another kind is in the way."""
+    def refused(self, error: object) -> None:
+        """Redis takes no result: it is full, or a key of another kind is in the way."""
+        if isinstance(error, Exception) and (code_of(error) in REPLACED or code_of(error) == "BUSY"):
+            return  # it can't be used at all, and the feed says so
         log = logger.debug if self.trouble else logger.warning
-        log("the shared cache can't be used: %s", error)
-        self._trouble, self._trouble_until = str(error), clock() + _SPELL
+        log("the shared cache can't be used: %s", meaning(error))
+        self._trouble, self._trouble_until = meaning(error), clock() + _SPELL
 
     async def lookup(self, scope: str, field: bytes, ttl: float) -> bytes | Lease | None:
         """The result; or a lease to fill it; or None if it is neither there nor ours to fill."""
@@ -85,7 +102,7 @@ class SharedCache:
                 return reply
             if reply == 1:
                 return lease
-            if reply == 2 or pause is None:
+            if reply == REFUSED or pause is None:
                 return None
             await asyncio.sleep(pause)
         return None
@@ -99,7 +116,7 @@ class SharedCache:
                 reply = await self._link.run("lookup", [lease.key], args)
             except ResponseError as error:
                 self.refused(error)
-                return 2, lease
+                return REFUSED, lease
             # What a bucket of an older epoch holds may be older than the store knows.
             if epoch == self._link.epoch:
                 return reply, lease
@@ -115,17 +132,45 @@ class SharedCache:
         if len(result) > MAX_RESULT or lease.epoch != self._link.epoch:
             return False
         try:
-            accepted = bool(await self._link.run("fill", [lease.key], (lease.field, lease.token, result)))
+            accepted = await self._link.run("fill", [lease.key], (lease.field, lease.token, result, SHARE))
         except ResponseError as error:
             self.refused(error)
+            return False
+        if accepted == REFUSED:
+            self.refused(f"Redis is filled to more than {SHARE} % of maxmemory: what is left is for the log")
             return False
         if accepted:
             self.fills += 1
         else:
             self.refused_fills += 1
-        return accepted
+        return bool(accepted)
 
     async def discard(self, scope: str) -> None:
         """Drop a bucket whose content makes no sense."""
-        with suppress(ResponseError, *AWAY):
+        with suppress(RedisError, SettingsError, *AWAY):
             await self._link.command("UNLINK", self._link.keys.bucket(self._link.epoch, scope))
+
+
+async def give_way(link: Link) -> bool:
+    """Drop all that L2 holds, for the log needs the room; whether there was anything. Raises one of AWAY.
+
+    Looks no more often than every few seconds: Redis may have many keys of others.
+    """
+    now = clock()
+    if now < link.give_way_at:
+        return False
+    link.give_way_at = now + _GIVE_WAY_EVERY
+    cursor, dropped = b"0", 0
+    try:
+        while True:
+            cursor, keys = await link.command("SCAN", cursor, "MATCH", link.keys.buckets, "COUNT", _SCAN)
+            if keys:
+                dropped += await link.command("UNLINK", *keys)
+            if cursor == b"0":
+                break
+    except ResponseError as error:  # not allowed, say
+        logger.debug("the shared results can't be dropped: %s", error)
+    if dropped:
+        logger.warning("Redis at %s is full: dropped the shared results of %d scopes", link.address, dropped)
+        await asyncio.sleep(_LAZY)
+    return dropped > 0

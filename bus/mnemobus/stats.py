@@ -86,12 +86,13 @@ class Stats:
 class Health:
     """How a bus is, in words for people.
 
-    ok            everything works
+    ok            a write now would be logged and committed, and a read answered, as far as can be known without writing
     redis, store  what answers there, or why nothing does
     feed          whether local copies are served, and since when they are verified
     backlog       events in the log that no worker has applied yet; -1 if Redis is away
     dead_letters  events that no worker could apply; -1 if Redis is away
-    problems      what is wrong, one sentence each
+    problems      what is wrong and what to do about it, one sentence each
+    workers       how many tell that they are at work
     """
 
     ok: bool
@@ -101,3 +102,4 @@ class Health:
     backlog: int
     dead_letters: int
     problems: tuple[str, ...]
+    workers: str = ""

@@ -1,10 +1,15 @@
-"""Ending background tasks for certain."""
+"""What goes on in the background, and how it ends: tasks for certain, threads with the process."""
 
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Iterable
 from typing import Any
+
+import aiosqlite
+
+logger = logging.getLogger("mnemobus")
 
 _PATIENCE = 0.5
 
@@ -20,3 +25,26 @@ async def end(tasks: Iterable[asyncio.Task[Any] | None]) -> None:
         for task in running:
             task.cancel()
         _, running = await asyncio.wait(running, timeout=_PATIENCE)
+
+
+def in_background(connecting: aiosqlite.Connection) -> aiosqlite.Connection:
+    """A connection to SQLite, about to be opened, for whose thread a process that ends does not wait.
+
+    Else one that forgot to close its bus would never end. What the thread has committed is on disk; of what it has not,
+    nobody was told.
+    """
+    # Before 0.22 the connection itself was the thread.
+    thread: Any = getattr(connecting, "_thread", connecting)
+    thread.daemon = True
+    run = thread.run
+
+    def run_until_nobody_waits() -> None:
+        try:
+            run()
+        except RuntimeError as error:
+            if "loop is closed" not in str(error):
+                raise
+            logger.debug("a statement ended after the loop whose task had asked for it: %s", error)
+
+    thread.run = run_until_nobody_waits
+    return connecting

@@ -6,28 +6,33 @@ What the order of the steps has to keep:
 - The bucket is taken before anything is read, so that an invalidation which comes meanwhile takes the bucket out of
   sight, and the fill with it (G4). It is a live one only if the bus listens to the scope's feed partition.
 - Redis is not asked while no heartbeat reaches it: its buckets may be of an epoch that is over.
-- Concurrent reads of one query share the load of the first, unless an invalidation came between them: then the later
-  one finds another bucket, without a load. Nor is a load shared that began ``max_staleness`` ago (in a process that was
-  paused, say, and has not heard yet what came meanwhile): what it brings may be as old (G5). The load is part of the
-  first one's task: if that is cancelled, the others begin again, and one of them loads.
+- Concurrent reads of one query share the load of the first, unless an invalidation or a write of this bus came between
+  them: then the later one finds another bucket, without a load. Where nothing may be cached they share an orphan
+  bucket, for as long as they load: else a Redis that is away would turn each read into a query. Those that have waited
+  in vain for a write of this bus, and answer stale, share with each other only. A read that meets a write of this bus
+  which was logged after it began shares with nobody.
+- Nor is a load shared that began ``max_staleness`` ago (in a process that was paused, say, and has not heard yet what
+  came meanwhile): what it brings may be as old (G5). The load is part of the first one's task: if that is cancelled,
+  the others begin again, and one of them loads.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import Callable
 from typing import Any
 
 from redis.exceptions import RedisError
 
-from .connection import AWAY
 from .errors import SettingsError, StoreUnavailable
 from .feed import Feed
 from .keys import Keyspace
 from .live.scopes import LiveScopes
-from .local import MISS, Bucket, LocalCache, clock
+from .local import EACH, MISS, Bucket, LocalCache, clock
 from .marks import Marks
 from .query import Plan
+from .redis_errors import AWAY
 from .settings import Settings
 from .shared import Lease, SharedCache
 
@@ -84,6 +89,7 @@ class Tiers:
         shared: SharedCache,
         feed: Feed,
         marks: Marks,
+        knows: Callable[[], bool],
         live: LiveScopes,
     ) -> None:
         self._settings = settings
@@ -93,6 +99,8 @@ class Tiers:
         self._shared = shared
         self._feed = feed
         self._marks = marks
+        self._knows = knows
+        """Whether the store is known to be the bus's. Others must not be given what another store has."""
         self._loads: dict[tuple[Bucket, Any], Load] = {}
         """Reads under way, by bucket and query."""
         self.misses = 0
@@ -112,10 +120,13 @@ class Tiers:
             stale = plan.scope in self._marks and not await self._wait_for_own_writes(plan.scope)
             stale = not await self._live.committed(plan.scope) or stale
             joined = self._feed.joined(partition) or await self._feed.join(partition, _JOIN_PATIENCE)
-            if joined and not stale and plan.scope not in self._marks:
+            marked = plan.scope in self._marks
+            if joined and not stale and not marked:
                 bucket = self._local.open(plan.name, partition, self._settings.ttl(plan.table))
+            elif marked and not stale:
+                bucket = Bucket(plan.name, partition, 0.0)
             else:
-                bucket = self._local.orphan(plan.name, partition)
+                bucket = self._local.orphan(plan.name, partition, stale=stale)
             load = self._loads.get((bucket, plan.key))
             if load is None or clock() - load.began >= self._settings.max_staleness:
                 kept, source, last_known = await self._lead(plan, bucket)
@@ -180,7 +191,7 @@ class Tiers:
         self.misses += 1
         packed = plan.kind.pack(found)
         kept = self._keep(plan, bucket, found, len(packed))
-        if lease is not None:
+        if lease is not None and self._knows():
             try:
                 await self._shared.fill(lease, packed)
             except (*AWAY, SettingsError) as error:
@@ -189,6 +200,8 @@ class Tiers:
 
     def _keep(self, plan: Plan, bucket: Bucket, found: Any, size: int) -> Any:
         kept = plan.kind.keep(found)
+        if isinstance(found, list) and len(found) > 1:
+            size += EACH * len(found)
         self._local.put(bucket, plan.key, kept, size)
         return kept
 

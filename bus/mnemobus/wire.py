@@ -6,7 +6,8 @@ What that gives is in docs/performance.md.
 
 A wire is used by one call at a time, which may carry many commands. A call that is cancelled, or not answered in time,
 leaves replies that nobody waits for: its wire is cut. A wire that breaks while it is idle is noticed at once, and is
-not given to anybody.
+not given to anybody. Nor is one whose server says that it takes no writes, as after a failover: it is cut, and all
+others of the same age with it.
 """
 
 from __future__ import annotations
@@ -19,6 +20,8 @@ from typing import Any, Final
 import hiredis
 import redis.exceptions
 from redis.asyncio.connection import AbstractConnection
+
+from .redis_errors import REPLACED, code_of
 
 Argument = str | bytes | int | float
 Command = tuple[Argument, ...]
@@ -50,16 +53,21 @@ class Wire(asyncio.Protocol):
         # From here on it is ours, also to be closed. The writer would close the transport when it is forgotten.
         self._writer, connection._writer, connection._reader = writer, None, None
         self._transport = writer.transport
+        self._parse_error: Callable[[str], Exception] = connection._parser.parse_error
         self._parser = hiredis.Reader(
-            replyError=connection._parser.parse_error,
+            replyError=self._refused,
             protocolError=redis.exceptions.InvalidResponse,
             notEnoughData=_MORE,
         )
         self._loop = asyncio.get_running_loop()
+        self.since = self._loop.time()
+        """When it was opened."""
         self._timer: asyncio.TimerHandle | None = None
         self._replies: list[Any] = []
         self._expected = 0
         self._done: Done | None = None
+        self.refusal: Exception | None = None
+        """What its server said, if that means that it takes no writes."""
         self.closed: asyncio.Future[None] = self._loop.create_future()
         """Done once nothing is left of it, whoever closed it."""
         self._transport.set_protocol(self)
@@ -67,7 +75,17 @@ class Wire(asyncio.Protocol):
     @property
     def open(self) -> bool:
         """Whether a call may still succeed."""
-        return not self._transport.is_closing()
+        return self.refusal is None and not self._transport.is_closing()
+
+    def _refused(self, text: str) -> Exception:
+        """An error that the server answered, as redis-py has it."""
+        try:
+            error: Exception = self._parse_error(text)
+        except (ValueError, LookupError):  # MOVED or ASK, and then not what redis-py expects
+            error = redis.exceptions.ResponseError(text)
+        if code_of(error) in REPLACED:
+            self.refusal = error
+        return error
 
     def call(self, packed: bytes, expected: int, timeout: float, done: Done) -> None:
         """Send commands, and have ``done`` called with their replies, in order, errors among them as values; or with
@@ -138,6 +156,7 @@ class Pool:
         self,
         connect: Callable[[], Awaitable[Wire]],
         *,
+        on_refusal: Callable[[Exception], None],
         timeout: float,
         maximum: int,
         acquire: float,
@@ -146,6 +165,8 @@ class Pool:
         destroy: float = 0.0,
     ) -> None:
         self._connect = connect
+        self._on_refusal = on_refusal
+        """Called when a wire is dropped for what its server said; it shall `renew`."""
         self._timeout = timeout
         self._maximum = maximum
         self._acquire = acquire
@@ -157,6 +178,8 @@ class Pool:
         self._waiting: deque[asyncio.Future[Wire | None]] = deque()
         """Those who wait for a wire; None tells one that another may be opened."""
         self._closed = False
+        self._renewed = float("-inf")
+        """When all wires were given up, by the loop's clock."""
         self.size = 0
         """Wires that there are, idle or in use, and those that are being opened."""
 
@@ -243,7 +266,7 @@ class Pool:
             raise
 
     def give_back(self, wire: Wire) -> None:
-        if wire.open and not self._closed:
+        if wire.open and not self._closed and wire.since > self._renewed:
             self._pass_on(wire)
         else:
             self.drop(wire)
@@ -252,6 +275,15 @@ class Pool:
         """Cut a wire whose call was cancelled, or that broke."""
         wire.cut()
         self._gone()
+        if wire.refusal is not None and wire.since > self._renewed:
+            self._on_refusal(wire.refusal)
+
+    def renew(self) -> None:
+        """Give up all wires that there are: those that are idle now, those in use when they are given back."""
+        self._renewed = asyncio.get_running_loop().time()
+        idle, self._idle = self._idle, []
+        for wire, _ in idle:
+            self.drop(wire)
 
     def _gone(self) -> None:
         self.size -= 1

@@ -33,9 +33,9 @@ from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 
 from mnemobus import Settings
-from mnemobus.connection import AWAY
 from mnemobus.events import decode
 from mnemobus.keys import APPLY_GROUP, Keyspace, Version
+from mnemobus.redis_errors import AWAY
 from mnemobus.store import Query, open_reader
 from servers import NoServer, PostgresServer, RedisServer, redis_binaries
 
@@ -109,6 +109,8 @@ class Campaign:
         self.workers: list[WorkerParty] = []
         self.problems: list[str] = []
         """What is wrong besides what the history shows."""
+        self.warnings: list[str] = []
+        """What was not tried though it was meant to be: no promise was broken by it."""
         self.lost_by_everysec = 0
         self.converged: float | None = None
         self.redis: RedisServer
@@ -349,10 +351,18 @@ class Campaign:
             return int(await self._client.execute_command("CLIENT", "KILL", "TYPE", "pubsub"))
         return 0
 
-    async def refused_for_memory(self) -> int:
-        """How many commands Redis has refused for lack of memory since it started."""
-        stats = await self._client.info("errorstats")
-        return int(stats.get("errorstat_OOM", {}).get("count", 0))
+    async def scripts_called(self) -> int:
+        """How many scripts parties have called since Redis started: all that they write, they write by scripts."""
+        stats = await self._client.info("commandstats")
+        return sum(int(stats.get(f"cmdstat_{name}", {}).get("calls", 0)) for name in ("eval", "evalsha"))
+
+    async def refuses_for_memory(self) -> bool:
+        """Whether Redis refuses a write now. What it counts as such differs from version to version."""
+        try:
+            await self._client.execute_command("SET", "chaos-probe", "x", "PX", 1)
+        except redis.exceptions.OutOfMemoryError:
+            return True
+        return False
 
     @contextlib.asynccontextmanager
     async def without_database(self, *, at_once: bool) -> AsyncIterator[bool]:
@@ -491,7 +501,7 @@ class Campaign:
             left = [path.name for path in agent.outbox.glob("*.db")]
             if left:
                 self.problems.append(f"{agent.name} left {', '.join(left)} in its outbox")
-        self.problems += self.without_effect()
+        self.warnings += self.without_effect()
         history = History.load(self.history_folder)
         unwritten = self._lost_by_everysec(history, final)
         final.log += unwritten

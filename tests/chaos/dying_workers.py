@@ -23,7 +23,7 @@ from mnemobus.store import merge
 from mnemobus_workers import broker
 from mnemobus_workers.apply import Applier
 from mnemobus_workers.broker import StreamConsumer
-from worker_process import wrap
+from worker_process import is_fan_out, wrap
 
 from .clocks import set_ahead
 
@@ -46,7 +46,7 @@ def die_at(point: str) -> None:
 
 
 def die_in_fan_out(link: ThreadedLink, calls: list[Any]) -> None:
-    if due("fan-out"):
+    if is_fan_out(calls) and due("fan-out"):
         fanout, keys, arguments = calls[0]
         link._pipeline([("EVAL", fanout.source, len(keys), *keys, *arguments)])
         os.kill(os.getpid(), signal.SIGKILL)

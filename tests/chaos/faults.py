@@ -313,11 +313,11 @@ async def redis_flushed(run: Campaign, rng: random.Random) -> None:
 async def redis_full(run: Campaign, rng: random.Random) -> None:
     """At maxmemory, with nothing that it may evict."""
     with run.fault("redis-full", "redis") as effect:
-        before = await run.refused_for_memory()
         await run.redis_config("maxmemory", "1")
+        before = await run.scripts_called()
         await asyncio.sleep(rng.uniform(0.3, 2))
+        effect.felt = await run.refuses_for_memory() and await run.scripts_called() > before
         await run.redis_config("maxmemory", "0")
-        effect.felt = await run.refused_for_memory() > before
 
 
 @fault("servers")

@@ -254,6 +254,10 @@ class Proxy:
         for connection in list(self._connections):
             connection.close()
 
+    def lead_to(self, host: str, port: int) -> None:
+        """Lead connections to come elsewhere; those that are open stay where they are."""
+        self._target = (host, port)
+
     def reset(self) -> None:
         """End with an RST what there is."""
         for connection in list(self._connections):

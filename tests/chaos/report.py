@@ -23,6 +23,8 @@ def tell(campaign: Campaign, history: History) -> int:
     report = check(history)
     console.print(_faults(campaign))
     console.print(_figures(campaign, history, report))
+    for warning in campaign.warnings:
+        console.print(f"warning: {warning}", markup=False)
     if report.ok and not campaign.problems:
         console.print("every promise that was watched was kept")
         return 0

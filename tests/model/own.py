@@ -2,7 +2,8 @@
 
 Event 1 is a write of our agent to memory X; event 2, if there is one, somebody else's to another memory, in the same
 partitions of log and feed. Workers take one event each. Another agent may fill L2 with what it read. Redis may be
-flushed, or restart, with all that it had or with less: then the log may have lost our write.
+flushed, or restart, with all that it had or with less: then the log may have lost our write. Where our write is unfit,
+no worker can apply it: it is buried, its reason is noted, and it is confirmed like any other.
 
 Our agent publishes, hears of it, marks X, reads X through L1 and L2, and learns from the feed, or from the consumer
 group, that its write is applied. Modelled after marks.py, `Bus._logged`, `Bus._read`, apply.py and lua/applied.lua.
@@ -32,6 +33,8 @@ class Redis(NamedTuple):
     """Messages: the event that is named or 0, whether X is, and the epoch whose buckets were dropped."""
     epoch: int | None = 0
     """None: the key is gone."""
+    noted: bool = False
+    """Whether Redis knows why our write could not be applied."""
 
 
 class Worker(NamedTuple):
@@ -89,7 +92,7 @@ class Own(World):
     about = "marks, the two signs that lift them, receipts, and what a flush or a restart does to them"
     sizes: ClassVar = {
         "workers": 1, "reads": 1, "others": 0, "fills": 0, "crashes": 0, "flushes": 0, "restarts": 0,
-        "forgetful": 0,
+        "forgetful": 0, "unfit": 0,
     }  # fmt: skip
     small = (
         {"fills": 1, "crashes": 1},
@@ -97,6 +100,7 @@ class Own(World):
         {"others": 1, "flushes": 1},
         {"others": 1, "restarts": 1, "forgetful": 1, "reads": 0},
         {"fills": 1, "restarts": 1},
+        {"unfit": 1, "crashes": 1, "restarts": 1, "forgetful": 1, "reads": 0},
     )
     larger = (
         {"others": 1, "workers": 2, "fills": 1, "crashes": 1, "reads": 2},
@@ -117,6 +121,9 @@ class Own(World):
         Rule("same-epoch", "an answer of the consumer group counts whatever the epoch is by then", "G1", 2),
         Rule("named-epoch", "a message lifts marks though it dropped buckets of another epoch only", "G6", 4),
         Rule("late-answer", "an answer of the log is believed that was asked for in another epoch", "G1", 3),
+        Rule("reasons", "what is confirmed counts as committed, without a look at the reasons", "G1", 5),
+        Rule("noted-again", "a worker that meets a new epoch buries nothing again", "G1", 5),
+        Rule("noted-first", "an event that can't be applied is confirmed before its reason is noted", "G1", 5),
     )  # fmt: skip
 
     def start(self) -> State:
@@ -173,10 +180,11 @@ class Own(World):
             passed = redis.delivered >= 1 and (1 not in redis.pending or not self.keeps("pending"))
             known = redis.epoch == s.epoch or not self.keeps("same-epoch")
             if passed and known:
-                yield "the consumer group says that our write is applied", self.lift(s)
+                rejected = redis.noted and self.keeps("reasons")
+                yield "the consumer group says that our write is applied", self.lift(s, rejected)
 
-    def lift(self, s: State) -> State:
-        return s._replace(marked=False, committed=True)
+    def lift(self, s: State, rejected: bool) -> State:
+        return s._replace(marked=False, committed=not rejected)
 
     def listening(self, s: State) -> Iterator[tuple[str, State]]:
         redis = s.redis
@@ -205,7 +213,7 @@ class Own(World):
                 after = self.drop(after)
             lifts = named == 1 or (named > 1 and not self.keeps("one-by-one"))
             if lifts and s.marked and (epoch == s.epoch or not self.keeps("named-epoch")):
-                after = self.lift(after)
+                after = self.lift(after, bool(self.size["unfit"]))  # the message says so
             yield f"our agent hears a message that names {named or 'nothing'}", after
 
     def meet(self, s: State) -> State:
@@ -247,7 +255,10 @@ class Own(World):
                 Worker(epoch=w.epoch),
                 s._replace(crashes=s.crashes - 1),
             )
-        if w.at == "read":
+        if w.at == "read" and event == 1 and self.size["unfit"]:
+            noted = redis._replace(noted=self.keeps("noted-first"))
+            yield "event 1 is buried", w._replace(at="committed"), s._replace(redis=noted)
+        elif w.at == "read":
             store = 1 if event == 1 else s.store
             yield f"event {event} is committed", w._replace(at="committed"), s._replace(store=store)
         elif w.at == "committed":
@@ -263,15 +274,32 @@ class Own(World):
             yield from self.dropped(s, w, name)
         elif w.at == "sent":
             if redis.epoch is not None and redis.epoch != w.epoch:
+                again = s
+                if (
+                    event == 1
+                    and self.size["unfit"]
+                    and self.keeps("noted-first")
+                    and self.keeps("noted-again")
+                ):
+                    again = s._replace(redis=redis._replace(noted=True))
                 yield (
-                    "the worker meets the new epoch, and fans out again",
+                    "the worker meets the new epoch, and buries and fans out again",
                     Worker(event, "committed", redis.epoch),
-                    s,
+                    again,
                 )
+            elif confirmed_last and event == 1 and self.size["unfit"] and not self.keeps("noted-first"):
+                yield "event 1 is confirmed, its reason not noted", w._replace(at="unnoted"), confirmed
             elif confirmed_last:
                 yield f"event {event} is confirmed", Worker(epoch=w.epoch), confirmed
             else:
                 yield f"event {event} is done", Worker(epoch=w.epoch), s
+
+        elif w.at == "unnoted":
+            yield (
+                "the reason of event 1 is noted",
+                Worker(epoch=w.epoch),
+                s._replace(redis=redis._replace(noted=True)),
+            )
 
     def fan_out(self, s: State, w: Worker) -> Iterator[tuple[str, Worker, State]]:
         if w.event == 1 and not self.keeps("named-last"):

@@ -2,9 +2,10 @@
 
 One log partition and its consumer group, and some workers. A worker reads a batch of what has gathered, commits it,
 fans it out and confirms it, in four steps; it may be killed before any of them, or be held up for so long that another
-claims its batch while it still lives. Upkeep trims the log at any time.
+claims its batch while it still lives. Upkeep trims the log at any time. Redis's clock may be set back: it then hides
+how long an entry was idle, until its worker renews it, or another has seen that nobody does.
 
-Modelled after broker.py, apply.py, lua/ack.lua and lua/trim.lua (with a retention of nothing).
+Modelled after broker.py, unmoved.py, apply.py, lua/ack.lua and lua/trim.lua (with a retention of nothing).
 """
 
 from __future__ import annotations
@@ -22,39 +23,54 @@ class Worker(NamedTuple):
     stage: str = READ
 
 
+class Pending(NamedTuple):
+    """An event that was delivered and is not confirmed.
+
+    idle    whether whoever has it has been silent for long enough
+    hidden  whether Redis can't tell: its clock was set back since the last sign of life
+    """
+
+    event: int
+    idle: bool = False
+    hidden: bool = False
+
+
 class State(NamedTuple):
     logged: int = 0
     trimmed: int = 0
     """Up to here the log's events are gone."""
     delivered: int = 0
-    pending: tuple[tuple[int, bool], ...] = ()
-    """Events delivered and not confirmed, and whether whoever has them has been silent for long enough."""
+    pending: tuple[Pending, ...] = ()
     workers: tuple[Worker, ...] = ()
     stored: tuple[int, ...] = ()
     sent: tuple[int, ...] = ()
     kills: int = 0
     pauses: int = 0
+    steps: int = 0
 
 
 class Workers(World):
     name = "workers"
     about = "delivery, crashes, claims, confirmation and trimming"
-    sizes: ClassVar = {"events": 2, "workers": 2, "kills": 1, "pauses": 1}
+    sizes: ClassVar = {"events": 2, "workers": 2, "kills": 1, "pauses": 1, "steps": 1}
     larger = (
-        {"events": 3, "kills": 2, "pauses": 2},
-        {"events": 4, "workers": 3, "kills": 3, "pauses": 2},
+        {"events": 3, "kills": 2, "pauses": 2, "steps": 2},
+        {"events": 4, "workers": 3, "kills": 3, "pauses": 2, "steps": 1},
     )
     rules = (
         Rule("confirm-last", "a batch is confirmed before it is committed", "G1"),
         Rule("fan-out-confirmed", "a batch is confirmed before it is fanned out", "G1"),
         Rule("claim", "nobody takes up what a dead worker has left", "G1"),
+        Rule("unmoved", "idle times are believed though Redis's clock was set back", "G1"),
         Rule("low-water", "the log is trimmed up to what was delivered last, whatever is pending", "G1"),
         Rule("undelivered", "the log is trimmed without regard to what was not delivered yet", "G1"),
     )
 
     def start(self) -> State:
         workers = (Worker(),) * self.size["workers"]
-        return State(workers=workers, kills=self.size["kills"], pauses=self.size["pauses"])
+        return State(
+            workers=workers, kills=self.size["kills"], pauses=self.size["pauses"], steps=self.size["steps"]
+        )
 
     def broken(self, s: State) -> Iterator[str]:
         return iter(())
@@ -71,11 +87,18 @@ class Workers(World):
             yield f"event {s.logged + 1} is logged", s._replace(logged=s.logged + 1)
         mark = s.delivered
         if s.pending and self.keeps("low-water"):
-            mark = s.pending[0][0] - 1
+            mark = s.pending[0].event - 1
         if not self.keeps("undelivered"):
             mark = s.logged
         if mark > s.trimmed:
             yield f"the log is trimmed up to {mark}", s._replace(trimmed=mark)
+        if s.steps and any(not entry.hidden for entry in s.pending):
+            pending = tuple(entry._replace(hidden=True) for entry in s.pending)
+            yield "Redis's clock is set back", s._replace(pending=pending, steps=s.steps - 1)
+        unmoved = tuple(entry.event for entry in s.pending if entry.idle and entry.hidden)
+        if unmoved and self.keeps("unmoved"):
+            pending = tuple(entry._replace(hidden=entry.hidden and not entry.idle) for entry in s.pending)
+            yield f"{name(unmoved)} found unmoved for long", s._replace(pending=pending)
         seen = set()
         for i, worker in enumerate(s.workers):
             if worker in seen:  # workers are alike
@@ -91,37 +114,43 @@ class Workers(World):
             first = max(s.delivered, s.trimmed) + 1
             if first <= s.logged:
                 new = tuple(range(first, s.logged + 1))
-                pending = tuple(sorted((*s.pending, *((event, False) for event in new))))
+                pending = tuple(sorted((*s.pending, *map(Pending, new))))
                 yield (
                     f"a worker reads {name(new)}",
                     Worker(new),
                     s._replace(delivered=s.logged, pending=pending),
                 )
-            silent = tuple(event for event, idle in s.pending if idle)
+            silent = tuple(entry.event for entry in s.pending if entry.idle and not entry.hidden)
             if silent and self.keeps("claim"):
                 there = tuple(event for event in silent if event > s.trimmed)
                 pending = tuple(
-                    (event, False) if idle else (event, idle)
-                    for event, idle in s.pending
-                    if not idle or event in there
+                    Pending(entry.event) if entry.event in silent else entry
+                    for entry in s.pending
+                    if entry.event not in silent or entry.event in there
                 )
                 yield f"a worker claims {name(silent)}", Worker(there), s._replace(pending=pending)
             return
+        if any(entry.event in batch and entry.hidden and not entry.idle for entry in s.pending):
+            pending = tuple(
+                Pending(entry.event) if entry.event in batch and not entry.idle else entry
+                for entry in s.pending
+            )
+            yield f"{name(batch)} renewed", worker, s._replace(pending=pending)
         if s.kills:
-            pending = tuple((event, idle or event in batch) for event, idle in s.pending)
+            pending = tuple(entry._replace(idle=entry.idle or entry.event in batch) for entry in s.pending)
             yield (
                 f"the worker that has {name(batch)} is killed",
                 Worker(),
                 s._replace(pending=pending, kills=s.kills - 1),
             )
-        if s.pauses and any(event in batch and not idle for event, idle in s.pending):
-            pending = tuple((event, idle or event in batch) for event, idle in s.pending)
+        if s.pauses and any(entry.event in batch and not entry.idle for entry in s.pending):
+            pending = tuple(entry._replace(idle=entry.idle or entry.event in batch) for entry in s.pending)
             yield (
                 f"the worker that has {name(batch)} is held up",
                 worker,
                 s._replace(pending=pending, pauses=s.pauses - 1),
             )
-        confirmed = s._replace(pending=tuple(item for item in s.pending if item[0] not in batch))
+        confirmed = s._replace(pending=tuple(entry for entry in s.pending if entry.event not in batch))
         if stage == READ:
             after = s if self.keeps("confirm-last") else confirmed
             yield (

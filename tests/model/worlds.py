@@ -9,9 +9,10 @@ from .kernel import World
 from .live import Live
 from .own import Own
 from .publish import Publish
+from .rooms import Rooms
 from .store import Store
 from .workers import Workers
 
 WORLDS: dict[str, type[World]] = {
-    world.name: world for world in (Publish, Workers, Store, Caches, Join, Epochs, Own, Live)
+    world.name: world for world in (Publish, Workers, Store, Rooms, Caches, Join, Epochs, Own, Live)
 }

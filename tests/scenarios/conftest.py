@@ -8,6 +8,7 @@ their own or behind a proxy. Which of them there are, by file:
     test_late_fills        answers of a slow store that an invalidation overtakes; eviction while L2 is filled
     test_messages          a message of the feed lost, late or twice; an agent that comes when the feed is long
     test_connections       what happens between SUBSCRIBE and its confirmation, at a reconnect, at CLIENT KILL
+    test_failover          a master that becomes a replica while connections to it stay open
     test_half_open_link    a link on which nothing arrives any more, and nobody is told
     test_late_writes       what was deleted, and older writes that come afterwards
     test_one_producer      a publish whose answer is lost; two processes that take themselves for the same

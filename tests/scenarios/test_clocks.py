@@ -1,9 +1,11 @@
-"""Clocks of agents and workers that disagree by minutes, with each other and with Redis."""
+"""Clocks of agents and workers that disagree by minutes, with each other and with Redis; and Redis's own, set anew."""
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
+import sqlite3
 import time
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
@@ -11,13 +13,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import redis.asyncio
 
-from chaos.clocks import in_the_future
-from mnemobus import Settings, Version
+import mnemobus
+from chaos.clocks import WallClock, in_the_future
+from mnemobus import Memory, Settings, Version
+from mnemobus.keys import APPLY_GROUP, Keyspace
 from mnemobus.memory import new_id
 from mnemobus.store import open_reader
 from outside import Log
-from servers import AgentProcess, Workers, eventually
+from servers import AgentProcess, RedisServer, Workers, eventually
 
 TESTS = Path(__file__).parents[1]
 MINUTES = 60.0
@@ -139,6 +144,78 @@ async def test_g1_g2_g3_g5_g6_clocks_that_disagree_by_minutes_have_no_effect(
     await asyncio.gather(*(writer.do("committed", timeout=10) for writer in (alice, bob)))
     assert time.monotonic() - began < settings.claim_idle + 5
     assert await alice.do("count", table="messages", room="r1") == 41
+
+
+@pytest.mark.parametrize("step", [-3600, 3600])
+async def test_g1_g2_g5_g6_redis_clock_is_set_while_a_dead_worker_holds_a_batch(
+    step: int,
+    settings: Settings,
+    own_redis: Callable[..., RedisServer],
+    wall_clock: WallClock,
+    workers: Callable[..., Workers],
+) -> None:
+    # Given a worker that waits for the database with a batch in its hands
+    server = own_redis(environment=wall_clock.environment)
+    settings = settings.model_copy(update={"redis_url": server.url, "log_partitions": 1})
+    first = workers(settings, 1, 1)
+    async with (
+        mnemobus.connect(**settings.model_dump()) as writer,
+        mnemobus.connect(**settings.model_dump()) as reader,
+    ):
+        old = Memory(table="messages", room="r1", content={"text": "old"})
+        await (await writer.write(old)).committed()
+        assert len(await reader.recent("messages", room="r1")) == 1
+        with contextlib.closing(
+            sqlite3.connect(settings.database_url.removeprefix("sqlite:///"), isolation_level=None)
+        ) as lock:
+            lock.execute("BEGIN IMMEDIATE")
+            held = await writer.write(Memory(table="messages", room="r1", content={"text": "held"}))
+            await eventually(lambda: delivered(server, settings, str(held.version)))
+            # When it is killed, and Redis's clock set by an hour
+            first.kill()
+            wall_clock.set_ahead(step)
+        workers(settings, 1, 1)
+        # Then another commits the batch as ever
+        await held.committed(60)
+        # and all goes on: writes have higher versions, the last one wins, others see it in time
+        receipt = await writer.update(old.id, content={"text": "new"})
+        assert receipt.version is not None and held.version is not None
+        assert receipt.version > held.version
+        await receipt.committed(30)
+
+        async def seen() -> bool:
+            found = await reader.get(old.id)
+            return found is not None and found.content["text"] == "new"
+
+        await eventually(seen, settings.max_staleness)
+        assert len(await reader.recent("messages", room="r1")) == 2
+        assert (await reader.health()).ok and (await writer.health()).ok
+
+
+async def delivered(server: RedisServer, settings: Settings, version: str) -> bool:
+    keys = Keyspace(settings.redis_key_prefix, settings.log_partitions, settings.feed_partitions)
+    async with redis.asyncio.Redis.from_url(server.url) as client:
+        pending = await client.xpending_range(keys.log(0), APPLY_GROUP, version, version, 1)
+    return bool(pending)
+
+
+async def test_g4_a_lease_is_no_longer_for_redis_clock_being_set_back(
+    settings: Settings, own_redis: Callable[..., RedisServer], wall_clock: WallClock
+) -> None:
+    # Given a reader that has the lease of a result, and dies
+    server = own_redis(environment=wall_clock.environment)
+    async with mnemobus.connect(**settings.model_copy(update={"redis_url": server.url}).model_dump()) as bus:
+        shared = bus._shared
+        lost = await shared.lookup("room:t:r", b"q", 60)
+        assert lost is not None and await shared.lookup("room:t:r", b"q", 60) is None
+        # When Redis's clock is set back by an hour
+        wall_clock.set_ahead(-3600)
+        # Then the next reader has it at once, and the other one's result is refused
+        lease = await shared.lookup("room:t:r", b"q", 60)
+        assert lease is not None
+        assert await shared.lookup("room:t:r", b"q", 60) is None
+        assert not await shared.fill(lost, b"late")  # type: ignore[arg-type]
+        assert await shared.fill(lease, b"found")  # type: ignore[arg-type]
 
 
 async def copied(reader: AgentProcess, id: str) -> None:

@@ -136,7 +136,7 @@ async def test_g4_g5_an_agent_that_starts_when_the_feed_is_long_drops_nothing_va
                 for n in range(2 * LENGTH):
                     scope = room_scope("messages", f"other-{n}")
                     payload = orjson.dumps({"p": 0, "v": [f"1-{n}"], "s": [scope]})
-                    fan_out(keys=[keys.feed(0)], args=[payload, LENGTH], client=pipe)
+                    fan_out(keys=[keys.feed(0)], args=[payload, LENGTH, 1 << 20], client=pipe)
                 pipe.execute()
             assert LENGTH <= client.xlen(keys.feed(0)) < 2 * LENGTH
 

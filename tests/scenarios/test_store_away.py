@@ -37,6 +37,7 @@ async def test_g1_g7_a_store_that_is_down_for_a_minute_makes_no_dead_letters(
                 **changes,
                 "redis_protocol": p,
                 "redis_key_prefix": f"{settings.redis_key_prefix}-{p}",
+                "database_namespace": f"bus{p}",
                 "data_dir": settings.data_dir / str(p),
             }
         )

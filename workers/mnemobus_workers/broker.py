@@ -8,7 +8,8 @@ Delivered entries stay *pending* in the consumer group until they are acknowledg
 from it:
 
 - A worker that dies leaves its entries pending. Others look for entries that have been idle for ``claim_idle`` and
-  claim them. A live worker *renews* (upkeep.py) what it holds, however long it takes.
+  claim them. A live worker *renews* (upkeep.py) what it holds, however long it takes. Idle times are by Redis's wall
+  clock; what that hides once it was set back is found by other means (unmoved.py).
 - A failed batch is not acknowledged, and no longer renewed: it comes back the same way. Dramatiq would
   acknowledge a message whose actor raised (only its Retries middleware marks it failed, and that re-enqueues,
   which a batch can't be), so `BatchProxy` marks itself.
@@ -37,13 +38,18 @@ from typing import Any
 import dramatiq
 from dramatiq.errors import ConnectionClosed, QueueNotFound
 from dramatiq.middleware import Middleware
-from redis.exceptions import RedisError, ResponseError
-from tenacity import Retrying, retry_if_exception_type, stop_after_delay, wait_random_exponential
+from redis.exceptions import RedisError
+from tenacity import Retrying, retry_if_exception, stop_after_delay, wait_random_exponential
 
-from mnemobus.connection import AWAY, ThreadedLink
+from mnemobus.connection import ThreadedLink
 from mnemobus.errors import MnemobusError
 from mnemobus.keys import APPLY_GROUP
+from mnemobus.redis_errors import AWAY, code_of, is_away, meaning
 from mnemobus.settings import Settings
+
+from .report import State
+from .standing import Standing
+from .unmoved import Unmoved
 
 logger = logging.getLogger("mnemobus.broker")
 
@@ -103,10 +109,12 @@ class BatchProxy(dramatiq.MessageProxy):
         )
         self.batch = batch
         self.stopped = False
+        self.error: BaseException | None = None
 
     def stuff_exception(self, exception: BaseException) -> None:
         super().stuff_exception(exception)
         self.stopped = isinstance(exception, Stopping)
+        self.error = exception
         self.fail()
 
 
@@ -128,8 +136,12 @@ class StreamBroker(dramatiq.Broker):
         self.consumer_name = f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(4)}"
         self.queues: dict[str, int] = {}
         self.held = Held(settings.log_partitions)
+        self.standing: Standing | None = None
+        """Whether this process may take batches; None: it may."""
         self.stopping = threading.Event()
         """Set once the worker shuts down: nothing is waited for any more."""
+        self.state = State()
+        """What this process tells of itself."""
 
     def declare_queue(self, queue_name: str) -> None:
         if queue_name in self.queues:
@@ -235,32 +247,38 @@ class StreamConsumer(dramatiq.Consumer):
         self._settings = broker.settings
         self._partition = partition
         self._queue = queue_name(partition)
+        self._what = f"log partition {partition}"
         self._key = broker.link.keys.log(partition)
         self._timeout = timeout / 1000
         # A read that blocks longer than the socket would time out on its own connection.
         self._block = max(1, min(timeout, int(self._settings.redis_timeout * 500)))
         self._claim_every = self._settings.claim_idle / 10
         self._claim_next = 0.0
+        self._unmoved = Unmoved(
+            broker.link, self._key, self._settings.claim_idle, HELD_BATCHES * self._settings.batch_size
+        )
         self._size = BatchSize(broker.settings)
         self._away = 0
 
     def __next__(self) -> BatchProxy | None:
+        standing = self._broker.standing
+        if standing is not None and standing.refused:
+            self._broker.stopping.wait(self._timeout)
+            return None
         if not self._broker.held.wait_for_room(self._partition, self._timeout):
             return None
         try:
             batch = self._next()
-        except ResponseError as error:
-            if "NOGROUP" in str(error):
+        except (MnemobusError, RedisError, *AWAY) as error:
+            if code_of(error) == "NOGROUP":
                 self._make_group()
             else:
                 self._wait_out(error)
             return None
-        except (MnemobusError, RedisError, *AWAY) as error:
-            self._wait_out(error)
-            return None
         if self._away:
             logger.info("log partition %d: Redis is back", self._partition)
             self._away = 0
+            self._broker.state.goes_on(self._what)
         if batch is None:
             return None
         self._broker.held.add(batch)
@@ -268,8 +286,11 @@ class StreamConsumer(dramatiq.Consumer):
 
     def _wait_out(self, error: Exception) -> None:
         self._away += 1
+        self._broker.state.waits(self._what, error)
         if self._away == 1:
-            logger.warning("log partition %d can't be read, trying until it can: %s", self._partition, error)
+            logger.warning(
+                "log partition %d can't be read, trying until it can: %s", self._partition, meaning(error)
+            )
         time.sleep(min(1.0, 0.05 * 2 ** min(self._away, 5)))
 
     def _make_group(self) -> None:
@@ -277,11 +298,9 @@ class StreamConsumer(dramatiq.Consumer):
         try:
             self._link.run("group", [self._key], [APPLY_GROUP])
             logger.info("log partition %d: made the consumer group %r", self._partition, APPLY_GROUP)
-        except ResponseError as error:
-            if "BUSYGROUP" not in str(error):  # else another worker was faster
+        except (MnemobusError, RedisError, *AWAY) as error:
+            if code_of(error) != "BUSYGROUP":  # else another worker was faster
                 self._wait_out(error)
-        except (MnemobusError, *AWAY) as error:
-            self._wait_out(error)
 
     def _next(self) -> Batch | None:
         now = time.monotonic()
@@ -315,10 +334,10 @@ class StreamConsumer(dramatiq.Consumer):
         """A batch of what nobody has renewed for too long; None if there is nothing of that kind."""
         idle = int(self._settings.claim_idle * 1000)
         epoch = self._link.epoch
-        pending = self._link.client.execute_command(
-            "XPENDING", self._key, APPLY_GROUP, "IDLE", idle, "-", "+", self._size.count
-        )
         mine = self._broker.held.ids(self._partition)
+        pending, consumers = self._pending(idle)
+        if self._unmoved.look(consumers, mine):
+            pending, _ = self._pending(idle)
         stale = [(id, deliveries) for id, _, _, deliveries in pending if id not in mine]
         if not stale:
             return None
@@ -333,6 +352,19 @@ class StreamConsumer(dramatiq.Consumer):
         if deliveries >= DEAD_AFTER:
             reason = f"delivered {deliveries} times, and no worker got as far as confirming it"
         return Batch(self._partition, entries, epoch, reason)
+
+    def _pending(self, idle: int) -> tuple[list[Any], list[bytes]]:
+        """What has been idle for so many ms, as XPENDING tells it; and the names of all who have anything pending."""
+        pending, summary = self._link.pipeline(
+            [
+                ("XPENDING", self._key, APPLY_GROUP, "IDLE", idle, "-", "+", self._size.count),
+                ("XPENDING", self._key, APPLY_GROUP),
+            ]
+        )
+        for reply in (pending, summary):
+            if isinstance(reply, Exception):
+                raise reply
+        return pending, [name for name, _ in summary[3] or ()]
 
     def _take(self, ids: Sequence[bytes], idle: int) -> list[Entry]:
         claimed = self._link.client.execute_command(
@@ -353,6 +385,9 @@ class StreamConsumer(dramatiq.Consumer):
             if self._link.client.execute_command("XLEN", self._key) and self._exists(id):
                 continue
             logger.error("event %s was deleted from the log before it was applied", id.decode())
+            # Who waits for it must not take the confirmation for a commit.
+            note = "dropped somebody deleted it from the log before it was applied"
+            self._link.client.hsetnx(self._link.keys.reasons(self._partition), id.decode(), note)
             self._acknowledge([id])
 
     def _exists(self, id: bytes) -> bool:
@@ -361,7 +396,7 @@ class StreamConsumer(dramatiq.Consumer):
     def _acknowledge(self, ids: Sequence[bytes]) -> None:
         keys = [self._key, self._link.keys.meter(self._partition)]
         for attempt in Retrying(
-            retry=retry_if_exception_type(AWAY),
+            retry=retry_if_exception(is_away),
             wait=wait_random_exponential(multiplier=0.05, max=0.5),
             stop=stop_after_delay(_ACK_PATIENCE),
             reraise=True,
@@ -376,13 +411,16 @@ class StreamConsumer(dramatiq.Consumer):
             self._acknowledge(message.batch.ids)
         except (MnemobusError, RedisError, *AWAY) as error:
             # One that was refused in the handshake is not fit for use until somebody sees to that.
-            away = isinstance(error, (MnemobusError, *AWAY))
+            away = isinstance(error, MnemobusError) or is_away(error)
             if away and not self._broker.stopping.is_set():
                 raise ConnectionClosed(
                     f"log partition {self._partition} can't be confirmed now: {error}"
                 ) from error
             # It stays pending, will be claimed, and applied again, to no effect.
             logger.error("%r is applied but could not be confirmed: %s", message.batch, error)
+            self._broker.state.failed("confirming a batch", error)
+        else:
+            self._broker.state.applied(len(message.batch.entries))
         self._broker.held.drop(message.batch)
 
     def nack(self, message: dramatiq.MessageProxy) -> None:
@@ -393,6 +431,8 @@ class StreamConsumer(dramatiq.Consumer):
         if message.stopped:
             self._broker.hand_back(message.batch, begun=False)
         else:
+            if message.error is not None:
+                self._broker.state.failed("applying a batch", message.error)
             logger.warning("%r was not applied; it stays pending and will be claimed again", message.batch)
 
     def requeue(self, messages: Iterable[dramatiq.MessageProxy]) -> None:

@@ -9,13 +9,16 @@ from mnemobus.store import open_writer
 
 from .apply import Applier
 from .broker import ACTOR, Batch, StreamBroker, queue_name
+from .standing import Standing
 from .upkeep import Lifecycle
 
 
 def make_broker(settings: Settings) -> StreamBroker:
     """A broker with the actor that applies batches, and a queue for each log partition. Connects to nothing."""
     broker = StreamBroker(settings)
-    applier = Applier(settings, broker.link, open_writer(settings), broker.stopping)
+    writer = open_writer(settings)
+    standing = broker.standing = Standing(settings, broker.link, writer, broker.consumer_name)
+    applier = Applier(settings, broker.link, writer, broker.stopping, broker.state, standing)
     broker.add_middleware(Lifecycle(broker, applier))
 
     def apply(batch: Batch) -> None:

@@ -23,27 +23,29 @@ import secrets
 import socket
 import threading
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from redis.exceptions import OutOfMemoryError, RedisError, ResponseError
+from redis.exceptions import RedisError
 
-from mnemobus.connection import AWAY, ThreadedLink
+from mnemobus.connection import ThreadedLink
 from mnemobus.errors import LogTrimmed, MnemobusError, SettingsError
 from mnemobus.keys import COPY_GROUP, REPLAY_GROUP, ZERO, Version
+from mnemobus.redis_errors import AWAY, code_of
 from mnemobus.settings import Settings
 from mnemobus.store import open_writer
 
 from .apply import Applier, decode_all
 from .broker import BatchSize, Entry
+from .standing import agree
 
 logger = logging.getLogger("mnemobus.replay")
 
 NAMED = 1_000
 """Events that can't be applied, of which the version and the reason are kept."""
-_LETTERS = 50
+_LETTERS = 8
 
 Moment = float | Version
 """Seconds ago, by the clock of Redis, or a version."""
@@ -121,6 +123,7 @@ class Replay:
     partitions    None for all
     into          URL of another store than the bus's
     partial       to go on where the log no longer reaches back to ``since``
+    on_progress   called with the number of events read, now and then
     """
 
     def __init__(
@@ -133,6 +136,7 @@ class Replay:
         into: str | None = None,
         partial: bool = False,
         dry_run: bool = False,
+        on_progress: Callable[[int], None] | None = None,
     ) -> None:
         for partition in partitions or ():
             if not 0 <= partition < settings.log_partitions:
@@ -144,6 +148,7 @@ class Replay:
         self._partitions = sorted(set(partitions or range(settings.log_partitions)))
         self._fan_out = into is None
         self._partial, self._dry_run = partial, dry_run
+        self._on_progress = on_progress
         self._stopping = threading.Event()
         self._link = ThreadedLink(settings, connections=4)
         self._link.client.set_response_callback("XRANGE", lambda reply, **_: reply)
@@ -164,13 +169,17 @@ class Replay:
         """Apply the stretch; whether it was done to the end.
 
         LogTrimmed, before anything was applied, if the log no longer has all of it, or if it went away meanwhile;
-        StoreUnavailable, SchemaError or one of AWAY if a server is not to be had at the beginning. Later on it is
-        waited for. Stopping if `stop` was called while one is.
+        IdentityMismatch if the store is not the bus's; StoreUnavailable, SchemaError or one of AWAY if a server is not
+        to be had at the beginning. Later on it is waited for. Stopping if `stop` was called while one is.
         """
         try:
             stretches = self._begin()
             if not self._dry_run:
                 self._writer.open()
+            if self._fan_out and not self._dry_run:
+                identity = self._writer.identity()
+                agree(self._link, identity, "")
+                self._writer.expect(identity.store)
             for done, stretch in enumerate(stretches):
                 self._replay(stretch, done, len(stretches))
             self.outcome.share = 1.0
@@ -239,6 +248,8 @@ class Replay:
                 self._take(partition, entries, letters)
                 position = Version.parse(entries[-1][0])
                 self._note(stretch, entries, position, done, of)
+                if self._on_progress is not None:
+                    self._on_progress(self.outcome.events)
             self._move(partition, position)
             if not entries:
                 break
@@ -308,14 +319,13 @@ class Replay:
 
         def move() -> Exception | None:
             for reply in self._link.pipeline([alive, moved]):
-                if isinstance(reply, ResponseError) and (
-                    "NOGROUP" in str(reply) or "key to exist" in str(reply)
-                ):
+                if not isinstance(reply, Exception):
+                    continue
+                if code_of(reply) == "NOGROUP":
                     return reply
-                if isinstance(reply, OutOfMemoryError):
+                if code_of(reply) == "OOM":
                     continue  # Redis 7.0 moves no group while it is full; then it is moved later, and more is kept
-                if isinstance(reply, Exception):
-                    raise reply
+                raise reply
             return None
 
         if self._applier.insist("the log", move) is not None:

@@ -1,6 +1,7 @@
-"""What a worker process does besides applying: it renews what it holds, and keeps the log tidy.
+"""What a worker process does besides applying: it renews what it holds, tells how it is, and keeps the log tidy.
 
-One thread per process. Nothing that goes wrong in it ends it: it is logged, and tried again the next time.
+Two threads per process: one for all that Redis alone is asked for, one for what the store is asked as well. Nothing
+that goes wrong in them ends them: it is logged, and tried again the next time.
 """
 
 from __future__ import annotations
@@ -9,6 +10,8 @@ import logging
 import random
 import threading
 import time
+from collections import deque
+from contextlib import suppress
 from typing import Any
 
 import dramatiq
@@ -16,12 +19,13 @@ import orjson
 from dramatiq.middleware import Middleware
 from redis.exceptions import RedisError
 
-from mnemobus.connection import AWAY
-from mnemobus.errors import MnemobusError
-from mnemobus.keys import APPLY_GROUP, COPY_GROUP, REPLAY_GROUP
+from mnemobus.errors import IdentityMismatch, MnemobusError
+from mnemobus.keys import APPLY_GROUP, COPY_GROUP, REPLAY_GROUP, Version
+from mnemobus.redis_errors import AWAY, meaning
 
 from .apply import Applier
 from .broker import Stopping, StreamBroker
+from .report import Reporter
 
 logger = logging.getLogger("mnemobus.upkeep")
 
@@ -34,8 +38,45 @@ REPLAY_IDLE = 3600.0
 PRODUCER_IDLE = 7 * 86_400.0
 """Seconds after which a producer's last call is forgotten. An outbox may repeat it when its agent starts again, after a
 weekend, say."""
+PRODUCER_WATCHED = 3600.0
+"""Seconds, by this process's own clock, that such a record must have been there unchanged besides. Redis's clock may
+have jumped ahead, and a producer that is at work must not be forgotten for that."""
+_SAMPLES = 32
+"""Deliveries that are remembered over the time of retention."""
+_SETTLES = 0.2
+"""Seconds that a change may take to be told: what is over by then is told with it."""
+PRODUCERS = 20_000
+"""Producers of a log partition that are remembered at most; the oldest are forgotten first."""
+REASONS = 10_000
+"""Requeued and dropped dead letters of a log partition of which is known what became of them; for `PRODUCER_IDLE`."""
+_REASONS_EVERY = 3600.0
 _TRIM_ROUNDS = 20
 _SCAN = 500
+
+
+class Delivered:
+    """What a log partition had delivered, and when that was by this process's own clock.
+
+    For IDs that lie ahead of Redis's clock: it was set back, and does not tell how old they are.
+    """
+
+    def __init__(self, retention: float) -> None:
+        self._retention = retention
+        self._samples: deque[tuple[float, bytes]] = deque()
+        self._epoch = ""
+        self.old = b"0-0"
+        """All up to this ID was delivered ``retention`` ago, or longer."""
+
+    def note(self, last: bytes, epoch: str) -> None:
+        """``last`` is the ID that was delivered last, in the log of this epoch."""
+        now = time.monotonic()
+        if epoch != self._epoch:  # it may be another log
+            self._samples.clear()
+            self._epoch, self.old = epoch, b"0-0"
+        if not self._samples or now - self._samples[-1][0] >= self._retention / _SAMPLES:
+            self._samples.append((now, last))
+        while self._samples and now - self._samples[0][0] >= self._retention:
+            self.old = self._samples.popleft()[1]
 
 
 class Upkeep:
@@ -46,28 +87,59 @@ class Upkeep:
         self._applier = applier
         self._settings = broker.settings
         self._link = broker.link
+        self._state = broker.state
+        self._reporter = Reporter(broker.link, broker.consumer_name, broker.state, broker.settings.claim_idle)
         self._stop = threading.Event()
-        self._thread: threading.Thread | None = None
+        self._threads: list[threading.Thread] = []
+        partitions = range(self._settings.log_partitions)
+        self._delivered = [Delivered(self._settings.retention) for _ in partitions]
+        self._leaving: list[dict[bytes, tuple[bytes, float]]] = [{} for _ in partitions]
+        """Producers that are about to be forgotten: their record, and since when it is watched."""
         self.failures = 0
+        self._said = ""
+        self._reasons_at: dict[int, float] = {}
+        """By log partition: when reasons are looked through again."""
 
     def start(self) -> None:
-        self._thread = threading.Thread(target=self._run, name="mnemobus-upkeep", daemon=True)
-        self._thread.start()
+        # The store may keep whoever looks at it waiting for as long as it likes, and renewing must not wait.
+        for name, work in (("upkeep", self._run), ("standing", self._look_again_and_again)):
+            self._threads.append(threading.Thread(target=work, name=f"mnemobus-{name}", daemon=True))
+            self._threads[-1].start()
 
     def stop(self) -> None:
         self._stop.set()
-        if self._thread is not None:
-            self._thread.join()
+        self._state.changed.set()
+        for thread in self._threads:
+            thread.join()
+        if self._threads:
+            self._reporter.leave()
+        if self._broker.standing is not None:
+            self._broker.standing.stop()
 
     def _run(self) -> None:
         opener = threading.Thread(target=self._open_store, name="mnemobus-open-store", daemon=True)
         opener.start()
-        tidy_at = time.monotonic() + random.uniform(0, TIDY_EVERY)
-        while not self._stop.wait(self._settings.claim_idle / 3):
-            self._attempt("renewing what is being applied", self._broker.renew)
-            if time.monotonic() >= tidy_at:
+        renew_every = self._settings.claim_idle / 3
+        now = time.monotonic()
+        renew_at, tidy_at, tell_at = now + renew_every, now + random.uniform(0, TIDY_EVERY), now
+        while not self._stop.is_set():
+            # What changes is told at once, but not several times in a fraction of a second.
+            if self._state.changed.wait(max(0.0, min(renew_at, tell_at) - now)):
+                self._stop.wait(_SETTLES)
+            now = time.monotonic()
+            if self._stop.is_set():
+                break
+            if now >= renew_at:
+                self._attempt("renewing what is being applied", self._broker.renew)
+                renew_at = now + renew_every
+            if now >= tell_at or self._state.changed.is_set():
+                self._state.changed.clear()
+                self._reporter.tell()
+                tell_at = now + self._reporter.every
+            if now >= tidy_at:
                 self._attempt("tidying the log", self.tidy)
-                tidy_at = time.monotonic() + random.uniform(0.5, 1.5) * TIDY_EVERY
+                tidy_at = now + random.uniform(0.5, 1.5) * TIDY_EVERY
+            now = time.monotonic()
 
     def _open_store(self) -> None:
         """Make the schema before the first event comes: agents wait for it."""
@@ -75,31 +147,56 @@ class Upkeep:
             self._applier.open()
         except Stopping as error:
             logger.info("%s", error)
+        except Exception as error:
+            self.failures += 1
+            self._state.failed("opening the store", error)
+            logger.exception("the store can't be opened; the next batch tries again")
+
+    def _look_again_and_again(self) -> None:
+        while not self._stop.wait(self._settings.claim_idle / 3):
+            self._look()
+
+    def _look(self) -> None:
+        """Whether the store is the bus's, and what it was. What stands in the way is said once."""
+        if self._broker.standing is None or not self._broker.standing.begun:
+            return
+        try:
+            self._broker.standing.look()
+            self._said = ""
+        except IdentityMismatch as error:
+            self._state.failed("who the store is", error)  # the log has it
+        except (RedisError, MnemobusError, *AWAY) as error:
+            self._state.failed("looking after the store", error)
+            if str(error) != self._said:
+                self._said = str(error)
+                logger.warning("looking after the store failed, trying again: %s", error)
         except Exception:
             self.failures += 1
-            logger.exception("the store can't be opened; the next batch tries again")
+            logger.exception("looking after the store failed, trying again")
 
     def _attempt(self, what: str, work: Any) -> None:
         try:
             work()
         except (RedisError, MnemobusError, *AWAY) as error:
-            logger.warning("%s failed, trying again later: %s", what, error)
-        except Exception:
+            self._state.failed(what, error)
+            logger.warning("%s failed, trying again later: %s", what, meaning(error))
+        except Exception as error:
             self.failures += 1
+            self._state.failed(what, error)
             logger.exception("%s failed, trying again later", what)
 
     def tidy(self) -> None:
-        """Trim the log, forget replays, consumers and producers that are long gone, and set meters right."""
+        """Trim the log, forget replays, consumers, producers and workers that are long gone, and set meters right."""
         keys, link = self._link.keys, self._link
+        self._reporter.tidy()
         for partition in range(self._settings.log_partitions):
             log = keys.log(partition)
             self._forget_replays(partition)
-            for _ in range(_TRIM_ROUNDS):
-                kept = int(self._settings.retention * 1000)
-                if not link.run("trim", [log, keys.meter(partition)], [kept, APPLY_GROUP]):
-                    break
+            if self._broker.standing is None or not self._broker.standing.resyncing:
+                self._trim(partition)
             link.run("reap", [log], [APPLY_GROUP, int(CONSUMER_IDLE * 1000)])
-            self._forget_producers(keys.producers(partition))
+            self._forget_producers(partition)
+            self._forget_reasons(partition)
             off = link.run("settle", [log, keys.meter(partition)], [APPLY_GROUP])
             if off:
                 logger.warning(
@@ -117,17 +214,65 @@ class Upkeep:
             # Its last batch may have changed rows without anybody hearing of it: a new epoch drops every copy.
             self._link.client.delete(self._link.keys.epoch)
 
-    def _forget_producers(self, key: str) -> None:
+    def _trim(self, partition: int) -> None:
+        keys = [self._link.keys.log(partition), self._link.keys.meter(partition)]
+        kept = int(self._settings.retention * 1000)
+        delivered = self._delivered[partition]
+        for _ in range(_TRIM_ROUNDS):
+            removed, last = self._link.run("trim", keys, [kept, APPLY_GROUP, delivered.old])
+            if not removed:
+                break
+        delivered.note(last, self._link.epoch)
+
+    def _forget_producers(self, partition: int) -> None:
+        key = self._link.keys.producers(partition)
         seconds, micros = self._link.client.time()
         oldest = (seconds + micros / 1e6 - PRODUCER_IDLE) * 1000
+        now = time.monotonic()
+        before, leaving = self._leaving[partition], {}
+        kept: list[tuple[float, bytes, bytes]] = []
         for producer, record in self._link.client.hscan_iter(key, count=_SCAN):
             try:
-                gone = orjson.loads(record)["t"] < oldest
+                last = float(orjson.loads(record)["t"])
             except (ValueError, KeyError, TypeError):
                 logger.error("the record of producer %r in %s makes no sense: %r", producer, key, record)
                 continue
-            if gone:
+            if last >= oldest:
+                kept.append((last, producer, record))
+                continue
+            watched = before.get(producer)
+            since = watched[1] if watched is not None and watched[0] == record else now
+            if now - since >= PRODUCER_WATCHED:
                 self._link.run("forget", [key], [producer, record])
+            else:
+                leaving[producer] = (record, since)
+        self._leaving[partition] = leaving
+        if len(kept) > PRODUCERS:
+            kept.sort()
+            for _, producer, record in kept[: len(kept) - PRODUCERS]:
+                self._link.run("forget", [key], [producer, record])
+            logger.warning("%s: more than %d producers within a week; forgot the oldest", key, PRODUCERS)
+
+    def _forget_reasons(self, partition: int) -> None:
+        """Give up what is noted of dead letters that were requeued or dropped long ago: nobody asks about them."""
+        keys, client = self._link.keys, self._link.client
+        reasons, meter = keys.reasons(partition), keys.meter(partition)
+        settled = client.hlen(reasons) - client.xlen(keys.dead(partition))
+        if settled <= 0 or (settled <= REASONS and time.monotonic() < self._reasons_at.get(partition, 0.0)):
+            return
+        self._reasons_at[partition] = time.monotonic() + _REASONS_EVERY
+        seconds, _ = client.time()
+        oldest = (seconds - PRODUCER_IDLE) * 1000
+        notes: list[tuple[Version, bytes]] = []
+        for version, note in client.hscan_iter(reasons, count=_SCAN):
+            if not note.startswith(b"dead "):
+                with suppress(ValueError):
+                    notes.append((Version.parse(version), note))
+        notes.sort()
+        surplus = max(len(notes) - REASONS, 0)
+        for n, (version, note) in enumerate(notes):
+            if n < surplus or version.ms < oldest:
+                self._link.run("lapse", [reasons, meter], [str(version), note])
 
 
 class Lifecycle(Middleware):

@@ -178,16 +178,17 @@ def _import(
     already is skipped. If the stored one differs (it was updated since), it is
     left as it is, unless --overwrite is given. A memory that was deleted since
     is imported again. A line without id gets one that is made of what the line
-    says: the same line is the same memory, however often it comes.
+    says: the same line is the same memory, however often it comes. Lines with
+    equal dates and without ids keep the order of the file.
 
-    Each bad line is named, with its number and the reason; the exit status is 1
+    The file may be compressed by gzip. Each bad line is named, with its number and the reason; the exit status is 1
     if there were any.
 
     \b
     Examples:
       mnemobus import conversations.jsonl
       mnemobus import --on-error skip big.jsonl
-      zcat old.jsonl.gz | mnemobus import -
+      jq -c '.[]' array.json | mnemobus import -
     """
     if on_error not in ("stop", "skip"):
         raise typer.BadParameter(f"{on_error!r} is neither 'stop' nor 'skip'.", param_hint="--on-error")
@@ -429,6 +430,30 @@ def _dead_drop(
     raise typer.Exit(
         drop(versions=versions or [], everything=everything, partition=partition, yes=yes, json=json)
     )
+
+
+@app.command("adopt")
+def _adopt(
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Don't ask.")] = False, json: Json = False
+) -> None:
+    """Make the database of MNEMOBUS_DATABASE_URL, as it is, the store of this bus. Asks first.
+
+    A bus has one store, and a store one bus; who comes with another is refused.
+    This says that a change is intended: the bus has moved to another database,
+    another bus (a new REDIS_KEY_PREFIX, another Redis) goes on with this one,
+    or what this one has lost is accepted.
+
+    Stop all agents and workers first. Workers that start afterwards apply what
+    the log still has of what the store may lack.
+
+    \b
+    Examples:
+      mnemobus adopt
+      MNEMOBUS_DATABASE_URL=postgresql://me@new/memories mnemobus adopt --yes
+    """
+    from .adopt import run
+
+    raise typer.Exit(run(yes=yes, json=json))
 
 
 @app.command("doctor")

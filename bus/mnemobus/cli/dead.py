@@ -16,15 +16,21 @@ import orjson
 import typer
 from redis.exceptions import RedisError, ResponseError
 
-from ..connection import AWAY, Link, is_full
+from ..connection import Link
 from ..errors import LogFull, LogUnavailable, MnemobusError, SettingsError
 from ..keys import ZERO, Version
+from ..marks import INDEXED
+from ..redis_errors import AWAY, code_of, meaning
 from ..settings import Settings
 from .console import emit, err, out, run_until_signal
 from .moments import moment_of
 
-_READ = 50
+_READ = 8
 """Letters that are read at a time: each may hold a megabyte."""
+
+
+LEFT_OUT = "left_out"
+"""A field of letters that are without their content, for lack of room: how many bytes there were."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +75,8 @@ class Letter:
         """All of it, readable: JSON as what it says, an embedding as its length."""
         shown: dict[str, Any] = {}
         for name, value in self.fields.items():
+            if name == LEFT_OUT:
+                continue
             shown[name] = _text(value)
             if name in ("content", "metadata"):
                 try:
@@ -78,7 +86,10 @@ class Letter:
             if name == "embedding":
                 del shown[name]
                 shown["embedding_floats"] = len(value) // 4
-        return {**self.heading(), "letter": self.id, "fields": shown}
+        body = {**self.heading(), "letter": self.id, "fields": shown}
+        if LEFT_OUT in self.fields:
+            body["left_out_bytes"] = self.field(LEFT_OUT)
+        return body
 
 
 def _text(value: bytes) -> str:
@@ -119,7 +130,7 @@ class Letters:
         log partition: each counts on its own.
         """
         wanted = [str(_version(version)) for version in versions]
-        found = [letter async for letter in self.all() if letter.version in set(wanted)]
+        found = [letter for partition in self._partitions for letter in await self._named(partition, wanted)]
         missing = [version for version in wanted if not any(letter.version == version for letter in found)]
         if missing:
             raise MnemobusError(f"there is no dead letter of version {', '.join(missing)}")
@@ -132,24 +143,48 @@ class Letters:
                 )
         return found
 
+    def _places(self, partition: int) -> list[str]:
+        keys = self._link.keys
+        return [keys.dead(partition), keys.reasons(partition), keys.meter(partition)]
+
+    async def _named(self, partition: int, versions: Sequence[str]) -> list[Letter]:
+        """The letters of these versions in a log partition: their reasons know where they are."""
+        places = self._places(partition)
+        while await self._link.run("index", places, [INDEXED]):
+            pass  # letters that an older mnemobus buried
+        letters = []
+        for note in await self._ask("HMGET", places[1], *versions) if versions else ():
+            what, _, said = _text(note or b"").partition(" ")
+            if what == "dead":
+                id = said.partition(" ")[0]
+                for found, pairs in await self._ask("XRANGE", places[0], id, id):
+                    letters.append(Letter.read(partition, found, pairs))
+        return letters
+
     async def requeue(self, letter: Letter) -> str | None:
         """Put the event back into the log; the ID of its entry, or None if somebody else has removed the letter."""
+        dead, reasons, meter = self._places(letter.partition)
         keys = self._link.keys
-        places = [named(letter.partition) for named in (keys.log, keys.dead, keys.meter, keys.heads)]
+        places = [keys.log(letter.partition), dead, meter, reasons, keys.heads(letter.partition)]
         try:
             id = await self._link.run("requeue", places, [letter.id])
         except ResponseError as error:
-            if is_full(error):
+            if code_of(error) == "OOM":
                 raise LogFull(
                     f"Redis at {self._link.address} is out of memory (maxmemory); {letter.version} stays a dead"
                     " letter. Raise maxmemory, or lower MNEMOBUS_RETENTION"
+                ) from None
+            if "LEFT OUT" in str(error):
+                raise MnemobusError(
+                    f"the letter of {letter.version} is without its content (MNEMOBUS_DEAD_LETTER_BYTES), and the log"
+                    " has been trimmed since: drop it, and write the memory again"
                 ) from None
             raise
         return id.decode() if id else None
 
     async def drop(self, letter: Letter) -> bool:
         """Remove a letter; whether it was there."""
-        return bool(await self._ask("XDEL", self._link.keys.dead(letter.partition), letter.id))
+        return bool(await self._link.run("drop", self._places(letter.partition), [letter.id]))
 
 
 def _version(text: str) -> Version:
@@ -167,7 +202,7 @@ async def _letters(settings: Settings, partition: int | None) -> AsyncIterator[L
     except AWAY as error:
         raise LogUnavailable(f"Redis at {link.address} can't be reached: {error}") from error
     except RedisError as error:
-        raise LogUnavailable(f"Redis at {link.address} refuses: {error}") from error
+        raise LogUnavailable(f"Redis at {link.address} refuses: {meaning(error)}") from error
     finally:
         await link.close()
 
@@ -192,6 +227,8 @@ def list_all(*, partition: int | None, json: bool) -> int:
                 continue
             what = " ".join(filter(None, [letter.field("op"), letter.field("table"), letter.field("room")]))
             line = f"{letter.version}  {letter.written}  {what}  {letter.field('id') or '-'}  {letter.reason}"
+            if LEFT_OUT in letter.fields:
+                line += f" (without its content of {letter.field(LEFT_OUT)} bytes)"
             out().print(_one_line(line), markup=False, soft_wrap=True)
         if not json:
             err().print(f"{count:,} dead letters" if count else "no dead letters")

@@ -8,51 +8,51 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from typing import Any
 
 import redis.asyncio
-from redis.exceptions import RedisError
+from redis.exceptions import RedisError, ResponseError
 
-from ..connection import AWAY
-from ..errors import MnemobusError, SchemaError, SettingsError
+from ..connection import evaluate
+from ..diagnosis import Trouble, of_redis, of_server, of_store
+from ..errors import IdentityMismatch, MnemobusError, SettingsError
+from ..health import AGENT_RIGHTS, NOBODY, WORKER_RIGHTS, forbidden, rights, write_probe
+from ..identity import Registered, check, check_owner, misgivings
 from ..keys import Keyspace
+from ..redis_errors import AWAY
 from ..settings import POLICIES, Settings, hide_password
 from ..store import SCHEMA, open_reader
+from ..vitals import LATE, Log, Worker, judge, read
 from .console import emit, out, size
-from .inspection import info, looking_at
+from .finding import FAIL, OK, WARN, Finding
+from .inspection import ask, info, keyspace, looking_at, now, text
+from .leftovers import look_at_outbox
 from .stats import redis_figures
-
-OK, WARN, FAIL = "ok", "warn", "fail"
 
 FLOOR = (6, 2)
 FULL = 0.9
 """Share of maxmemory above which a warning is due."""
 SILENT = 60.0
 """Seconds without a sign of life after which a replay is asked about."""
-LATE = 30.0
-"""Seconds after which an event that is not applied is overdue."""
-
-
-@dataclass(frozen=True, slots=True)
-class Finding:
-    """One thing that was looked at. ``advice`` says what to do, unless all is well."""
-
-    check: str
-    status: str
-    found: str
-    advice: str = ""
+RECENT = 60.0
+"""Seconds for which a failure of a worker is told."""
 
 
 def run(*, json: bool) -> int:
     settings = Settings.load()
     findings = asyncio.run(examine(settings))
-    failed = any(finding.status == FAIL for finding in findings)
+    status = exit_status(findings)
     if json:
-        emit({"ok": not failed, "checks": [asdict(finding) for finding in findings]})
+        emit({"ok": not status, "checks": [asdict(finding) for finding in findings]})
     else:
         _print(findings)
-    return 1 if failed else 0
+    return status
+
+
+def exit_status(findings: list[Finding]) -> int:
+    """1 if anything fails; a warning is no failure."""
+    return int(any(finding.status == FAIL for finding in findings))
 
 
 def _print(findings: list[Finding]) -> None:
@@ -73,26 +73,111 @@ async def examine(settings: Settings) -> list[Finding]:
     """Everything there is to look at, the server first."""
     where = hide_password(settings.redis_url)
     findings: list[Finding] = []
+    there = Registered()
     try:
         async with looking_at(settings) as client:
-            server = await info(client)
-            product = f"Valkey {server['valkey_version']}" if "valkey_version" in server else "Redis"
-            if product == "Redis":
-                product = f"Redis {server.get('redis_version', '?')}"
-            findings.append(Finding("redis", OK, f"{product} at {where}"))
-            findings += _server(settings, server)
-            findings.append(await _layout(settings, client))
-    except SettingsError as error:
-        findings.append(
-            Finding("redis", FAIL, str(error), "set REDIS_PASSWORD, or REDIS_URL with a password")
-        )
-    except (*AWAY, RedisError) as error:
-        advice = "start it (`mnemobus up` runs one here), or set REDIS_URL"
-        findings.append(Finding("redis", FAIL, f"{where} does not answer: {error}", advice))
-    else:
-        findings += _workers(settings, await redis_figures(settings))
-    findings.append(await _store(settings))
+            there = await _registered(settings, client)
+            await _redis(settings, client, where, findings)
+    except (SettingsError, *AWAY, RedisError) as error:
+        if exit_status(findings) == 0:  # else this follows from what was found
+            findings.append(_fail("redis", of_redis(error, where)))
+    findings += await _store(settings)
+    findings += await asyncio.to_thread(lambda: list(look_at_outbox(settings)))
+    findings += await _belonging(settings, there)
     return findings
+
+
+def _fail(check: str, trouble: Trouble) -> Finding:
+    return Finding(check, FAIL, trouble.what, trouble.advice)
+
+
+async def _redis(
+    settings: Settings, client: redis.asyncio.Redis, where: str, findings: list[Finding]
+) -> None:
+    """What can be found out of Redis; whatever it raises, what was found before is in ``findings``."""
+    server = await info(client)
+    if not server:
+        await client.execute_command("PING")
+        findings.append(Finding("redis", OK, f"answers at {where}; this user may not ask it for more (INFO)"))
+    else:
+        product = f"Valkey {server['valkey_version']}" if "valkey_version" in server else "Redis"
+        if product == "Redis":
+            product = f"Redis {server.get('redis_version', '?')}"
+        findings.append(Finding("redis", OK, f"{product} at {where}"))
+        if server.get("cluster_enabled") == "1":
+            cluster = f"the server at {where} is part of a Redis Cluster, which is not supported"
+            findings.append(Finding("cluster", FAIL, cluster, "use a server that is none"))
+            return
+        findings += _server(settings, server)
+        if server.get("loading", "0") == "1":  # it answers nothing else
+            findings += [_fail("writes", trouble) for trouble in of_server(server, None, where)]
+            return
+    writes = await _writes(settings, client, server, where)
+    findings += writes
+    findings += await _rights(settings, client)
+    findings.append(await _layout(settings, client))
+    figures = await redis_figures(settings)
+    if "error" in figures:
+        findings.append(Finding("log", FAIL, figures["error"]))
+        return
+    keys = await keyspace(client, settings)
+    [reports], clock = await ask(client, [("HGETALL", keys.workers)]), await now(client)
+    workers = [] if isinstance(reports, Exception) else read(reports, clock)
+    findings += _workers(settings, figures, workers, taken=writes[0].status == OK)
+
+
+async def _writes(
+    settings: Settings, client: redis.asyncio.Redis, server: dict[str, str], where: str
+) -> list[Finding]:
+    """Whether a write would be taken: by one that would change nothing."""
+    keys = Keyspace(settings.redis_key_prefix, settings.log_partitions, settings.feed_partitions)
+    [reply] = await ask(client, [write_probe(keys)])
+    troubles = list(of_server(server, reply if isinstance(reply, Exception) else None, where))
+    return [_fail("writes", trouble) for trouble in troubles] or [Finding("writes", OK, "would be taken")]
+
+
+async def _rights(settings: Settings, client: redis.asyncio.Redis) -> list[Finding]:
+    """Whether the user may do what agents and workers do; the feed is tried, as older servers can't tell."""
+    keys = Keyspace(settings.redis_key_prefix, settings.log_partitions, settings.feed_partitions)
+    channel = keys.agent_channel("doctor")
+    agent, worker, whoami = await ask(
+        client,
+        [
+            evaluate(rights(keys, channel, AGENT_RIGHTS)),
+            evaluate(rights(keys, channel, WORKER_RIGHTS)),
+            ("ACL", "WHOAMI"),
+        ],
+    )
+    user = "this Redis user" if isinstance(whoami, Exception) else f"the Redis user {text(whoami)!r}"
+    missing, others = forbidden(agent), forbidden(worker)
+    deaf = await _deaf(client, keys.feed(0))
+    if deaf is not None and "SUBSCRIBE" not in missing:
+        missing.append(f"SUBSCRIBE ({deaf})")
+    if not others and {"SUBSCRIBE", "PEXPIRE"} <= {name.partition(" ")[0] for name in missing}:
+        return [Finding("rights", OK, f"{user} may do what workers do, and nothing else")]
+    if missing:
+        advice = "allow it, keys and channels as well: redis-cli ACL SETUSER ... (see docs/operations.md)"
+        return [
+            Finding("rights", FAIL, f"{user} may not do what every agent does: {', '.join(missing)}", advice)
+        ]
+    if others:
+        found = f"{user} may do what an agent does, but not what a worker does: {', '.join(others)}"
+        return [Finding("rights", OK, found)]
+    return [Finding("rights", OK, f"{user} may do what agents and workers do")]
+
+
+async def _deaf(client: redis.asyncio.Redis, channel: str) -> Exception | None:
+    """Why the feed can't be listened to, if it can't."""
+    connection = await client.connection_pool.get_connection()
+    try:
+        await connection.send_command("SUBSCRIBE", channel)
+        await connection.read_response(push_request=True)
+    except ResponseError as error:
+        return error
+    finally:
+        await connection.disconnect(nowait=True)  # it hears messages from now on
+        await client.connection_pool.release(connection)
+    return None
 
 
 def _server(settings: Settings, server: dict[str, str]) -> Iterator[Finding]:
@@ -186,18 +271,55 @@ async def _layout(settings: Settings, client: redis.asyncio.Redis) -> Finding:
     )
 
 
-def _workers(settings: Settings, figures: dict[str, Any]) -> Iterator[Finding]:
-    log = figures.get("log", [])
-    yield _readers(settings, figures.get("reading"), log)
+async def _registered(settings: Settings, client: redis.asyncio.Redis) -> Registered:
+    keys = Keyspace(settings.redis_key_prefix, settings.log_partitions, settings.feed_partitions)
+    return Registered.of(await client.execute_command("HGETALL", keys.identity))
+
+
+async def _belonging(settings: Settings, there: Registered) -> list[Finding]:
+    """Whether the store is the bus's, and the one that it was."""
+    keys = Keyspace(settings.redis_key_prefix, settings.log_partitions, settings.feed_partitions)
+    reader = open_reader(settings, create=False)
+    try:
+        await reader.open()
+        identity = await reader.identity()
+        address = hide_password(settings.redis_url)
+        check_owner(keys, address, identity)
+        if not there.store:
+            return []
+        check(keys, address, identity, there)
+    except IdentityMismatch as error:
+        return [Finding("identity", FAIL, str(error))]
+    except MnemobusError:  # the store can't be read: that is told already
+        return [Finding("identity", FAIL, problem) for problem in there.problems]
+    finally:
+        await reader.close()
+    found = misgivings(identity, there)
+    words = f"the store {there.store[:8]} belongs to the bus {keys.prefix!r}"
+    return [Finding("identity", FAIL, each) for each in found] or [Finding("identity", OK, words)]
+
+
+def _workers(
+    settings: Settings, figures: dict[str, Any], workers: list[Worker], *, taken: bool
+) -> Iterator[Finding]:
+    log = figures["log"]
+    # A server that takes no writes takes no reports either.
+    yield from (
+        _readers(settings, figures["reading"], log, workers)
+        if taken
+        else [Finding("workers", WARN, "can't be told while Redis takes no writes")]
+    )
     yield _lag(settings, log)
     dead = sum(p["dead_letters"] for p in log)
-    if dead:
-        yield Finding(
-            "dead letters",
-            WARN,
-            f"{dead:,} writes that no worker could apply",
-            "see why: mnemobus dead list; then requeue or drop them",
-        )
+    left_out, given_up = (sum(p[name] for p in log) for name in ("dead_left_out", "dead_given_up"))
+    if dead or given_up:
+        said = f"{dead:,} writes that no worker could apply"
+        if left_out or given_up:
+            said += (
+                f"; they have come to MNEMOBUS_DEAD_LETTER_BYTES: {left_out:,} were kept without their content,"
+                f" {given_up:,} older ones were given up"
+            )
+        yield Finding("dead letters", WARN, said, "see why: mnemobus dead list; then requeue or drop them")
     else:
         yield Finding("dead letters", OK, "none")
     yield from _replays(settings, log)
@@ -221,26 +343,32 @@ def _replays(settings: Settings, log: list[dict[str, Any]]) -> Iterator[Finding]
                 )
 
 
-def _readers(settings: Settings, reading: int | None, log: list[dict[str, Any]]) -> Finding:
-    """Whether workers read every partition. ``reading`` connections wait for some log of this server; a worker of
-    this bus makes a consumer group on each partition as soon as it starts."""
-    if reading is None:
-        # Managed servers hide CLIENT LIST. Consumers tell less: an idle one may just have no work.
-        within = 1000 * max(10.0, 2 * settings.claim_idle)
-        without = [p for p in log if not any(c["idle_ms"] <= within for c in p["consumers"])]
-        found = "consumers at work on every log partition"
+def _readers(
+    settings: Settings, reading: int | None, log: list[dict[str, Any]], workers: list[Worker]
+) -> Iterator[Finding]:
+    """Whether workers read every partition, and get done."""
+    ages = [p["waiting_seconds"] for p in log if p["waiting_seconds"] is not None]
+    idle = [consumer["idle_ms"] / 1000 for p in log for consumer in p["consumers"]]
+    known = Log(
+        backlog=sum(p["backlog"] for p in log),
+        groups=all(p["group"] for p in log),
+        waiting=max(ages, default=None),
+        reading=reading,
+        active=min(idle, default=None),
+    )
+    found, troubles = judge(settings, workers, known)
+    alive = [worker for worker in workers if worker.alive]
+    if troubles:
+        yield from (_fail("workers", trouble) for trouble in troubles)
+    elif not alive and reading is not None and reading < len(log):
+        yield Finding("workers", WARN, found, "start more: mnemobus worker (or mnemobus up)")
     else:
-        without = log if reading == 0 else [p for p in log if not p["group"]]
-        found = f"{reading} connections read {len(log)} log partitions"
-    start = "start them: mnemobus worker (or mnemobus up)"
-    if len(without) == len(log):
-        return Finding("workers", FAIL, "there are none", start)
-    if without:
-        numbers = ", ".join(str(p["partition"]) for p in without)
-        return Finding("workers", FAIL, f"nobody works on log partition {numbers}", start)
-    if reading is not None and reading < len(log):
-        return Finding("workers", WARN, found, start)
-    return Finding("workers", OK, found)
+        yield Finding("workers", OK, found)
+    for worker in alive:
+        report = worker.report
+        if report.failed is not None and report.failed < RECENT:
+            failure = f"{worker.name} failed {report.failed:.0f} s ago: {report.error}"
+            yield Finding("workers", WARN, failure, "it tries again; if this goes on, look into its log")
 
 
 def _lag(settings: Settings, log: list[dict[str, Any]]) -> Finding:
@@ -264,19 +392,18 @@ def _lag(settings: Settings, log: list[dict[str, Any]]) -> Finding:
     return Finding("backlog", OK, f"{backlog:,} events")
 
 
-async def _store(settings: Settings) -> Finding:
+async def _store(settings: Settings) -> list[Finding]:
     url = hide_password(settings.database_url)
     reader = open_reader(settings, create=False)
     try:
         await reader.open()
+        await reader.get(NOBODY)
         schema = await reader.schema()
-    except SchemaError as error:
-        return Finding("store", FAIL, str(error), "or is MNEMOBUS_DATABASE_URL another than the workers'?")
     except MnemobusError as error:
-        return Finding("store", FAIL, str(error), "check MNEMOBUS_DATABASE_URL and the database")
+        return [_fail("store", of_store(error))]
     finally:
         await reader.close()
     if schema > SCHEMA:
         newer = f"{url} has schema {schema}, newer than {SCHEMA}, which this version of mnemobus knows"
-        return Finding("store", WARN, newer, "upgrade mnemobus here")
-    return Finding("store", OK, f"{url}, schema {schema}")
+        return [Finding("store", WARN, newer, "upgrade mnemobus here")]
+    return [Finding("store", OK, f"{url}, schema {schema}")]

@@ -27,7 +27,7 @@ from ..settings import Settings
 from ..store import Reader, open_reader
 from ..tasks import end
 from .console import emit, err, out, run_until_signal
-from .lines import Bad, Line, Source, line_limit, parse
+from .lines import Bad, Line, Source, Ties, Unreadable, line_limit, parse
 from .report import Report
 
 CHUNK = 500
@@ -43,7 +43,10 @@ GRACE = 2.0
 
 
 class Stopped(Exception):
-    """The import ends before the end of the file, at a bad line."""
+    """The import ends before the end of the file, at a bad line; what people may do about it, if anything."""
+
+    def __init__(self, hint: str = "stopped at a bad line; --on-error skip goes on") -> None:
+        super().__init__(hint)
 
 
 class Importer:
@@ -61,13 +64,14 @@ class Importer:
         self._chunk: dict[str, Line] = {}
         self._under_way: deque[tuple[set[str], asyncio.Task[None]]] = deque()
         self._refused = False
+        self._ties = Ties()
         self._last_date = datetime.min.replace(tzinfo=UTC)
         self._lookups = asyncio.Semaphore(LOOKUPS)
 
     async def take(self, lines: Sequence[tuple[int, bytes | None]]) -> None:
         """Import some lines. Stopped, after what comes before it, at a bad line that may not be skipped."""
         for number, text in lines:
-            line = parse(number, text, self._bus.settings, self._now())
+            line = parse(number, text, self._bus.settings, self._now(), self._ties)
             if line is None:
                 continue
             self._report.lines += 1
@@ -102,8 +106,7 @@ class Importer:
         """Log those lines of the chunk that the store doesn't have."""
         chunk, self._chunk = self._chunk, {}
         fresh = []
-        stored = await asyncio.gather(*map(self._stored, chunk))
-        for line, row in zip(chunk.values(), stored, strict=True):
+        for line, row in await asyncio.gather(*map(self._stored, chunk.values())):
             if row is None:
                 fresh.append(line)
             elif row[1:6] != line.row[1:6]:
@@ -118,9 +121,16 @@ class Importer:
                 self._report.different += 1
         await self._log(fresh)
 
-    async def _stored(self, id: str) -> Row | None:
+    async def _stored(self, line: Line) -> tuple[Line, Row | None]:
+        """What the store has in place of a line, and the line as it would have to be written there."""
         async with self._lookups:
-            return await self._reader.get(id)
+            row = await self._reader.get(line.row.id)
+            if row is None and line.plain is not None:
+                # Imported from another file, or by a version that gave no heed to the order of equal dates.
+                row = await self._reader.get(line.plain)
+                if row is not None:
+                    line = line.named(line.plain)
+        return line, row
 
     async def _log(self, lines: list[Line]) -> None:
         if not lines:
@@ -202,6 +212,12 @@ class Importer:
         if self._refused:
             raise Stopped
 
+    async def end_at(self, bad: Bad) -> None:
+        """Nothing can be read any more: see what there was into the store, and stop."""
+        self._report.fault(bad)
+        await self.settle()
+        raise Stopped("")
+
     async def abandon(self) -> None:
         """Stop waiting for the store, after a moment."""
         tasks = [task for _, task in self._under_way]
@@ -252,9 +268,9 @@ async def _main(settings: Settings, file: str, skip: bool, overwrite: bool, wait
         try:
             await _take_all(source, reader, importer)
             complete = True
-        except Stopped:
-            if not json:
-                err().print("stopped at a bad line; --on-error skip goes on", markup=False)
+        except Stopped as stopped:
+            if not json and str(stopped):
+                err().print(str(stopped), markup=False)
         finally:
             source.close()
             await importer.abandon()
@@ -280,4 +296,6 @@ async def _take_all(source: Source, reader: Reader, importer: Importer) -> None:
     except Stopped:
         await importer.settle()
         raise
+    except Unreadable as unreadable:
+        await importer.end_at(unreadable.bad)
     await importer.settle()

@@ -3,17 +3,19 @@ layout and an epoch, and would refuse a server before anybody could say what is 
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from typing import Any
 
 import redis.asyncio
 from redis.asyncio.connection import ConnectionPool
-from redis.exceptions import RedisError
+from redis.exceptions import NoPermissionError, RedisError
+from redis.maint_notifications import MaintNotificationsConfig
 
 from ..connection import Link, parse_info
 from ..keys import Keyspace
 from ..settings import Settings
+from ..vitals import table, text
 from ..wire import Command
 
 
@@ -24,7 +26,10 @@ async def looking_at(settings: Settings) -> AsyncIterator[redis.asyncio.Redis]:
     What it raises is one of AWAY, a RedisError, or a SettingsError if the server refuses the login.
     """
     link = Link(settings)
-    client = redis.asyncio.Redis(connection_pool=ConnectionPool(max_connections=4, **link.options()))
+    # redis-py would ask for notices of maintenance, which a user with few rights is not let.
+    quiet = MaintNotificationsConfig(enabled=False)
+    pool = ConnectionPool(max_connections=4, maint_notifications_config=quiet, **link.options())
+    client = redis.asyncio.Redis(connection_pool=pool)
     client.response_callbacks.clear()
     try:
         yield client
@@ -43,8 +48,11 @@ async def ask(client: redis.asyncio.Redis, commands: Sequence[Command]) -> list[
 
 
 async def info(client: redis.asyncio.Redis) -> dict[str, str]:
-    """All that INFO says."""
-    return parse_info(await client.execute_command("INFO"))
+    """All that INFO says; nothing, where it may not be asked."""
+    try:
+        return parse_info(await client.execute_command("INFO"))
+    except NoPermissionError:
+        return {}
 
 
 async def now(client: redis.asyncio.Redis) -> float:
@@ -62,12 +70,4 @@ async def keyspace(client: redis.asyncio.Redis, settings: Settings) -> Keyspace:
     return keys
 
 
-def table(reply: Any) -> dict[str, Any]:
-    """A map, as either version of the protocol has it, with names as text."""
-    if not isinstance(reply, Mapping):
-        reply = dict(zip(reply[::2], reply[1::2], strict=True))
-    return {k.decode() if isinstance(k, bytes) else str(k): v for k, v in reply.items()}
-
-
-def text(value: Any) -> str:
-    return value.decode("utf-8", "replace") if isinstance(value, bytes) else str(value)
+__all__ = ["ask", "info", "keyspace", "looking_at", "now", "table", "text"]

@@ -13,9 +13,9 @@ from urllib.parse import unquote, urlsplit
 
 from redis.exceptions import RedisError
 
-from ..connection import AWAY
 from ..errors import LogUnavailable, SettingsError
 from ..keys import Version
+from ..redis_errors import AWAY, meaning
 from ..settings import Settings, hide_password
 from ..tasks import end
 from .console import emit, err, out, run_until_signal
@@ -105,7 +105,9 @@ async def _main(settings: Settings, replay: Replay, into: str | None, dry_run: b
         raise
     except (*AWAY, RedisError) as error:
         why = "can't be reached" if isinstance(error, AWAY) else "refuses"
-        raise LogUnavailable(f"Redis at {hide_password(settings.redis_url)} {why}: {error}") from error
+        raise LogUnavailable(
+            f"Redis at {hide_password(settings.redis_url)} {why}: {meaning(error)}"
+        ) from error
     finally:
         await end([showing])
         seconds = time.monotonic() - began

@@ -5,17 +5,19 @@ from __future__ import annotations
 import asyncio
 import time
 from contextlib import nullcontext
+from dataclasses import asdict
 from typing import Any
 
 import redis.asyncio
 from redis.exceptions import RedisError
 
-from ..connection import AWAY
-from ..embedded import reading_clients
+from ..diagnosis import of_redis
 from ..errors import MnemobusError, SettingsError
 from ..keys import APPLY_GROUP, COPY_GROUP, REPLAY_GROUP, Version
+from ..redis_errors import AWAY
 from ..settings import Settings, hide_password
 from ..store import open_reader
+from ..vitals import read, reading_clients
 from .console import emit, out, run_until_signal, size
 from .inspection import ask, info, keyspace, looking_at, now, table, text
 
@@ -58,6 +60,7 @@ async def gather(settings: Settings) -> dict[str, Any]:
         "backlog": sum(p["backlog"] for p in partitions) if partitions else None,
         "dead_letters": sum(p["dead_letters"] for p in partitions) if partitions else None,
         "log": partitions,
+        "workers": redis.pop("workers", []),
         "feed": redis.pop("feed", {}),
         "redis": redis,
         "store": store,
@@ -79,7 +82,7 @@ async def redis_figures(settings: Settings) -> dict[str, Any]:
                     for p in partitions
                     for command in (
                         ("XLEN", keys.log(p)),
-                        ("HMGET", keys.meter(p), "added", "applied"),
+                        ("HMGET", keys.meter(p), "added", "applied", "dead_left_out", "dead_given_up"),
                         ("XINFO", "GROUPS", keys.log(p)),
                         ("XINFO", "CONSUMERS", keys.log(p), APPLY_GROUP),
                         ("XLEN", keys.dead(p)),
@@ -94,12 +97,13 @@ async def redis_figures(settings: Settings) -> dict[str, Any]:
             )
             replays = [await _replays(client, keys.log(p), replies[7 * p + 2]) for p in partitions]
             feeds = [keys.feed(f) for f in range(keys.feed_partitions)]
-            listeners, epoch, clients, *lengths = await ask(
+            listeners, epoch, clients, reports, *lengths = await ask(
                 client,
                 [
                     ("PUBSUB", "NUMSUB", *feeds),
                     ("HGET", keys.epoch, "epoch"),
                     ("CLIENT", "LIST"),
+                    ("HGETALL", keys.workers),
                     *(("XLEN", feed) for feed in feeds),
                 ],
             )
@@ -107,11 +111,11 @@ async def redis_figures(settings: Settings) -> dict[str, Any]:
     except SettingsError as error:
         return {"address": where, "error": str(error)}
     except (*AWAY, RedisError) as error:
-        return {"address": where, "error": f"Redis at {where} can't be asked: {error}"}
+        return {"address": where, "error": str(of_redis(error, where))}
     return {
         "address": where,
         "version": server.get("valkey_version") or server.get("redis_version"),
-        "epoch": text(epoch) if epoch else None,
+        "epoch": text(epoch) if isinstance(epoch, bytes) else None,
         "used_memory": int(server.get("used_memory", 0)),
         "max_memory": int(server.get("maxmemory", 0)),
         "policy": server.get("maxmemory_policy"),
@@ -123,8 +127,17 @@ async def redis_figures(settings: Settings) -> dict[str, Any]:
         "feed": {
             "partitions": keys.feed_partitions,
             "messages": sum(n for n in lengths if isinstance(n, int)),
-            "subscriptions": sum(int(n) for n in table(listeners).values()),
+            # Some servers, and some users' permissions, hide who listens.
+            "subscriptions": None
+            if isinstance(listeners, Exception)
+            else sum(int(n) for n in table(listeners).values()),
         },
+        "workers": []
+        if isinstance(reports, Exception)
+        else [
+            {"name": w.name, "age": round(w.age, 3), "alive": w.alive, **asdict(w.report)}
+            for w in read(reports, clock)
+        ],
     }
 
 
@@ -156,7 +169,7 @@ def _partition(number: int, replies: list[Any], replays: list[Any], clock: float
     length, meter, groups, consumers, dead, first, pending, next_up = (
         None if isinstance(reply, Exception) else reply for reply in replies
     )
-    added, applied = (int(n or 0) for n in meter or (0, 0))
+    added, applied, left_out, given_up = (int(n or 0) for n in meter or (0, 0, 0, 0))
     waiting = [pending[1]] if pending and pending[0] else [entry[0] for entry in next_up or ()]
     return {
         "partition": number,
@@ -168,6 +181,8 @@ def _partition(number: int, replies: list[Any], replays: list[Any], clock: float
         "waiting_seconds": _age(waiting[0], clock) if waiting else None,
         "oldest_seconds": _age(first[0][0], clock) if first else None,
         "dead_letters": dead or 0,
+        "dead_left_out": left_out,
+        "dead_given_up": given_up,
         "group": APPLY_GROUP in _names(groups),
         "replays": replays,
         "consumers": [
@@ -187,12 +202,13 @@ async def _store_figures(settings: Settings) -> dict[str, Any]:
     where = hide_password(settings.database_url)
     try:
         await reader.open()
-        tables = await reader.totals()
+        totals = await reader.totals()
         return {
             "url": where,
             "schema": await reader.schema(),
-            "tables": tables,
-            "memories": sum(tables.values()),
+            "tables": totals.tables,
+            "memories": sum(totals.tables.values()),
+            "exact": totals.exact,
         }
     except MnemobusError as error:
         return {"url": where, "error": f"the store can't be asked: {error}"}
@@ -234,14 +250,45 @@ def render(figures: dict[str, Any]) -> Any:
         rest.add_row(
             "feed",
             f"{feed['messages']:,} messages kept in {feed['partitions']} partitions,"
-            f" {feed['subscriptions']:,} subscriptions of agents",
+            + (
+                " subscriptions can't be told"
+                if feed["subscriptions"] is None
+                else f" {feed['subscriptions']:,} subscriptions of agents"
+            ),
         )
     if "error" in store:
         rest.add_row("store", f"[red]{store['error']}[/red]")
     else:
-        tables = ", ".join(f"{name} {count:,}" for name, count in store["tables"].items()) or "empty"
+        about = "" if store["exact"] else "about "
+        tables = ", ".join(f"{name} {about}{count:,}" for name, count in store["tables"].items()) or "empty"
         rest.add_row("store", f"{store['url']}, schema {store['schema']}: {tables}")
-    return Group(log, rest) if figures["log"] else rest
+    parts = [log] * bool(figures["log"]) + [_workers(figures["workers"])] * bool(figures["workers"]) + [rest]
+    return Group(*parts)
+
+
+def _workers(workers: list[dict[str, Any]]) -> Any:
+    from rich.markup import escape
+    from rich.table import Table
+
+    shown = Table(title="workers", title_justify="left")
+    shown.add_column("name", no_wrap=True)
+    for name in ("told", "up", "events", "last batch"):
+        shown.add_column(name, justify="right")
+    shown.add_column("waits for, or failed with")
+    for w in workers:
+        told = _span(abs(w["age"])) + " ago"
+        trouble = f"{w['waits_for']}, for {_span(w['waiting'])}: {w['why']}" if w["waits_for"] else ""
+        if not trouble and w["error"]:
+            trouble = f"{_span(w['failed'])} ago: {w['error']}"
+        shown.add_row(
+            w["name"],
+            told if w["alive"] else f"[red]{told}[/red]",
+            _span(w["up"]),
+            f"{w['events']:,}",
+            "-" if w["applied"] is None else f"{_span(w['applied'])} ago",
+            escape(trouble),
+        )
+    return shown
 
 
 def _span(seconds: float | None) -> str:

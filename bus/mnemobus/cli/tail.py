@@ -12,14 +12,14 @@ from typing import Any
 
 import orjson
 import redis.asyncio
-from redis.exceptions import AuthenticationError, RedisError
+from redis.exceptions import RedisError
 from rich.text import Text
 
-from ..connection import AWAY
 from ..errors import BadEvent
 from ..events import DELETE_ROOM, Event, decode
 from ..feed import Invalidation, decode_entry
 from ..keys import Version
+from ..redis_errors import AWAY, DENIED, code_of, is_away, meaning
 from ..settings import Settings, hide_password
 from .console import emit, err, out, run_until_signal
 from .inspection import ask, keyspace, looking_at, now, text
@@ -58,8 +58,11 @@ class Tail:
         streams = [*self._log, *self._feed]
         if since is None:
             heads = await ask(client, [("XREVRANGE", stream, "+", "-", "COUNT", 1) for stream in streams])
+            for head in heads:
+                if isinstance(head, Exception):
+                    raise head
             self._last = {
-                stream: text(head[0][0]) if isinstance(head, list) and head else "0-0"
+                stream: text(head[0][0]) if head else "0-0"
                 for stream, head in zip(streams, heads, strict=True)
             }
             return
@@ -108,14 +111,13 @@ async def _main(
                     await tail.begin(client, since)
                     begun = True
                 items = await tail.next(client)
-            except AuthenticationError:
-                raise
             except (*AWAY, RedisError) as error:
+                if code_of(error) in DENIED or not is_away(error):
+                    raise  # waiting would not help
                 if not away:
                     away = True
-                    _say(
-                        f"Redis at {hide_password(settings.redis_url)} does not answer ({error}); waiting for it"
-                    )
+                    where = hide_password(settings.redis_url)
+                    _say(f"Redis at {where} does not answer ({meaning(error)}); waiting for it")
                 await asyncio.sleep(0.5)
                 continue
             if away:

@@ -54,6 +54,8 @@ def _announce(system: Embedded, json: bool) -> None:
         "REDIS_URL": system.redis.url,
         "MNEMOBUS_DATABASE_URL": hide_password(settings.database_url),
     }
+    if system.redis.has_own_password:  # it is there, and found there
+        variables["MNEMOBUS_DATA_DIR"] = str(settings.data_dir)
     # What agents have to have the same, where it isn't the default.
     defaults = Settings.model_fields
     for name, variable in (
@@ -66,7 +68,7 @@ def _announce(system: Embedded, json: bool) -> None:
     console.print("\nFor your agents:\n", soft_wrap=True)
     for name, value in variables.items():
         console.print(f"  export {name}={value}", markup=False, soft_wrap=True)
-    if system.redis.password:
+    if not system.redis.has_own_password:
         console.print("  export REDIS_PASSWORD=...  (as it is here)", markup=False)
     console.print(f"\nLogs: {system.redis.log}, {system.workers.log}", markup=False, soft_wrap=True)
     console.print("[bold green]ready[/bold green]; Ctrl-C stops it")

@@ -23,15 +23,15 @@ from itertools import count
 from typing import Any
 
 import redis.asyncio
-from redis.exceptions import AuthenticationError, RedisError
+from redis.exceptions import RedisError
 
-from ..connection import AWAY
 from ..errors import LogUnavailable, StoreUnavailable
 from ..feed import Invalidation
 from ..inquiry import Holding, Inquiry, decode_holding, encode_inquiry
 from ..keys import Keyspace, Version
 from ..memory import Row
 from ..query import Question, Versions, versions_of
+from ..redis_errors import AWAY, DENIED, code_of, meaning
 from ..settings import Settings, hide_password
 from ..store import Cursor, Query, Reader, open_reader
 from ..tasks import end
@@ -234,11 +234,11 @@ class Verifier:
                 agents = await self._live()
                 async with asyncio.timeout(self._settings.redis_timeout):
                     await self._hearing.wait()
-            except AuthenticationError:
-                raise
             except (*AWAY, RedisError) as error:
+                if code_of(error) in DENIED:
+                    raise
                 where = hide_password(self._settings.redis_url)
-                raise LogUnavailable(f"Redis at {where} can't be asked: {error}") from None
+                raise LogUnavailable(f"Redis at {where} can't be asked: {meaning(error)}") from None
             err().print(
                 f"watching the feed for {seconds:g} s; {_many(len(agents), 'agent')} there", style="dim"
             )
@@ -275,7 +275,9 @@ class Verifier:
                 if not away:
                     away = True
                     err().print(
-                        f"Redis does not answer ({error}); waiting for it", style="yellow", markup=False
+                        f"Redis does not answer ({meaning(error)}); waiting for it",
+                        style="yellow",
+                        markup=False,
                     )
                 await asyncio.sleep(0.5)
                 continue

@@ -8,12 +8,14 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
+from ..connection import Link
 from ..errors import SettingsError
 from ..settings import Settings
 
 
 def run(*, processes: int | None, threads: int | None, extra: Sequence[str]) -> NoReturn:
     settings = Settings.load()
+    Link(settings)  # whether REDIS_URL makes sense is told here, in a sentence
     if importlib.util.find_spec("mnemobus_workers") is None:
         raise SettingsError("mnemobus_workers is not installed here: pip install mnemobus")
     command = [

@@ -23,7 +23,7 @@ from ..store import open_reader
 from .binary import Binary, find_server
 from .processes import end, free_port, log_tail, sole_use, spawn
 from .server import START_TIMEOUT, EmbeddedRedis, with_port
-from .workers import WorkerPool, await_workers, reading_clients
+from .workers import WorkerPool, await_workers
 
 logger = logging.getLogger("mnemobus.embedded")
 
@@ -68,6 +68,7 @@ class Embedded:
             stack.enter_context(sole_use(self.settings.data_dir))
             # Before anything runs: a database that can't be reached is better said here than in a log.
             await check_store(self.settings)
+            stack.callback(self.redis.forget_password)
             stack.push_async_callback(self.redis.stop)
             await self.redis.start()
             self._on_step(f"{self.redis.binary} at {self.redis.address}")
@@ -123,7 +124,6 @@ __all__ = [
     "find_server",
     "free_port",
     "log_tail",
-    "reading_clients",
     "sole_use",
     "spawn",
     "with_port",

@@ -23,6 +23,11 @@ class Binary:
     name: str
     version: tuple[int, ...]
 
+    @property
+    def speaks_seven(self) -> bool:
+        """Whether it has the configuration of Redis 7, as every Valkey does."""
+        return self.name == "Valkey" or self.version >= (7,)
+
     def __str__(self) -> str:
         return f"{self.name} {'.'.join(map(str, self.version))}"
 

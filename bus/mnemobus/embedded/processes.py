@@ -14,6 +14,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from .. import private
 from ..errors import EmbeddedServerError
 from . import tether
 
@@ -27,8 +28,8 @@ STOP_TIMEOUT = 10.0
 def sole_use(directory: Path) -> Iterator[None]:
     """Make sure of a directory that this process alone uses meanwhile; EmbeddedServerError if another does."""
     try:
-        directory.mkdir(parents=True, exist_ok=True)
-        lock = (directory / "embedded.lock").open("a+")
+        private.make_folder(directory)
+        lock = private.open_file(directory / "embedded.lock", "a+")
     except OSError as error:
         raise EmbeddedServerError(
             f"the data directory {directory} can't be used: {error.strerror}. Set MNEMOBUS_DATA_DIR"

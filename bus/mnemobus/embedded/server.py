@@ -5,24 +5,30 @@ from __future__ import annotations
 import asyncio
 import logging
 from contextlib import suppress
+from hashlib import sha256
 from pathlib import Path
-from urllib.parse import unquote, urlsplit, urlunsplit
+from urllib.parse import parse_qsl, unquote, urlsplit, urlunsplit
 
 import redis.asyncio
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 from redis.exceptions import BusyLoadingError, RedisError
 
+from .. import password, private
 from ..errors import EmbeddedServerError
+from ..password import LOOPBACK
 from ..settings import Settings, hide_password
 from .binary import Binary, find_server
 from .processes import STOP_TIMEOUT, end, log_tail, spawn
 
 logger = logging.getLogger("mnemobus.embedded")
 
-LOOPBACK = ("127.0.0.1", "localhost", "::1")
 START_TIMEOUT = 15.0
 """Seconds that Redis may take to answer."""
+_REFUSED = (
+    "-config +config|get -debug -module -acl +acl|whoami +acl|log -replicaof -slaveof -migrate -shutdown"
+)
+"""What nobody may do over the network, with the password either: write files elsewhere, load code, follow another."""
 
 
 def with_port(url: str, port: int) -> str:
@@ -37,7 +43,9 @@ class EmbeddedRedis:
     """A Redis server of our own, at ``settings.redis_url``, with its data under ``data_dir``/redis.
 
     Bound to the loopback interface, with an append-only file, with the password, the memory limit and the
-    eviction policy of the settings (noeviction by default).
+    eviction policy of the settings (noeviction by default). Without a password in the settings it gets one of its own
+    (password.py): nobody comes in who can't read the data directory. And nobody who comes in can make it write
+    elsewhere, load code, or be set up in another way.
     """
 
     def __init__(self, settings: Settings, data_dir: Path) -> None:
@@ -58,7 +66,12 @@ class EmbeddedRedis:
         self.log = data_dir / "redis.log"
         self.binary: Binary | None = None
         self._dir = data_dir / "redis"
-        self.password = settings.redis_password or unquote(parts.password or "")
+        options = dict(parse_qsl(parts.query))
+        self.password = (
+            settings.redis_password or unquote(parts.password or "") or options.get("password", "")
+        )
+        self.has_own_password = not self.password
+        """Whether it makes up its password, and notes it in the data directory."""
         self._process: asyncio.subprocess.Process | None = None
 
     @property
@@ -81,13 +94,17 @@ class EmbeddedRedis:
         """Start it and wait until it answers. EmbeddedServerError, with what to do, if it can't."""
         binary = self.binary = find_server()
         await self._refuse_occupied()
-        self._dir.mkdir(mode=0o700, parents=True, exist_ok=True)
+        private.make_folder(self._dir)
+        private.close_tree_to_others(self._dir)
+        private.make_file(self.log)
         if binary.name == "Redis" and binary.version < (7,) and (self._dir / "appendonlydir").exists():
             # 6.2 looks for its log elsewhere, and would begin with nothing.
             raise EmbeddedServerError(
                 f"the data in {self._dir} was written by Redis 7 or newer, and {binary.path} is {binary}, which"
                 " can't read it. Put the newer one on the PATH, or set MNEMOBUS_DATA_DIR"
             )
+        if self.has_own_password and not self.password:
+            self.password = password.generate(self.settings)
         # The configuration goes through standard input: a password is no business of `ps`.
         process = await spawn(
             [str(binary.path), "-"],
@@ -95,6 +112,7 @@ class EmbeddedRedis:
             stdout=asyncio.subprocess.DEVNULL,
             stderr=asyncio.subprocess.DEVNULL,
             cwd=self._dir,
+            umask=private.MASK,
         )
         self._process = process
         assert process.stdin is not None
@@ -126,8 +144,11 @@ class EmbeddedRedis:
             "maxmemory": str(settings.max_memory() or 0),
             "maxmemory-policy": settings.redis_eviction_policy or "noeviction",
         }
-        if self.password:
-            lines["requirepass"] = _quote(self.password)
+        lines["user"] = f"default on #{sha256(self.password.encode()).hexdigest()} ~* &* +@all {_REFUSED}"
+        if self.binary is not None and self.binary.speaks_seven:
+            lines |= dict.fromkeys(
+                ("enable-protected-configs", "enable-debug-command", "enable-module-command"), "no"
+            )
         return "".join(f"{name} {value}\n" for name, value in lines.items())
 
     async def _refuse_occupied(self) -> None:
@@ -154,7 +175,7 @@ class EmbeddedRedis:
         client = redis.asyncio.Redis(
             host=self.host,
             port=self.port,
-            password=self.password or None,
+            password=self.password or password.find(self.settings),
             socket_timeout=2,
             socket_connect_timeout=2,
             retry=Retry(NoBackoff(), 0),
@@ -201,6 +222,12 @@ class EmbeddedRedis:
         process, self._process = self._process, None
         if process is not None:
             await end(process, STOP_TIMEOUT)
+
+    def forget_password(self) -> None:
+        """It won't be started again: nobody needs the password that it made up."""
+        if self.has_own_password:
+            self.password = ""
+            password.forget(self.settings)
 
 
 def _quote(text: str) -> str:

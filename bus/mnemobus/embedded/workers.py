@@ -15,9 +15,12 @@ from pathlib import Path
 
 from redis.exceptions import RedisError
 
-from ..connection import AWAY, Link
+from .. import private
+from ..connection import Link
 from ..keys import Keyspace
+from ..redis_errors import AWAY
 from ..settings import Settings
+from ..vitals import reading_clients
 from . import tethered
 from .processes import STOP_TIMEOUT, end, spawn
 from .tethered import PID_FILE
@@ -82,12 +85,13 @@ class WorkerPool:
         """Run a worker until it ends; how it ended. Cancelled, it lets the worker finish what it is at first."""
         file = self._pid_files[slot]
         try:
-            with self.log.open("ab") as log:
+            with private.open_file(self.log, "ab") as log:
                 process = await spawn(
                     self._command,
                     stdin=asyncio.subprocess.DEVNULL,
                     stdout=log,
                     stderr=log,
+                    umask=private.MASK,
                     env=os.environ | self._settings.environment() | {PID_FILE: str(file)},
                 )
         except OSError as error:
@@ -128,16 +132,3 @@ async def await_workers(settings: Settings, processes: int = 1) -> None:
             await asyncio.sleep(0.05)
     finally:
         await link.close()
-
-
-def reading_clients(clients: bytes | str, within: float = 10.0) -> int:
-    """How many connections wait for the log, by CLIENT LIST: a worker process has one per log partition.
-
-    A consumer group tells who *got* something last; before Redis 7, a worker on an idle log is not in it at all.
-    """
-    text = clients.decode("utf-8", "replace") if isinstance(clients, bytes) else clients
-    found = 0
-    for line in text.splitlines():
-        fields = dict(word.partition("=")[::2] for word in line.split())
-        found += fields.get("cmd") == "xreadgroup" and int(fields.get("idle", 0)) <= within
-    return found

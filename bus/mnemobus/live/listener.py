@@ -91,11 +91,6 @@ class Listener:
     def __len__(self) -> int:
         return len(self._channels)
 
-    @property
-    def names(self) -> list[bytes]:
-        """The channels, as they are subscribed to."""
-        return list(self._by_name)
-
     async def join(self, places: Iterable[Place], patience: float) -> list[Channel] | None:
         """Channels whose positions are known; None if that takes longer than ``patience`` seconds."""
         channels, new = [], []
@@ -119,10 +114,11 @@ class Listener:
         """Whether all that is written to a log partition is announced, as far as that is known."""
         return clock() >= self._mixed_until.get(partition, 0.0)
 
-    def disconnected(self) -> None:
-        """The listening connection is gone; a new one subscribes to `names`."""
+    def disconnected(self) -> list[bytes]:
+        """The listening connection was replaced; what the new one has to subscribe to."""
         for channel in self._channels.values():
             channel.confirmed = False
+        return list(self._by_name)
 
     def confirm(self, name: bytes) -> Channel | None:
         """A subscription is confirmed. The channel, if its position has to be found now."""

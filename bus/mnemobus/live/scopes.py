@@ -25,18 +25,20 @@ from typing import Any
 
 from redis.exceptions import RedisError
 
-from ..connection import AWAY, Link
+from ..connection import Call, Link, script
 from ..errors import BadEvent, MnemobusError
 from ..events import DELETE_ROOM, Event, decode
 from ..feed import Invalidation
 from ..keys import ZERO, Dimensions, Version, slot_of
 from ..local import MISS, LiveBucket, LocalCache, clock
-from ..marks import Marks
+from ..marks import INDEXED, Marks
 from ..memory import Memory, Row, pack_memories, unpack_memories
 from ..query import COUNT, ONE, Plan, Question
+from ..redis_errors import AWAY
 from ..settings import Settings
 from ..shared import Lease, SharedCache
 from ..store import Query
+from ..wire import Command
 from .channel import Channel
 from .listener import Listener, Place
 from .window import Window
@@ -68,7 +70,13 @@ class Opening:
 
 
 class LiveScopes:
-    """The live scopes of one bus. ``ask`` has a question answered by its store."""
+    """The live scopes of one bus.
+
+    ask    has a question answered by its store
+    send   a command on the feed's connection
+    wake   calls the heartbeat
+    knows  whether the store is known to be the bus's; if not, nothing is shared
+    """
 
     def __init__(
         self,
@@ -80,8 +88,10 @@ class LiveScopes:
         ask: Callable[[Question], Awaitable[list[Row] | int]],
         send: Callable[..., Awaitable[None]],
         wake: Callable[[], None],
+        knows: Callable[[], bool],
     ) -> None:
         self._settings = settings
+        self._knows = knows
         self._link = link
         self._local = local
         self._shared = shared
@@ -110,8 +120,8 @@ class LiveScopes:
         """Whether a query is one that a window may answer."""
         if plan.window is None or plan.limit > self._settings.live_window:
             return False
-        if plan.scope in self._marks and any(write.version is None for write in self._marks.on(plan.scope)):
-            return False  # a write waits in the outbox, and so does who reads what it touches
+        if plan.scope in self._marks and self._marks.outboxed(plan.scope):
+            return False  # who reads what it touches waits for it
         return self._settings.is_live(plan.window.table)
 
     async def read(self, plan: Plan) -> tuple[Any, str]:
@@ -266,7 +276,7 @@ class LiveScopes:
             rows = await self._ask(question)
             assert not isinstance(rows, int)
             found = [row.memory() for row in rows]
-            if isinstance(reply, Lease):
+            if isinstance(reply, Lease) and self._knows():
                 await self._shared.fill(reply, pack_memories(found))
         if plan.kind is ONE:
             return found, True, source
@@ -318,7 +328,22 @@ class LiveScopes:
         return tails
 
     async def _refused(self, partition: int, events: Sequence[Event]) -> set[Version]:
-        """Those events that the store has refused."""
+        """Those events that the store has refused, as far as workers have noted it."""
+        keys = self._link.keys
+        places = [keys.dead(partition), keys.reasons(partition), keys.meter(partition)]
+        versions = [str(event.version) for event in events]
+        while versions:
+            # Workers of an older version have put only letters.
+            commands: list[Command | Call] = [
+                (script("index"), places, (INDEXED,)),
+                ("HMGET", keys.reasons(partition), *versions),
+            ]
+            indexed, notes = await self._link.pipeline(commands)
+            for reply in (indexed, notes):
+                if isinstance(reply, Exception):
+                    raise reply
+            if indexed < INDEXED:
+                return {event.version for event, note in zip(events, notes, strict=True) if note is not None}
         return set()
 
     # Events
@@ -360,7 +385,7 @@ class LiveScopes:
             self._give_up(scope)
 
     def invalidated(self, message: Invalidation) -> None:
-        """The feed named what was committed. A window has it from the log, unless it was refused, or is of elsewhere."""
+        """The feed named what was committed. A window has it from the log already, unless it was refused or is foreign."""
         if not message.first_hand or message.dead:
             for scope in message.scopes:
                 self._give_up(scope)
@@ -380,6 +405,8 @@ class LiveScopes:
 
     def _gone(self, bucket: LiveBucket) -> None:
         """A window is out of L1, for whatever reason."""
+        if len(self._shown) >= _MISSED:
+            self._cover_shown()
         shown = self._shown.setdefault(bucket.scope, {})
         for channel in bucket.channels:
             held = self._held.get(channel)
@@ -387,6 +414,14 @@ class LiveScopes:
                 del held[bucket.scope]
             at = max(bucket.floors[channel], channel.position or ZERO)
             shown[channel.partition] = max(shown.get(channel.partition, ZERO), at)
+
+    def _cover_shown(self) -> None:
+        """Have all that a log partition may touch wait, instead of one scope after the other."""
+        deadline = asyncio.get_running_loop().time() + self._settings.own_write_timeout
+        for versions in self._shown.values():
+            for partition, version in versions.items():
+                self._marks.cover(partition, version, deadline)
+        self._shown.clear()
 
     def on_epoch(self) -> None:
         """Redis may have lost what was shown: it is withdrawn."""

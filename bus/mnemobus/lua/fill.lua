@@ -4,12 +4,22 @@
 -- ARGV[1]  query
 -- ARGV[2]  token of the lease
 -- ARGV[3]  result
--- Returns  1 if the result was accepted, 0 if the bucket was invalidated (or evicted) since
+-- ARGV[4]  percent of its memory that Redis may have in use, this result included, where it has a limit and evicts
+--          nothing: the rest is for the log
+-- Returns  1 if the result was accepted, 0 if the bucket was invalidated (or evicted) since, 2 if there is no room
 
 local field = 'l:' .. ARGV[1]
 local lease = redis.call('HGET', KEYS[1], field)
 if not lease or string.match(lease, '^(%S+) ') ~= ARGV[2] then
   return 0
+end
+local info = redis.call('INFO', 'memory')
+local limit = tonumber(string.match(info, '\nmaxmemory:(%d+)') or 0)
+if limit > 0 and string.match(info, '\nmaxmemory_policy:(%a+)') == 'noeviction' then
+  if tonumber(string.match(info, '\nused_memory:(%d+)')) + string.len(ARGV[3]) > limit * tonumber(ARGV[4]) / 100 then
+    redis.call('HDEL', KEYS[1], field)
+    return 2
+  end
 end
 redis.call('HSET', KEYS[1], 'q:' .. ARGV[1], ARGV[3])
 redis.call('HDEL', KEYS[1], field)

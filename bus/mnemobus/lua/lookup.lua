@@ -1,13 +1,13 @@
 -- Look up one query's result in a bucket of L2, or get the lease to fill it.
 --
--- KEYS[1]  bucket: a hash, q:<query> -> result and l:<query> -> "<token> <expiry in ms>". It goes as a whole, leases
---          and all, when its scope is invalidated (or evicted, or expires).
+-- KEYS[1]  bucket: a hash, q:<query> -> result and l:<query> -> "<token> <granted in ms> <expiry in ms>". It goes as a
+--          whole, leases and all, when its scope is invalidated (or evicted, or expires).
 -- ARGV[1]  query
 -- ARGV[2]  token of the lease, should one be granted; never used before
 -- ARGV[3]  ms after which another may have the lease
 -- ARGV[4]  ms that a bucket lives
--- ARGV[5]  fields that a bucket may have
--- Returns  the result; or 1: the lease is granted; 0: another has it; 2: the bucket is full
+-- ARGV[5]  fields that a bucket may have: one that has as many begins anew, as if it had been evicted
+-- Returns  the result; or 1: the lease is granted; 0: another has it
 
 local result = redis.call('HGET', KEYS[1], 'q:' .. ARGV[1])
 if result then
@@ -18,13 +18,15 @@ local now = tonumber(time[1]) * 1000 + math.floor(tonumber(time[2]) / 1000)
 local field = 'l:' .. ARGV[1]
 local lease = redis.call('HGET', KEYS[1], field)
 if lease then
-  if tonumber(string.match(lease, ' (%d+)$')) > now then
+  local granted = tonumber(string.match(lease, ' (%d+) %d+$')) -- none where an older mnemobus granted it
+  local expiry = tonumber(string.match(lease, ' (%d+)$'))
+  if expiry > now and (granted or now) <= now then -- else it has expired, or the clock was set back since
     return 0
   end
 elseif redis.call('HLEN', KEYS[1]) >= tonumber(ARGV[5]) then
-  return 2
+  redis.call('UNLINK', KEYS[1])
 end
-redis.call('HSET', KEYS[1], field, ARGV[2] .. ' ' .. string.format('%d', now + tonumber(ARGV[3])))
+redis.call('HSET', KEYS[1], field, ARGV[2] .. string.format(' %d %d', now, now + tonumber(ARGV[3])))
 if redis.call('PTTL', KEYS[1]) < 0 then
   redis.call('PEXPIRE', KEYS[1], ARGV[4])
 end

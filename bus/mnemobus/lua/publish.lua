@@ -1,7 +1,9 @@
 -- Append a producer's events to the log, once, however often the call is repeated, and announce them.
 --
 -- KEYS[1]  log: the stream of events
--- KEYS[2]  producers: a hash, producer id -> JSON {seq, d, ids, t}: its last call and what it was answered
+-- KEYS[2]  producers: a hash, producer id -> JSON {seq, d, t, runs}: its last call, and what it was answered: for each
+--          run of IDs with one number after the other, the first of them and how many; {seq, d, t, ids} of an older
+--          mnemobus
 -- KEYS[3]  meter: a hash, added and applied; their difference is the backlog
 -- KEYS[4]  heads: a hash, slot -> version of its last event, and n: how many events were announced. Followed by a colon
 --          and the slot it names the slot's channel.
@@ -28,7 +30,18 @@ if record then
     if last.d and last.d ~= ARGV[4] then -- none where an older mnemobus made the call
       return redis.error_reply('TAKEN ' .. ARGV[2])
     end
-    return {last.ids}
+    if last.ids then
+      return {last.ids}
+    end
+    local ids = {}
+    for _, run in ipairs(last.runs) do
+      local ms, number = string.match(run[1], '^(%d+)-(%d+)$')
+      ids[#ids + 1] = run[1]
+      for n = 1, run[2] - 1 do
+        ids[#ids + 1] = ms .. '-' .. string.format('%d', tonumber(number) + n)
+      end
+    end
+    return {ids}
   elseif last.seq > seq then
     return redis.error_reply('SUPERSEDED ' .. string.format('%d', last.seq))
   end
@@ -79,7 +92,18 @@ redis.call('HINCRBY', KEYS[4], 'n', #ids)
 redis.call('HINCRBY', KEYS[3], 'added', #ids)
 local time = redis.call('TIME')
 local now = tonumber(time[1]) * 1000 + math.floor(tonumber(time[2]) / 1000)
+local runs, run, ms, number = {}, nil, nil, nil
+for _, id in ipairs(ids) do
+  -- A number too large to be counted in Lua is followed by none: its ID makes a run of its own.
+  if run and id == ms .. string.format('%d', number + run[2]) then
+    run[2] = run[2] + 1
+  else
+    ms, number = string.match(id, '^(%d+%-)(%d+)$')
+    run = {id, 1}
+    runs[#runs + 1] = run
+  end
+end
 redis.call('HSET', KEYS[2], ARGV[1],
   '{"seq":' .. ARGV[2] .. ',"d":"' .. ARGV[4] .. '","t":' .. string.format('%d', now)
-    .. ',"ids":' .. cjson.encode(ids) .. '}')
+    .. ',"runs":' .. cjson.encode(runs) .. '}')
 return {ids, before}

@@ -4,7 +4,11 @@
 -- KEYS[2]  meter: a hash; trimmed counts what was removed here, and all of that was before trimmed_to
 -- ARGV[1]  ms that events are kept at least
 -- ARGV[2]  the consumer group that applies events
--- Returns  how many entries were removed; at most some thousands at a time
+-- ARGV[3]  an ID that the caller knows, by its own clock, to have been delivered so long ago; 0-0 for none
+-- Returns  {how many entries were removed, at most some thousands at a time; the ID that was last delivered}
+--
+-- IDs are by Redis's clock. Where it was ahead once and is right again, they lie in the future, and by them alone
+-- nothing would be removed until the clock has come there: hence ARGV[3].
 --
 -- Nothing is removed at or above a group's low-water mark: the lowest pending ID, or the last delivered where
 -- nothing pends. A log without the group that applies events is not trimmed.
@@ -28,18 +32,23 @@ end
 
 local groups = redis.pcall('XINFO', 'GROUPS', KEYS[1])
 if groups.err then
-  return 0
+  return {0, '0-0'}
 end
-local applying = false
+local applying
 local time = redis.call('TIME')
 local oldest = tonumber(time[1]) * 1000 + math.floor(tonumber(time[2]) / 1000) - tonumber(ARGV[1])
 local mark = string.format('%d-0', math.max(oldest, 0))
+if before(mark, ARGV[3]) then
+  mark = ARGV[3]
+end
 for _, group in ipairs(groups) do
   local fields = {}
   for i = 1, #group, 2 do
     fields[group[i]] = group[i + 1]
   end
-  applying = applying or fields['name'] == ARGV[2]
+  if fields['name'] == ARGV[2] then
+    applying = fields['last-delivered-id']
+  end
   local low = fields['last-delivered-id']
   local pending = redis.call('XPENDING', KEYS[1], fields['name'])
   if pending[1] > 0 then
@@ -50,11 +59,11 @@ for _, group in ipairs(groups) do
   end
 end
 if not applying then
-  return 0
+  return {0, '0-0'}
 end
 local removed = redis.call('XTRIM', KEYS[1], 'MINID', '~', mark)
 if removed > 0 then
   redis.call('HINCRBY', KEYS[2], 'trimmed', removed)
   redis.call('HSET', KEYS[2], 'trimmed_to', mark)
 end
-return removed
+return {removed, applying}

@@ -19,28 +19,56 @@ has seen the same events holds the same thing (G2, G3, G8). From the registers f
 `collapse` does this for the events of one batch; the upserts of sqlite.py and postgres.py say the same in
 SQL for what meets in the table. Versions are compared packed (`Version.pack`), the empty value being before all.
 
-Deleting a room sets a tombstone for it and the deleted register of those of its memories that are there, or
+Deleting a room sets a tombstone for it and the deleted register of those of its memories that are older and there, or
 hold a value. What is already dead and erased is left alone, or a room that is emptied every day would cost
 more each day: a row's own register may lag behind its room's tombstone, and every write that meets such a
 row takes the higher of the two.
 
-Two things are no matter of merging: a memory's dimensions never change, and a table's embeddings are of one
-length. The first to be committed counts; an event that contradicts it is refused, and nothing else with it.
+A room may hold any number of memories, and others must not wait for them all. So a deletion goes in steps, each a
+transaction of its own:
+
+1. *The tombstone*, with the room locked, so that no put is under way that has not seen it. From then on nothing older
+   comes to life in the room, whoever writes it: what is left to clear can only become less. Readers who name the room
+   or a memory see nothing of it any more.
+2. *The memories*, so many at a time, in the order of the room's index; without a lock, as nothing can be missed.
+3. *Their names*, for the fan-out. They are read once all steps are committed, not gathered on the way: a worker that
+   died, or one that is at the same deletion, may have committed some of them and told nobody.
+
+Each may be done again, by anybody, and the event is acknowledged after the last.
+
+Two things are no matter of merging: a memory's dimensions don't change as long as it lives, and a table's embeddings
+are of one length. The first to be committed counts; an event that contradicts it is refused, and nothing else with it.
 `apply` sees to that, in the one transaction of a batch.
+
+A memory that was deleted may be made again with other dimensions: what is above the delete replaces the row, and keeps
+its deleted register. What comes late then, from before that delete, is what the row has seen the end of: it changes
+nothing and is no contradiction. So a replay, or a slow worker's batch, finds the same state whether or not the memory
+was made again meanwhile. What is applied *before* the delete that it follows in time (their rooms may be in two log
+partitions) contradicts a memory that lives, and is refused: who waits until the delete is committed is safe from that.
 """
 
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from ..events import DELETE, DELETE_ROOM, PUT, Event
 from ..keys import Dimensions
-from . import Applied, Refused
+from . import Applied, Cursor, Deletion, Refused
 
 Room = tuple[str, str]
 """A table and a room in it."""
+
+STEP = 500
+"""Rows that a step of a deletion clears, unless told otherwise."""
+TOLD = 5_000
+"""Memories that are named at once when a deletion is done."""
+_ROOMS = 20
+"""Rooms that are locked at once to be deleted."""
+
+BEGINNING = Cursor(-(1 << 63), "00000000-0000-0000-0000-000000000000")
+"""Before every memory."""
 
 NEVER = b""
 """Before every packed version: a register that was not set."""
@@ -147,13 +175,24 @@ def embedding_length_changed(event: Event, length: int) -> str:
     return f"an embedding of {given} floats; those of table {event.dimensions.table!r} have {length}"
 
 
+class Stored(NamedTuple):
+    """What a row says of who may write to it: its dimensions and, packed, its put and its delete."""
+
+    dimensions: Dimensions
+    put: bytes
+    deleted: bytes
+
+
 class Transaction(Protocol):
     """The steps of a batch's transaction that differ between stores. What they read is current, and stays so
     until the commit."""
 
-    def lock(self, shared: Collection[Room], exclusive: Collection[Room]) -> None:
-        """Keep others from deleting the ``shared`` rooms, and from writing into the ``exclusive`` ones: a
-        put and the deletion of its room must not pass each other unseen."""
+    def share(self, rooms: Collection[Room]) -> None:
+        """Keep others from excluding us from these rooms: a put and the tombstone of its room must not pass each other
+        unseen."""
+
+    def exclude(self, rooms: Collection[Room]) -> None:
+        """Keep others from sharing these rooms, once those who do are done."""
 
     def bury(self, rooms: Mapping[Room, bytes]) -> None:
         """Raise the tombstones of rooms to these versions."""
@@ -167,30 +206,79 @@ class Transaction(Protocol):
     def dimensions(self, ids: Collection[str]) -> dict[str, Dimensions]:
         """The dimensions of those of the memories that the table knows, alive or not."""
 
+    def stored(self, id: str) -> Stored | None:
+        """What the table has of a memory, alive or not."""
+
+    def remove(self, id: str) -> None:
+        """Take a memory's row out; the same transaction puts another in its place."""
+
     def upsert(self, deltas: Sequence[Delta]) -> Collection[str]:
         """Merge into the table; the ids of the rows that changed. Rows of other dimensions are left alone."""
 
-    def clear(self, room: Room, last: bytes, versions: Collection[bytes]) -> list[tuple[str, Dimensions]]:
-        """Delete what is in the room and older than ``last``; all that any of ``versions`` ever put an end to."""
+    def clear(self, deletion: Deletion, after: Cursor, rows: int) -> Cursor | None:
+        """Delete what is in the room, comes after this place and is older than the deletion, up to so many rows. The
+        place to go on from, or None if nothing is left."""
+
+    def ended(self, deletion: Deletion, most: int) -> list[tuple[str, Dimensions]]:
+        """All that any of these deletions ever put an end to, up to so many."""
+
+
+def part(events: Sequence[Event]) -> tuple[Sequence[Event], list[list[Deletion]]]:
+    """The events of a batch that name a memory, and its deletions of rooms, those together that go into one
+    transaction."""
+    found: dict[Room, set[bytes]] = {}
+    for event in events:
+        if event.op == DELETE_ROOM:
+            found.setdefault(event.dimensions[:2], set()).add(event.version.pack())
+    if not found:
+        return events, []
+    deletions = [Deletion(room, tuple(sorted(versions))) for room, versions in sorted(found.items())]
+    return (
+        [event for event in events if event.op != DELETE_ROOM],
+        [deletions[first : first + _ROOMS] for first in range(0, len(deletions), _ROOMS)],
+    )
+
+
+def bury(transaction: Transaction, deletions: Sequence[Deletion]) -> None:
+    """Set the tombstones of these rooms, within a transaction, which the caller begins and commits."""
+    transaction.exclude([deletion.room for deletion in deletions])
+    transaction.bury({deletion.room: deletion.versions[-1] for deletion in deletions})
+
+
+def begin_clearing(transaction: Transaction, deletions: Sequence[Deletion]) -> Applied:
+    """Delete what is in these rooms, whose tombstones are set, as far as that fits into one step. The same or another
+    transaction."""
+    applied = Applied()
+    left = STEP
+    for deletion in deletions:
+        if left > 0 and transaction.clear(deletion, BEGINNING, left) is None:
+            ended = transaction.ended(deletion, left + 1)
+            if len(ended) <= left:
+                applied.cleared += ended
+                left -= max(len(ended), 1)
+                continue
+        applied.unfinished.append(deletion)
+        left = 0
+    return applied
+
+
+def delete_rooms(transaction: Transaction, deletions: Sequence[Deletion]) -> Applied:
+    """Both in one."""
+    bury(transaction, deletions)
+    return begin_clearing(transaction, deletions)
 
 
 def apply(transaction: Transaction, events: Sequence[Event]) -> Applied:
-    """Apply a batch within a transaction, which the caller begins and commits."""
+    """Apply events that name a memory, within a transaction, which the caller begins and commits."""
     applied = Applied()
-    deletions: dict[Room, set[bytes]] = {}
-    for event in events:
-        if event.op == DELETE_ROOM:
-            deletions.setdefault(event.dimensions[:2], set()).add(event.version.pack())
-    transaction.lock({event.dimensions[:2] for event in events} - deletions.keys(), deletions)
-    if deletions:
-        transaction.bury({room: max(versions) for room, versions in deletions.items()})
+    transaction.share({event.dimensions[:2] for event in events})
 
     # What is stored decides which of several contradicting events is refused, but it is not looked up before
     # something looks like a contradiction. Then the batch is collapsed again, knowing better; most batches
     # need no second round.
     known: dict[str, Dimensions] = {}
     while True:
-        batch = _collapse(transaction, events, known)
+        batch, wrong = _collapse(transaction, events, known)
         applied.won.update(transaction.upsert(batch.deltas))
         lost = [delta for delta in batch.deltas if delta.id not in applied.won]
         stored = transaction.dimensions([delta.id for delta in lost]) if lost else {}
@@ -198,16 +286,56 @@ def apply(transaction: Transaction, events: Sequence[Event]) -> Applied:
         if not clashes:
             break
         known.update(clashes)
-    applied.refused = batch.refused
-
-    for room, versions in sorted(deletions.items()):
-        applied.cleared += transaction.clear(room, max(versions), versions)
+    applied.refused = [*wrong, *_made_again(transaction, batch.refused, applied)]
     return applied
 
 
-def _collapse(transaction: Transaction, events: Sequence[Event], known: dict[str, Dimensions]) -> Batch:
-    """The batch without the events whose embedding is of another length than its table's, which are refused;
-    fixes the length of tables that have none yet."""
+def _made_again(
+    transaction: Transaction, contradicting: Sequence[Refused], applied: Applied
+) -> list[Refused]:
+    """Of the events that contradict their memory's dimensions, those that do so while it lives. The others are applied:
+    they make a deleted memory again, or are of one that it replaced."""
+    refused = []
+    for item in sorted(contradicting, key=lambda item: item.event.version):
+        event, version = item.event, item.event.version.pack()
+        row = transaction.stored(event.id)
+        delta = collapse([event]).deltas[0]
+        if row is not None and row.dimensions != event.dimensions:
+            if version <= row.put and version <= row.deleted:
+                continue  # of a life that has ended since
+            if event.op == DELETE and version < row.put:
+                # The end of an earlier life, which nobody knew of here: what else is late from it must find it.
+                delta.dimensions = row.dimensions
+            elif row.put <= row.deleted < version:
+                delta.deleted = max(delta.deleted, row.deleted)
+                # Where its put is late: what the life before had is done with all the same.
+                delta.put = delta.put or row.deleted
+            else:
+                refused.append(Refused(event, dimensions_changed(event, row.dimensions)))
+                continue
+        if event.embedding:
+            length = _floats(event)
+            transaction.claim({event.dimensions.table: length})
+            stored = transaction.lengths([event.dimensions.table])[event.dimensions.table]
+            if stored != length:
+                refused.append(Refused(event, embedding_length_changed(event, stored)))
+                continue
+        if row is not None and row.dimensions != delta.dimensions:
+            transaction.remove(event.id)
+            applied.cleared.append((event.id, row.dimensions))
+        won = transaction.upsert([delta])
+        applied.won.update(won)
+        if not won and (row := transaction.stored(event.id)) and row.dimensions != delta.dimensions:
+            # Another batch was faster.
+            refused.append(Refused(event, dimensions_changed(event, row.dimensions)))
+    return refused
+
+
+def _collapse(
+    transaction: Transaction, events: Sequence[Event], known: dict[str, Dimensions]
+) -> tuple[Batch, list[Refused]]:
+    """The batch without the events whose embedding is of another length than its table's, which are refused; and these.
+    Fixes the length of tables that have none yet."""
     wrong: list[Refused] = []
     vectors = [event for event in events if event.embedding]
     if vectors:
@@ -231,9 +359,7 @@ def _collapse(transaction: Transaction, events: Sequence[Event], known: dict[str
         ]
         unfit = {id(item.event) for item in wrong}
         events = [event for event in events if id(event) not in unfit]
-    batch = collapse(events, known)
-    batch.refused += wrong
-    return batch
+    return collapse(events, known), wrong
 
 
 def _floats(event: Event) -> int:
@@ -241,7 +367,7 @@ def _floats(event: Event) -> int:
 
 
 def merging(greatest: str, same: str) -> str:
-    """The end of the upsert of deltas into ``memories AS m``: the rules above, in SQL.
+    """The end of the upsert of deltas into the table of memories AS m: the rules above, in SQL.
 
     greatest  the name of the function
     same      the operator that compares values which may be NULL
@@ -273,18 +399,10 @@ def merging(greatest: str, same: str) -> str:
     """
 
 
-def clearing(greatest: str) -> list[str]:
-    """The statements that delete what is in a room, with ``?`` for :func:`clearing_parameters`."""
+def erasing(greatest: str, version: str) -> str:
+    """What a deletion of this version sets in a row that is older, in SQL."""
     values = [
-        f"{field} = CASE WHEN {greatest}(put_version, {field}_version) > ? THEN {field} END"
+        f"{field} = CASE WHEN {greatest}(put_version, {field}_version) > {version} THEN {field} END"
         for field in _FIELDS
     ]
-    return [
-        f"UPDATE memories SET deleted_version = ?, {', '.join(values)}"
-        f" WHERE tbl = ? AND room = ? AND {which} AND deleted_version < ?"
-        for which in ("live", "pending")
-    ]
-
-
-def clearing_parameters(room: Room, version: bytes) -> list[str | bytes]:
-    return [version, version, version, version, *room, version]
+    return f"deleted_version = {version}, {', '.join(values)}"

@@ -34,6 +34,15 @@ def load(kind: Literal["sqlite", "postgres"]) -> list[Migration]:
     return sorted(found)
 
 
+def following(kind: Literal["sqlite", "postgres"], number: int) -> list[Migration]:
+    """What to apply next, in one transaction, where the last one was this; nothing where none is missing.
+
+    A schema that is new is made at once: nobody shall meet half of it, and take it for an old one.
+    """
+    left = [migration for migration in load(kind) if migration.number > number]
+    return [migration for migration in left if migration.number <= store.SCHEMA] if number == 0 else left[:1]
+
+
 def missing(where: str) -> SchemaError:
     """What to raise where there is no schema, and none may be made."""
     return SchemaError(f"{where} has no schema yet: start a worker (mnemobus worker), which makes it")

@@ -32,7 +32,6 @@ from typing import Any
 import orjson
 from redis.exceptions import RedisError
 
-from ...connection import AWAY
 from ...embedded import (
     Embedded,
     absolute,
@@ -45,6 +44,7 @@ from ...embedded import (
     with_port,
 )
 from ...errors import MnemobusError, StoreUnavailable
+from ...redis_errors import AWAY
 from ...settings import Settings
 from ...store import open_reader
 from ..console import emit, err, run_until_signal

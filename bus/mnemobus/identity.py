@@ -1,0 +1,252 @@
+"""Who is who: that a bus and its store belong together, and that the store is what it was.
+
+A store has a UUID, made with its schema, and says which bus it belongs to. A bus has one, too, in Redis, and says
+which store it has. The first to connect writes it there; whoever comes later, agent or worker, and has another store,
+or comes to a store that another bus has, is refused. `mnemobus adopt` is how an operator says that a change is
+intended.
+
+What one of them has lost, it gets back from the other: a Redis that was flushed, or replaced by an empty one, is the
+same bus again, in another *life*. Workers keep that up to date in the store. Who finds there that a life came back
+which it had replaced has a rival: another Redis with the same key prefix, whose workers use the same store.
+
+A copy of a store has the same UUID. It has another *place* (the file's inode; the server's identifier and the
+database's), and one pool of workers at a time may have one. A place counts as given up once its workers' beats stand
+still. Nothing here goes by a clock.
+
+**Back in time.** A store that is restored from a backup, or whose server fails over to a standby that was behind, has
+lost what was committed, while everybody believes that it is there. What shows it:
+
+- a *witness* for each log partition: the last event that was fanned out, written to Redis along with the fan-out. Its
+  memory carries this version or a later one for ever (store/merge.py), unless the store went back;
+- another place, or another *history* (PostgreSQL's timeline).
+
+Then the log is applied again from the moment up to which the store is known to have had everything (``reached``, which
+workers write into it every ten seconds or so), and a new epoch begins: mnemobus_workers/standing.py.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import secrets
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import orjson
+from redis.exceptions import RedisError
+
+from .connection import Link
+from .errors import IdentityMismatch, MnemobusError, SettingsError, StoreError
+from .keys import Keyspace, Version
+from .redis_errors import AWAY
+from .store import Identity, Reader
+from .tasks import end
+
+logger = logging.getLogger("mnemobus.identity")
+
+LOOK_EVERY = 5.0
+"""Seconds between two looks of an agent whether all is as it was; shorter while it does not know yet."""
+_LEARN_EVERY = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class Registered:
+    """What Redis has about a bus: see lua/identity.lua.
+
+    witnesses  by log partition, a memory's id and the version that it has at least
+    beats      rises while workers commit at ``place``
+    stamped    whether the store was told of this life
+    rival      what is known of another Redis that uses the same store, or ""
+    resync     what is being applied again and why, or None; ``resynced``: what came of the last time
+    """
+
+    bus: str = ""
+    store: str = ""
+    where: str = ""
+    life: str = ""
+    served: bool = False
+    place: str = ""
+    history: str = ""
+    beats: int = 0
+    stamped: bool = False
+    rival: str = ""
+    resync: dict[str, Any] | None = None
+    resynced: dict[str, Any] | None = None
+    witnesses: Mapping[int, tuple[str, Version]] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, reply: Any) -> Registered:
+        """From the reply to HGETALL, in either version of the protocol, or to the script."""
+        pairs = reply.items() if isinstance(reply, Mapping) else zip(reply[::2], reply[1::2], strict=True)
+        fields = {name.decode(): value.decode("utf-8", "replace") for name, value in pairs}
+        witnesses = {}
+        for name, value in fields.items():
+            if name[:1] == "w" and name[1:].isdigit():
+                id, _, version = value.partition(" ")
+                witnesses[int(name[1:])] = (id, Version.parse(version))
+        return cls(
+            **{
+                name: fields.get(name, "")
+                for name in ("bus", "store", "where", "life", "place", "history", "rival")
+            },
+            served="served" in fields,
+            beats=int(fields.get("beats", 0)),
+            stamped="stamped" in fields,
+            resync=orjson.loads(fields["resync"]) if "resync" in fields else None,
+            resynced=orjson.loads(fields["resynced"]) if "resynced" in fields else None,
+            witnesses=witnesses,
+        )
+
+    @property
+    def problems(self) -> list[str]:
+        """What is wrong by what Redis has alone; a sentence each."""
+        found = []
+        if self.rival:
+            found.append(self.rival)
+        if self.resync is not None:
+            found.append(
+                f"the store went back in time ({self.resync['why']}): the log is applied again since"
+                f" {self.resync['since'] or 'its beginning'}, {self.resync.get('events', 0):,} events so far"
+            )
+        elif self.resynced is not None and self.resynced["missing"]:
+            found.append(
+                f"the store went back in time ({self.resynced['why']}), and the log no longer reaches back to"
+                f" {self.resynced['since']}: up to {self.resynced['missing']:,} writes from then on may be lost."
+                " Restore a later backup if there is one; to accept it as it is: mnemobus adopt"
+            )
+        return found
+
+
+def arguments(identity: Identity, role: str = "") -> list[str]:
+    """What lua/identity.lua is given; ``role`` as it says there."""
+    bus, new = identity.bus or "", secrets.token_hex(16)
+    return [identity.store, identity.where, bus, new, identity.place, identity.history, role]
+
+
+def check_owner(keys: Keyspace, address: str, identity: Identity) -> None:
+    """IdentityMismatch if the store belongs to a bus of another key prefix; to be asked before Redis is told of it."""
+    if identity.bus is not None and identity.prefix not in (None, keys.prefix):
+        raise _taken(keys, address, identity)
+
+
+def check(keys: Keyspace, address: str, identity: Identity, there: Registered) -> None:
+    """IdentityMismatch unless the store and the bus in Redis belong together; it names both."""
+    if there.store != identity.store:
+        raise IdentityMismatch(
+            f"the bus {keys.prefix!r} at {address} has the store {there.store[:8]} ({there.where}), but"
+            f" MNEMOBUS_DATABASE_URL leads to the store {identity.store[:8]} ({identity.where}). Set it to what the"
+            " other agents and workers of this bus have. If this store shall take the place of that one: stop them all,"
+            " and run mnemobus adopt"
+        )
+    if identity.bus not in (None, there.bus):
+        raise _taken(keys, address, identity)
+
+
+def _taken(keys: Keyspace, address: str, identity: Identity) -> IdentityMismatch:
+    bus = (identity.bus or "")[:8]
+    return IdentityMismatch(
+        f"the store {identity.store[:8]} ({identity.where}) belongs to the bus {identity.prefix!r} ({bus}), not to the"
+        f" bus {keys.prefix!r} at {address}: one would not hear of what the other writes. Use another database or"
+        " MNEMOBUS_DATABASE_NAMESPACE, or that bus's REDIS_URL and REDIS_KEY_PREFIX. If that bus is no more, and this"
+        " one shall go on with its store: stop all agents and workers, and run mnemobus adopt"
+    )
+
+
+def misgivings(identity: Identity, there: Registered) -> list[str]:
+    """What is wrong between a store and a bus that belong together; a sentence each."""
+    found = there.problems
+    if identity.life is not None and identity.life != there.life and not there.rival:
+        found.append(
+            f"the store ({identity.where}) was last written by workers of another Redis than this one, or of before it"
+            " lost its data: no worker of this one has come since, or both use the store"
+        )
+    if identity.place and there.place and identity.place != there.place:
+        found.append(
+            f"this process reads another copy of the store ({identity.where}) than the one that workers commit to"
+            f" ({there.where})"
+        )
+    return found
+
+
+class Acquaintance:
+    """Sees to it that an agent's bus and store belong together: when it opens, or later if one of them was away then;
+    and for as long as it is open. For one event loop."""
+
+    def __init__(self, link: Link, reader: Reader, on_refusal: Callable[[], None]) -> None:
+        self._link = link
+        self._reader = reader
+        self._on_refusal = on_refusal
+        self._agreed: tuple[str, str, str, int] | None = None
+        """Bus, store and life, and the reader's openings, when it was last looked at both sides. None while the store
+        has heard of no bus yet: another one may still get it."""
+        self._known = False
+        self._task: asyncio.Task[None] | None = None
+        self.refused = ""
+        """Why this bus and this store must not be used together."""
+
+    async def start(self) -> None:
+        """Agree, and go on looking. IdentityMismatch if they don't belong together."""
+        try:
+            await self._agree()
+        except (StoreError, RedisError, *AWAY) as error:
+            logger.debug("who the store is will be found out later: %s", error)
+        self._task = asyncio.create_task(self._watch(), name="mnemobus-identity")
+
+    async def close(self) -> None:
+        await end([self._task])
+
+    def knows(self) -> bool:
+        """Whether the store is known to be the bus's."""
+        return self._known
+
+    async def problems(self) -> list[str]:
+        """What `Bus.health` has to say of all this, now; nothing while Redis or the store is away."""
+        try:
+            identity, there = await self._agree()
+        except IdentityMismatch as error:
+            return [str(error)]
+        except (StoreError, *AWAY):
+            return []
+        except (SettingsError, RedisError) as error:
+            return [f"Redis does not tell which store this bus has: {error}"]
+        return misgivings(identity, there)
+
+    async def _agree(self) -> tuple[Identity, Registered]:
+        link, openings = self._link, self._reader.openings
+        identity = await self._reader.identity()
+        try:
+            check_owner(link.keys, link.address, identity)
+            reply = await link.run("identity", [link.keys.identity], arguments(identity))
+            there = Registered.of(reply)
+            check(link.keys, link.address, identity, there)
+        except IdentityMismatch as error:
+            if not self.refused:
+                logger.error("%s", error)
+            self.refused = str(error)
+            self._agreed, self._known = None, False
+            self._on_refusal()
+            raise
+        if self.refused:
+            logger.info("the store %s and the bus belong together again", identity.where)
+        self.refused, self._known = "", True
+        self._agreed = (there.bus, there.store, there.life, openings) if identity.bus is not None else None
+        return identity, there
+
+    async def _watch(self) -> None:
+        while True:
+            await asyncio.sleep(LOOK_EVERY if self._known else _LEARN_EVERY)
+            try:
+                if self._agreed is None or await self._now() != self._agreed:
+                    await self._agree()
+            except (MnemobusError, RedisError, *AWAY) as error:
+                logger.debug("who the store is will be found out later: %s", error)
+            except Exception:
+                logger.exception("looking who the store is failed; going on")
+
+    async def _now(self) -> tuple[str, str, str, int]:
+        found = await self._link.command(
+            "HMGET", self._link.keys.identity, "bus", "store", "life", pool=self._link.probe
+        )
+        bus, store, life = (value.decode() if value is not None else "" for value in found)
+        return bus, store, life, self._reader.openings

@@ -1,0 +1,146 @@
+"""What this process tells of itself (mnemobus/vitals.py): noted by its threads, put into Redis by upkeep."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from redis.exceptions import RedisError
+
+import mnemobus
+from mnemobus.connection import ThreadedLink
+from mnemobus.errors import MnemobusError
+from mnemobus.redis_errors import AWAY, code_of
+from mnemobus.vitals import REPORT_EVERY, Report, read
+
+logger = logging.getLogger("mnemobus.report")
+
+_KEPT = 100
+"""Reports of dead workers that are kept at most, for people to read."""
+_KEPT_SECONDS = 3600.0
+
+
+class State:
+    """What the threads of this process are at. Safe for threads; never waits for anything."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._began = time.monotonic()
+        self._events = 0
+        self._applied: float | None = None
+        self._waits: dict[tuple[str, int], tuple[float, str]] = {}
+        """What is waited for, and by which thread: since when, and the error."""
+        self._error = ""
+        self._failed: float | None = None
+        self.changed = threading.Event()
+        """Set when a wait begins or ends: this is worth telling at once."""
+
+    def applied(self, events: int) -> None:
+        """A batch was confirmed."""
+        with self._lock:
+            self._events += events
+            self._applied = time.monotonic()
+
+    def failed(self, what: str, error: BaseException) -> None:
+        """Something failed for good; it is not tried again as it was."""
+        with self._lock:
+            self._error, self._failed = f"{what}: {words(error)}", time.monotonic()
+
+    def waits(self, what: str, error: BaseException) -> None:
+        """This thread will try something until it works."""
+        key = what, threading.get_ident()
+        with self._lock:
+            since, _ = self._waits.get(key, (time.monotonic(), ""))
+            new = key not in self._waits
+            self._waits[key] = since, words(error)
+        if new:
+            self.changed.set()
+
+    def goes_on(self, what: str) -> None:
+        """It worked, or this thread gave it up."""
+        with self._lock:
+            there = self._waits.pop((what, threading.get_ident()), None)
+        if there is not None:
+            self.changed.set()
+
+    @contextmanager
+    def trying(self, what: str) -> Iterator[None]:
+        """Whatever comes of it, this thread does not wait for it any longer."""
+        try:
+            yield
+        finally:
+            self.goes_on(what)
+
+    def report(self, now: float, every: float, database: str) -> Report:
+        """All of it, as it is now; ``now`` by Redis's clock."""
+        with self._lock:
+            clock = time.monotonic()
+            (what, _), (since, why) = min(
+                self._waits.items(), key=lambda item: item[1][0], default=(("", 0), (clock, ""))
+            )
+            return Report(
+                version=mnemobus.__version__,
+                time=now,
+                every=every,
+                database=database,
+                up=round(clock - self._began, 1),
+                events=self._events,
+                applied=None if self._applied is None else round(clock - self._applied, 3),
+                waits_for=what,
+                waiting=round(clock - since, 1),
+                why=why,
+                error=self._error,
+                failed=None if self._failed is None else round(clock - self._failed, 1),
+            )
+
+
+def words(error: BaseException) -> str:
+    """An error on one line, with the code that redis-py takes off it."""
+    text, code = " ".join(str(error).split()) or type(error).__name__, code_of(error)
+    return text if not code or text.startswith(code) else f"{code} {text}"
+
+
+class Reporter:
+    """Keeps one process's field in the hash of reports. Used from one thread."""
+
+    def __init__(self, link: ThreadedLink, name: str, state: State, claim_idle: float) -> None:
+        self._link = link
+        self._key = link.keys.workers
+        self._name = name
+        self._state = state
+        self.every = max(0.25, min(REPORT_EVERY, claim_idle / 3))
+        self._said = ""
+
+    def tell(self) -> None:
+        """Put the report into Redis. One that is away, full or forbids it is tried again the next time."""
+        try:
+            report = self._state.report(self._now(), self.every, "")
+            self._link.client.execute_command("HSET", self._key, self._name, report.encode())
+            self._said = ""
+        except (RedisError, MnemobusError, *AWAY) as error:
+            log = logger.debug if self._said == type(error).__name__ else logger.warning
+            log("this worker can't tell how it is, trying again every %.1f s: %s", self.every, error)
+            self._said = type(error).__name__
+
+    def leave(self) -> None:
+        """Take the report out: this process ends in order."""
+        try:
+            self._link.client.execute_command("HDEL", self._key, self._name)
+        except (RedisError, MnemobusError, *AWAY) as error:
+            logger.info("this worker's report stays in Redis, and is removed by others: %s", error)
+
+    def tidy(self) -> None:
+        """Take out what killed workers have left for long, and all but the last hundred of it."""
+        now = self._now()
+        workers = read(dict(self._link.client.hscan_iter(self._key)), now)
+        silent = sorted((abs(worker.age), worker.name) for worker in workers if not worker.alive)
+        gone = [name for n, (age, name) in enumerate(silent) if n >= _KEPT or age > _KEPT_SECONDS]
+        if gone:
+            self._link.client.execute_command("HDEL", self._key, *gone)
+
+    def _now(self) -> float:
+        seconds, micros = self._link.client.time()
+        return float(seconds) + micros / 1e6

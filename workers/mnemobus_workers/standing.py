@@ -1,0 +1,323 @@
+"""A worker process and the store that it commits to: do they belong together, and is the store what it was?
+
+identity.py in the bus says what is compared, and why. Here it is done, when the store is opened and in every round of
+upkeep: one question to the store and one to Redis. A process that does not belong takes no batches, and hands back
+those that it has; it looks again in each round.
+
+A store that went back in time is found by the first process that looks. It writes into Redis what has to be applied
+again, and begins a new epoch. One process at a time does the work, by a lease; if it dies, another begins afresh, to no
+other effect. Batches go on meanwhile. Until it is done the store is not told how far it reaches.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Sequence
+from contextlib import suppress
+from typing import Any
+
+import orjson
+from redis.exceptions import OutOfMemoryError, RedisError
+
+from mnemobus.connection import ThreadedLink, script
+from mnemobus.errors import IdentityMismatch, MnemobusError
+from mnemobus.events import DELETE_ROOM, Event
+from mnemobus.identity import Registered, arguments, check, check_owner
+from mnemobus.keys import APPLY_GROUP, Version
+from mnemobus.redis_errors import AWAY
+from mnemobus.settings import Settings
+from mnemobus.store import Identity, Writer
+
+logger = logging.getLogger("mnemobus.standing")
+
+REACH_EVERY = 10_000
+"""ms between two notes of how far the store reaches."""
+_MARGIN = 1_000
+"""ms before that moment from which the log is applied again."""
+_LEASE = 15_000
+"""ms for which a process that shows no sign of life keeps others from applying the log again."""
+_STILL = 3
+"""Rounds in which a place's beats stand still before it counts as given up."""
+_SIGHTINGS = 2
+"""How often another life has to come back to be a rival: a store that was restored from a backup has an old one,
+once."""
+_CALM = 30
+"""Rounds without such a sighting after which there is no rival any more."""
+
+
+def agree(link: ThreadedLink, identity: Identity, role: str) -> Registered:
+    """Agree with all others which store this bus has; IdentityMismatch if it is not this one."""
+    check_owner(link.keys, link.address, identity)
+    there = Registered.of(link.run("identity", [link.keys.identity], arguments(identity, role)))
+    check(link.keys, link.address, identity, there)
+    return there
+
+
+Witness = tuple[str, str]
+"""A field of the hash in Redis, and its value."""
+
+
+def witness(partition: int, events: Sequence[Event], dead: dict[Version, str]) -> Witness | None:
+    """What is to be noted along with a fan-out: the last of these events that the store must never lose."""
+    for event in reversed(events):
+        if event.op != DELETE_ROOM and event.version not in dead:
+            return f"w{partition}", f"{event.id} {event.version}"
+    return None
+
+
+class Standing:
+    """The standing of one worker process. `look` is for one thread; ``refused`` for all."""
+
+    def __init__(self, settings: Settings, link: ThreadedLink, writer: Writer, name: str) -> None:
+        self._settings = settings
+        self._link = link
+        self._writer = writer
+        self._name = name
+        self._key = link.keys.identity
+        self._place = ""
+        """Where this process commits."""
+        self._seen: tuple[str, int] | None = None
+        """Another place that has its workers, and their beats."""
+        self._still = 0
+        self._sightings = 0
+        self._calm = 0
+        self._reached_at = 0
+        self._stretch: dict[int, tuple[str, Version]] = {}
+        """The witnesses when the store was last told how far it reaches."""
+        self._resync: Resync | None = None
+        self.begun = False
+        """Whether the store was there once: before that there is nothing to look at."""
+        self.refused = ""
+        """Why this process must not take part, or empty."""
+        self.resyncing = False
+        """Whether the log is being applied again, by whomever: nothing of it may be trimmed."""
+
+    def agree(self) -> tuple[Identity, Registered]:
+        """Find out whether this process may commit. IdentityMismatch if not, and ``refused`` says so to others."""
+        identity = self._writer.identity()
+        self.begun = True
+        try:
+            there = agree(self._link, identity, "worker")
+            if identity.bus is None:  # another bus may be about to say so, too: the first one counts
+                self._writer.serve(there.bus, self._link.keys.prefix, there.life)
+                identity = self._writer.identity()
+                check_owner(self._link.keys, self._link.address, identity)
+                check(self._link.keys, self._link.address, identity, there)
+            self._check_place(identity, there)
+        except IdentityMismatch as error:
+            if str(error) != self.refused:
+                logger.error("taking no part: %s", error)
+            self.refused = str(error)
+            raise
+        self._writer.expect(identity.store)
+        self._place = identity.place
+        if self.refused:
+            logger.info("taking part again in the bus %r", self._link.keys.prefix)
+        self.refused = ""
+        return identity, there
+
+    def look(self) -> None:
+        """One round."""
+        identity, there = self.agree()
+        self._look_for_rivals(identity, there)
+        why = self._went_back(identity, there)
+        if why and there.resync is None:
+            self._begin(identity, why)
+        elif there.resync is None:
+            self._reach(there)
+        if (identity.place, identity.history) != (there.place, there.history):
+            known: Any = {
+                "place": identity.place or there.place,
+                "history": identity.history or there.history,
+            }
+            self._link.client.hset(self._key, mapping=known)
+        self.resyncing = bool(why) or there.resync is not None
+        self._see_to_resync(there)
+        with suppress(OutOfMemoryError):  # a full Redis has other worries
+            self._link.client.hincrby(self._key, "beats", 1)
+
+    def stop(self) -> None:
+        """Leave what is under way to others."""
+        if self._resync is not None:
+            self._resync.stop()
+
+    # Where it is
+
+    def _check_place(self, identity: Identity, there: Registered) -> None:
+        """IdentityMismatch while workers commit to another copy of this store."""
+        if not (identity.place and there.place) or there.place in (identity.place, self._place):
+            self._seen = None
+            return
+        place = (there.place, there.beats)
+        self._still = self._still + 1 if self._seen == place else 0
+        self._seen = place
+        if self._still < _STILL:
+            raise IdentityMismatch(
+                f"the workers of the bus {self._link.keys.prefix!r} commit to another copy of the store"
+                f" {identity.store[:8]} than this one ({identity.where}): there may be one at a time. Stop them, or"
+                " point this one to their database; this goes on by itself once they are gone"
+            )
+        self._seen = None
+
+    def _went_back(self, identity: Identity, there: Registered) -> str:
+        """Why the store may have lost what was committed, or empty."""
+        if identity.place and there.place and identity.place != there.place:
+            return f"{identity.where} is at another place than it was"
+        if identity.history and there.history and identity.history != there.history:
+            return f"{identity.where} goes on from an earlier state: timeline {identity.history}"
+        lost = self._writer.lacks(dict(there.witnesses.values()))
+        if lost:
+            return f"{identity.where} lacks the last write to {', '.join(lost[:3])}"
+        return ""
+
+    # Who else there is
+
+    def _look_for_rivals(self, identity: Identity, there: Registered) -> None:
+        self._calm += 1
+        if identity.life == there.life and identity.bus == there.bus:
+            if not there.stamped:
+                self._link.client.hset(self._key, "stamped", "1")
+            if there.rival and self._calm > _CALM:
+                self._link.client.hdel(self._key, "rival")
+                self._sightings = 0
+            return
+        if there.stamped and self._writer.identity().life != there.life:
+            self._calm = 0
+            self._sightings += 1
+            if self._sightings >= _SIGHTINGS:
+                rival = (
+                    f"the store ({identity.where}) is used by workers of another Redis, too, with the key prefix"
+                    f" {identity.prefix!r}: agents here don't hear of what is written there. Stop those, or these"
+                )
+                logger.error("%s", rival)
+                self._link.client.hset(self._key, "rival", rival)
+        self._writer.serve(there.bus, self._link.keys.prefix, there.life)
+        self._link.client.hset(self._key, "stamped", "1")
+
+    # How far it reaches
+
+    def _reach(self, there: Registered) -> None:
+        """Note in the store, from time to time and if anything was applied, that it has all up to a moment."""
+        seconds, micros = self._link.client.time()
+        now = seconds * 1000 + micros // 1000
+        if abs(now - self._reached_at) < REACH_EVERY or there.witnesses == self._stretch:
+            return
+        low = now
+        keys = self._link.keys
+        calls = [
+            (script("applied"), [keys.log(p), keys.dead(p)], (APPLY_GROUP, "", 1))
+            for p in range(keys.log_partitions)
+        ]
+        for answer, head in zip(
+            self._link.pipeline(calls),
+            self._link.pipeline(
+                [("XREVRANGE", keys.log(p), "+", "-", "COUNT", 1) for p in range(keys.log_partitions)]
+            ),
+            strict=True,
+        ):
+            for reply in (answer, head):
+                if isinstance(reply, Exception):
+                    raise reply
+            last, pending, *_ = answer
+            if pending:
+                low = min(low, Version.parse(pending).ms)
+            elif head and (not last or Version.parse(last) < Version.parse(head[0][0])):
+                low = min(low, Version.parse(last).ms if last else 0)
+        self._writer.reach(low)
+        self._reached_at, self._stretch = now, dict(there.witnesses)
+
+    # Applying the log again
+
+    def _begin(self, identity: Identity, why: str) -> None:
+        since = "" if identity.reached is None else str(Version(max(identity.reached - _MARGIN, 0), 0))
+        work = orjson.dumps({"why": why, "since": since})
+        # The one that says so first says from where on: the store reaches further again as soon as it is told.
+        if self._link.client.hsetnx(self._key, "resync", work):
+            logger.error(
+                "the store went back in time: %s. A new epoch begins, and the log is applied again since %s",
+                why,
+                since or "its beginning",
+            )
+        self._link.client.delete(self._link.keys.epoch)
+
+    def _see_to_resync(self, there: Registered) -> None:
+        """Do the work if nobody does, or show that we are alive."""
+        resync = self._resync
+        if resync is not None and resync.ended:
+            self._resync = None
+            if self._link.client.get(self._link.keys.resync) == self._name.encode():
+                self._link.client.delete(self._link.keys.resync)
+            return
+        if resync is None and there.resync is None:
+            return
+        if resync is not None:
+            self._link.client.pexpire(self._link.keys.resync, _LEASE)
+            return
+        if self._link.client.pttl(self._link.keys.resync) > _LEASE:
+            self._link.client.delete(self._link.keys.resync)  # the clock was set back
+        if self._link.client.set(self._link.keys.resync, self._name, nx=True, px=_LEASE):
+            assert there.resync is not None
+            self._resync = Resync(self._settings, self._link, there.resync)
+            self._resync.start()
+
+
+class Resync:
+    """The log being applied again, by a thread of its own and over connections of its own."""
+
+    def __init__(self, settings: Settings, link: ThreadedLink, work: dict[str, Any]) -> None:
+        from .replay import Replay  # which knows the applier, which knows this module
+
+        self._link = link
+        self._work = work
+        since = Version.parse(work["since"]) if work["since"] else None
+        self._replay = Replay(settings, since=since, partial=True, on_progress=self._tell)
+        self._thread = threading.Thread(target=self._run, name="mnemobus-resync", daemon=True)
+        self._told = 0
+        self.ended = False
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def stop(self) -> None:
+        self._replay.stop()
+        self._thread.join()
+
+    def _tell(self, events: int) -> None:
+        if events - self._told >= 10_000:
+            self._told = events
+            self._note("resync", {**self._work, "events": events})
+
+    def _note(self, name: str, value: dict[str, Any]) -> None:
+        self._link.client.hset(self._link.keys.identity, name, orjson.dumps(value))
+
+    def _run(self) -> None:
+        try:
+            if self._replay.run():
+                self._finish()
+        except (MnemobusError, RedisError, *AWAY) as error:
+            logger.warning("applying the log again was interrupted, and will be begun again: %s", error)
+        except Exception:
+            logger.exception("applying the log again was interrupted, and will be begun again")
+        finally:
+            self.ended = True
+
+    def _finish(self) -> None:
+        outcome = self._replay.outcome
+        # Without a moment to begin with nobody knows what the store once had.
+        missing = outcome.missing if self._work["since"] else 0
+        done = {**self._work, "events": outcome.events, "changed": outcome.changed, "missing": missing}
+        self._note("resynced", done)
+        self._link.client.hdel(self._link.keys.identity, "resync")
+        logger.warning(
+            "the log is applied again since %s: %d events, %d memories changed",
+            self._work["since"] or "its beginning",
+            outcome.events,
+            outcome.changed,
+        )
+        if missing:
+            logger.error(
+                "the log no longer reaches back to %s: up to %d writes from then on may be lost",
+                self._work["since"],
+                missing,
+            )
