@@ -576,9 +576,7 @@ async def test_a_worker_that_can_not_use_the_store_at_all_says_so_before_anythin
         with contextlib.closing(sqlite3.connect(other.removeprefix("sqlite:///"))) as database:
             database.execute("CREATE TABLE mnemobus_memories (a)")
         # If a worker starts, then health says so
-        world.stack.enter_context(
-            worker_threads(world.settings.model_copy(update={"database_url": other}))
-        )
+        world.stack.enter_context(worker_threads(world.settings.model_copy(update={"database_url": other})))
         await _told(bus, "the worker waits for the store")
     world.stack.close()
 

@@ -267,6 +267,7 @@ async def test_g3_a_deleted_room_stays_deleted(writer: Writer, reader: Reader, u
     # And what is older and arrives late stays dead, while what is newer lives
     writer.apply([put(ids[3], 9, b'{"text":"secret"}')])
     assert await reader.get(ids[3]) is None
+    assert sql(url, "SELECT count(*) FROM memories WHERE live AND room = 'r1' AND tbl = 'messages'") == [(0,)]
     writer.apply([put(ids[0], 11)])
     assert [row.id for row in await reader.recent(Query("messages", room="r1"), 9)] == [ids[0]]
     # And other rooms, and rooms of that name in other tables, are untouched
