@@ -537,7 +537,8 @@ class Outbox:
             if not self._opened:
                 if str(self._own.path.absolute()) == self._store:
                     raise OutboxError(
-                        f"the outbox {self._own.path} can't be used: it is the store. Set MNEMOBUS_OUTBOX to another file"
+                        f"the outbox {self._own.path} can't be used: it is the store. Set MNEMOBUS_OUTBOX to"
+                        " another file"
                     )
                 await self._own.open()
                 self._opened = True
