@@ -773,7 +773,7 @@ def test_workers_of_the_version_before_go_on_on_postgresql(postgres_url: str) ->
             writer = store.open_writer(Settings.load(database_url=postgres_url))
             writer.open()
             # What they send is merged as ever, by the same rules
-            from mnemobus.store import merge, postgres
+            from mnemobus.store import postgres
 
             class Bare(postgres.Names):
                 pass
@@ -796,11 +796,16 @@ def test_workers_of_the_version_before_go_on_on_postgresql(postgres_url: str) ->
             arrays = b"unnest(" + b", ".join(b"%s::" + f"{t}[]".encode() for t in types) + b")"
             cast = upsert.replace(b"unnest(" + b", ".join([b"%s"] * 15) + b")", arrays)
             assert connection.execute(cast, values + versions).fetchall() == [(str(uuid.UUID(int=7)),)]
-            for statement in merge.clearing("greatest", "memories"):
-                version = Version(1_700_000_000_000, 1).pack()
+            version = Version(1_700_000_000_000, 1).pack()
+            values_kept = ", ".join(
+                f"{field} = CASE WHEN greatest(put_version, {field}_version) > %s THEN {field} END"
+                for field in ("content", "metadata", "embedding")
+            )
+            for which in ("live", "pending"):
                 connection.execute(
-                    statement.replace("?", "%s").encode(),
-                    merge.clearing_parameters(("messages", "r"), version),
+                    f"UPDATE memories SET deleted_version = %s, {values_kept}"
+                    f" WHERE tbl = %s AND room = %s AND {which} AND deleted_version < %s".encode(),
+                    [version] * 4 + ["messages", "r", version],
                 )
             # And a role that could read can, under the old names and the new ones
             connection.execute("SET ROLE reader_of_old")

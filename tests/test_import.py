@@ -33,6 +33,7 @@ from mnemobus.cli.lines import Bad, Line, Ties, content_id, parse, split
 from mnemobus.keys import Keyspace
 from mnemobus.memory import from_micros
 from mnemobus.store import Query, open_reader
+from outside import refuse_poison
 from servers import Workers, eventually, free_port, wait_until, worker_threads
 
 Start = Callable[..., Command]
@@ -380,18 +381,17 @@ def test_lines_that_only_the_store_can_refuse_are_named_too(
 async def test_a_line_that_a_worker_refuses_is_named_with_the_workers_reason(
     pool: Settings, connect: Connect, command: Start
 ) -> None:
-    # Given a memory that was deleted: nothing is seen of it, but its room can't change
+    # Given a store that refuses what the bus can't know
     async with connect() as bus:
-        memory = Memory(table="messages", room="before", content={})
-        await (await bus.write(memory)).committed()
-        await (await bus.delete(memory.id)).committed()
-    # If a line has its id, in another room
-    text = lines(record(1), record(2, "after", id=memory.id), record(3))
+        await (await bus.write(Memory(table="messages", room="before", content={}))).committed()
+    words = refuse_poison(pool)
+    # If a line has that
+    text = lines(record(1), record(2, content={"text": "poison"}), record(3))
     done = command("import", "--json", "--on-error", "skip", "-", stdin=text, settings=pool)
     # Then the worker's word is the reason
     assert done.status == 1
     [bad] = done.json["bad_lines"]
-    assert bad["line"] == 2 and "room" in bad["reason"]
+    assert bad["line"] == 2 and words in bad["reason"]
     assert (done.json["written"], done.json["committed"]) == (3, 2)
 
 

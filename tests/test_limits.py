@@ -144,6 +144,7 @@ def test_every_key_is_listed() -> None:
             keys.log(0),
             keys.producers(0),
             keys.meter(0),
+            keys.identity,
             keys.dead(0),
             keys.reasons(0),
             keys.workers,

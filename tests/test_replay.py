@@ -666,7 +666,8 @@ def test_what_is_called_wrongly(settings: Settings, log: Log, command: Start) ->
             settings.database_url,
         ): "mnemobus: --into names the store of the bus itself: leave it out\n",
         ("--into", "mysql://x"): (
-            "mnemobus: --into: must be sqlite:///path/to/file.db or postgresql://user:password@host/database\n"
+            "mnemobus: --into: must be sqlite:///path/to/file.db or postgresql://user:password@host/database;"
+            " mysql can't hold the memories\n"
         ),
     }
     calls = {arguments: command("replay", *arguments, settings=settings) for arguments in expected}
@@ -680,7 +681,7 @@ def test_what_is_called_wrongly(settings: Settings, log: Log, command: Start) ->
         assert refused.err == "mnemobus: --into names the store of the bus itself: leave it out\n"
     failed = command("replay", "--into", "postgresql://localhost:port/x", settings=own)
     assert failed.status == 2
-    assert failed.err.startswith("mnemobus: --into is not of the form postgresql://user:password@host:port/")
+    assert failed.err.startswith("mnemobus: --into: is not of the form postgresql://user:password@host:port/")
     # A store or a Redis that is not there is told at once
     for changed, words in (
         ({"redis_url": "redis://127.0.0.1:1"}, "mnemobus: Redis at redis://127.0.0.1:1 can't be reached: "),

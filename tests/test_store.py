@@ -267,6 +267,7 @@ async def test_g3_a_deleted_room_stays_deleted(writer: Writer, reader: Reader, u
     # And what is older and arrives late stays dead, while what is newer lives
     writer.apply([put(ids[3], 9, b'{"text":"secret"}')])
     assert await reader.get(ids[3]) is None
+    assert sql(url, "SELECT count(*) FROM memories WHERE live AND room = 'r1' AND tbl = 'messages'") == [(0,)]
     writer.apply([put(ids[0], 11)])
     assert [row.id for row in await reader.recent(Query("messages", room="r1"), 9)] == [ids[0]]
     # And other rooms, and rooms of that name in other tables, are untouched
@@ -897,11 +898,11 @@ async def test_what_is_closed_says_so_and_can_be_opened_again(url: str) -> None:
 
 async def test_sqlite_paths_are_relative_or_absolute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    writer = store.open_writer(settings("sqlite:///sub dir/%41?.db"))
+    writer = store.open_writer(settings("sqlite:///sub dir/%41.db"))
     monkeypatch.chdir("/")
     writer.open()
     writer.close()
-    assert (tmp_path / "sub dir" / "%41?.db").exists()
+    assert (tmp_path / "sub dir" / "%41.db").exists()
     with pytest.raises(SettingsError, match="a database in memory can't be shared"):
         store.open_writer(settings("sqlite:///:memory:"))
 
@@ -1179,16 +1180,6 @@ async def test_postgres_passwords_are_not_shown(postgres_url: str) -> None:
         writer.open()
     assert "s3cret" not in f"{caught.value!r} {caught.value.__cause__!r}"
     writer.close()
-    for url in (
-        "postgresql://me:a/s3cret@h/db",
-        "postgresql://me:s3cret%zz@h/db",
-        "postgresql://me:s3 cret@h/db",
-        "postgresql://me:s3cret@h/db?s3cret=1",
-    ):
-        with pytest.raises(SettingsError, match="MNEMOBUS_DATABASE_URL is not of the form") as wrong:
-            store.open_reader(settings(url))
-        assert "cret" not in str(wrong.value)
-        assert wrong.value.__suppress_context__
     missing = urlunsplit(urlsplit(postgres_url)._replace(path="/not_there"))
     with pytest.raises(StoreUnavailable, match='database "not_there" does not exist'), opened(missing):
         pass

@@ -71,6 +71,10 @@ _WORDS = (
     ("refuses the login", _ADVICE["NOAUTH"]),
     ("is a replica", _ADVICE["READONLY"]),
     ("is loading its data", _ADVICE["LOADING"]),
+    ("has lost its master", _ADVICE["MASTERDOWN"]),
+    ("its cluster is down", _ADVICE["CLUSTERDOWN"]),
+    ("is a node of a Redis Cluster", _ADVICE["MOVED"]),
+    ("lacks a permission", _ADVICE["NOPERM"]),
     (
         "DB index is out of range",
         "it has fewer databases: use a lower number (REDIS_DB, or the end of REDIS_URL)",

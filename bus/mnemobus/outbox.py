@@ -462,6 +462,9 @@ class Outbox:
         folder = settings.data_dir / "outbox"
         self._folder = folder
         self._own = self._file(folder / f"{bus_id}.db" if self._auto else Path(settings.outbox))
+        self._store = ""
+        if settings.database_url.startswith("sqlite:///"):
+            self._store = str(Path(settings.database_url.removeprefix("sqlite:///")).absolute())
         self._opened = False
         self._opening = asyncio.Lock()
         self._found: list[OutboxFile] = []
@@ -532,6 +535,11 @@ class Outbox:
     async def _open_own(self) -> None:
         async with self._opening:
             if not self._opened:
+                if str(self._own.path.absolute()) == self._store:
+                    raise OutboxError(
+                        f"the outbox {self._own.path} can't be used: it is the store. Set MNEMOBUS_OUTBOX to"
+                        " another file"
+                    )
                 await self._own.open()
                 self._opened = True
 

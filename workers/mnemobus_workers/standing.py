@@ -206,7 +206,11 @@ class Standing:
         low = now
         keys = self._link.keys
         calls = [
-            (script("applied"), [keys.log(p), keys.dead(p)], (APPLY_GROUP, "", 1))
+            (
+                script("applied"),
+                [keys.log(p), keys.dead(p), keys.reasons(p), keys.meter(p)],
+                (APPLY_GROUP,),
+            )
             for p in range(keys.log_partitions)
         ]
         for answer, head in zip(

@@ -76,8 +76,8 @@ async def examine(settings: Settings) -> list[Finding]:
     there = Registered()
     try:
         async with looking_at(settings) as client:
-            there = await _registered(settings, client)
             await _redis(settings, client, where, findings)
+            there = await _registered(settings, client)
     except (SettingsError, *AWAY, RedisError) as error:
         if exit_status(findings) == 0:  # else this follows from what was found
             findings.append(_fail("redis", of_redis(error, where)))
@@ -153,7 +153,7 @@ async def _rights(settings: Settings, client: redis.asyncio.Redis) -> list[Findi
     deaf = await _deaf(client, keys.feed(0))
     if deaf is not None and "SUBSCRIBE" not in missing:
         missing.append(f"SUBSCRIBE ({deaf})")
-    if not others and {"SUBSCRIBE", "PEXPIRE"} <= {name.partition(" ")[0] for name in missing}:
+    if not others and {"SUBSCRIBE", "UNSUBSCRIBE"} <= {name.partition(" ")[0] for name in missing}:
         return [Finding("rights", OK, f"{user} may do what workers do, and nothing else")]
     if missing:
         advice = "allow it, keys and channels as well: redis-cli ACL SETUSER ... (see docs/operations.md)"
