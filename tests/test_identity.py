@@ -351,8 +351,8 @@ async def test_a_copy_of_the_store_is_not_used_by_a_second_pool_beside_it(
     copy = copied(both, tmp_path)
     assert identity_of(copy).store == identity_of(both).store
     with pool_of(both):
-        first = hash_of(both)["beats"]
-        await eventually(lambda: hash_of(both)["beats"] != first)
+        first = hash_of(both).get("beats", 0)
+        await eventually(lambda: hash_of(both).get("beats", 0) != first)
         # When a second pool is started on the copy
         with pool_of(copy):
             # Then it stands aside
@@ -636,8 +636,8 @@ async def test_nothing_is_applied_again_where_nothing_was_lost(both: Settings, p
                 await bus.delete(receipt.id)
             await (await bus.delete_room("messages", room="r")).committed()
             await write(bus, "left")
-            beats = int(hash_of(both)["beats"])
-            await eventually(lambda: int(hash_of(both)["beats"]) > beats + 4)
+            beats = int(hash_of(both).get("beats", 0))
+            await eventually(lambda: int(hash_of(both).get("beats", 0)) > beats + 4)
     assert "resync" not in hash_of(both) and "resynced" not in hash_of(both)
 
 
