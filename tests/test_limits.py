@@ -38,6 +38,7 @@ ROWS = [line for line in PAGE.splitlines() if line.startswith("| ") and not line
 LIVING = [
     *(ROOT / "bus" / "mnemobus").glob("*.py"),
     *(ROOT / "bus" / "mnemobus" / "store").glob("*.py"),
+    *(ROOT / "bus" / "mnemobus" / "live").glob("*.py"),
     *(ROOT / "workers" / "mnemobus_workers").glob("*.py"),
 ]
 """The modules whose objects live as long as an agent or a worker; commands end."""
@@ -144,6 +145,7 @@ def test_every_key_is_listed() -> None:
             keys.log(0),
             keys.producers(0),
             keys.meter(0),
+            keys.heads(0),
             keys.identity,
             keys.dead(0),
             keys.reasons(0),
