@@ -275,6 +275,18 @@ async def test_g3_a_deleted_room_stays_deleted(writer: Writer, reader: Reader, u
         assert await reader.count(Query(dimensions.table, room=dimensions.room)) == 1
 
 
+async def test_g8_what_is_applied_again_changes_nothing_though_a_room_was_deleted(
+    writer: Writer, url: str
+) -> None:
+    # Given memories that were deleted, one by one and with their room, and one that was written after that
+    ids = [new_id() for _ in range(3)]
+    events = [put(ids[0], 1), delete(ids[0], 2), put(ids[1], 3), delete_room(4), put(ids[2], 5)]
+    writer.apply(events)
+    # If all of it is applied again, at once or one by one, then nothing counts as changed
+    for batch in (events, *([event] for event in events)):
+        assert writer.apply(batch).won == set()
+
+
 async def test_a_room_deleted_within_a_batch(writer: Writer, reader: Reader) -> None:
     first, second, third = new_id(), new_id(), new_id()
     applied = writer.apply([put(first, 1), put(second, 2), delete_room(3), put(second, 4), put(third, 5)])

@@ -233,7 +233,7 @@ class Bus:
             self._acquaintance,
         )
         if self._outbox is not None:
-            self._feed.on_back.append(self._outbox.hurry)
+            self._feed.on_good.append(self._outbox.hurry)
         self._publishers = [
             Publisher(self._link, p, self.id, self._logged, self._outbox)
             for p in range(settings.log_partitions)

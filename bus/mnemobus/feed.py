@@ -194,8 +194,8 @@ class Feed:
         """Why Redis takes no writes, though it is the master: for people, as the last good heartbeat found it."""
         self.deaf = ""
         """Why there is no connection that listens, for people; empty while there is one."""
-        self.on_back: list[Callable[[], None]] = []
-        """Called when a heartbeat is good again."""
+        self.on_good: list[Callable[[], None]] = []
+        """Called after each good heartbeat."""
         self.last_good = 0.0
         """When, by `clock`, the last good heartbeat began."""
         self.invalidations = 0
@@ -501,13 +501,12 @@ class Feed:
                 logger.warning("no heartbeat with Redis at %s: %s", self._link.address, trouble)
             self.up, self.trouble = False, trouble
         else:
-            was_up, self.up = self.up, True
-            if not was_up:
-                if self.trouble:
-                    logger.info("Redis at %s is back", self._link.address)
-                for callback in self.on_back:
-                    callback()
-            self.trouble = ""
+            if not self.up and self.trouble:
+                logger.info("Redis at %s is back", self._link.address)
+            self.up, self.trouble = True, ""
+            # Also where the last one was good: Redis may have been away and come back between the two.
+            for callback in self.on_good:
+                callback()
             self._epoch_doubts -= doubts  # those that came meanwhile are left to the next one
             self.last_good = started
             self._local.fresh_until = started + self._settings.max_staleness

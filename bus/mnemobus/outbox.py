@@ -577,7 +577,7 @@ class Outbox:
             self._task = asyncio.create_task(self._drain(), name="mnemobus-outbox")
 
     def hurry(self) -> None:
-        """The log can be reached again: publish now what waits."""
+        """The log can be reached: publish now what waits."""
         self._hurried.set()
 
     async def _drain(self) -> None:

@@ -366,11 +366,13 @@ def _floats(event: Event) -> int:
     return len(event.embedding or b"") // 4
 
 
-def merging(greatest: str, same: str) -> str:
+def merging(greatest: str, same: str, tombstones: str, never: str) -> str:
     """The end of the upsert of deltas into the table of memories AS m: the rules above, in SQL.
 
-    greatest  the name of the function
-    same      the operator that compares values which may be NULL
+    greatest    the name of the function
+    same        the operator that compares values which may be NULL
+    tombstones  the table of the rooms' tombstones
+    never       the empty value of a register
     """
     keep = [
         f"{register} = {greatest}(m.{register}, excluded.{register})"
@@ -387,8 +389,15 @@ def merging(greatest: str, same: str) -> str:
     ]
     newer = [
         f"excluded.{register} > m.{register}"
-        for register in ("put_version", "deleted_version", *(f"{field}_version" for field in _FIELDS))
+        for register in ("put_version", *(f"{field}_version" for field in _FIELDS))
     ]
+    # To raise a deleted register to the room's tombstone changes nothing for anybody where the row is dead and erased,
+    # or its put is above that: the register may lag behind.
+    newer.append(
+        "(excluded.deleted_version > m.deleted_version AND"
+        " (m.pending OR (m.live AND excluded.deleted_version > m.put_version) OR excluded.deleted_version > coalesce("
+        f"(SELECT t.version FROM {tombstones} AS t WHERE t.tbl = m.tbl AND t.room = m.room), {never})))"
+    )
     dimensions = [f"m.{name} {same} excluded.{name}" for name in ("tbl", "room", "agent", "entity", "world")]
     return f"""
         ON CONFLICT (id) DO UPDATE SET

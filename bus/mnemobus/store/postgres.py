@@ -192,7 +192,7 @@ class _Statements:
     """What a batch asks of the server, with the names of its tables."""
 
     def __init__(self, names: Names) -> None:
-        merging = merge.merging("greatest", "IS NOT DISTINCT FROM")
+        merging = merge.merging("greatest", "IS NOT DISTINCT FROM", names.room_tombstones, "''::bytea")
         self.upsert = _UPSERT.format(
             memories=names.memories, room_tombstones=names.room_tombstones, merging=merging
         ).encode()
@@ -703,6 +703,8 @@ class PostgresWriter:
 
     def lacks(self, memories: Mapping[str, Version]) -> list[str]:
         ids = list(memories)
+        if not ids:
+            return []
         versions = _Byteas.of([version.pack() for version in memories.values()])
         has = {id for (id,) in self._do(self._server.sql.has, (_uuids(ids), versions))}
         return [id for id in ids if id not in has]

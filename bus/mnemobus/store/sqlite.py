@@ -81,7 +81,7 @@ def _upsert(names: Names, rows: int) -> str:
             FROM n
         )
         WHERE true
-        {merge.merging("max", "IS")}
+        {merge.merging("max", "IS", names.room_tombstones, "x''")}
     """
 
 
