@@ -334,6 +334,11 @@ class LocalCache:
 
     # Live buckets
 
+    @property
+    def keeps(self) -> bool:
+        """Whether anything is kept at all."""
+        return self._max_entries > 0
+
     def live(self, name: str) -> LiveBucket | None:
         """The live bucket of a scope; of a memory, by its bare id."""
         bucket = self._buckets.get(name)

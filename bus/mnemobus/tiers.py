@@ -118,7 +118,7 @@ class Tiers:
         partition = self._keys.feed_partition(plan.scope)
         while True:
             stale = plan.scope in self._marks and not await self._wait_for_own_writes(plan.scope)
-            stale = not await self._live.committed(plan.scope) or stale
+            stale = not await self._live.committed(plan, self._feed.reachable) or stale
             joined = self._feed.joined(partition) or await self._feed.join(partition, _JOIN_PATIENCE)
             marked = plan.scope in self._marks
             if joined and not stale and not marked:
@@ -185,6 +185,8 @@ class Tiers:
             found = await plan.find()
         except StoreUnavailable:
             last = self._local.last_known(plan.scope, plan.key)
+            if last is MISS:
+                last = self._live.last_known(plan)
             if last is MISS:
                 raise
             return last, "local", True

@@ -13,6 +13,7 @@ import asyncio
 import logging
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from contextlib import suppress
+from itertools import repeat
 from typing import NamedTuple
 
 from ..connection import Call, Link, script
@@ -21,7 +22,7 @@ from ..events import DELETE_ROOM, Event, decode
 from ..keys import Dimensions, Version, slot_of, slots_of
 from ..local import clock
 from ..wire import Command
-from .channel import Channel, Heard, decode_announced
+from .channel import Announced, Channel, Heard, decode_announced
 
 logger = logging.getLogger("mnemobus.live")
 
@@ -83,6 +84,8 @@ class Listener:
         self._mixed_until: dict[int, float] = {}
         """By log partition, where somebody wrote without announcing."""
         self._repairing = asyncio.Lock()
+        self._last: tuple[bytes, bytes, Announced] | None = None
+        """The last message: version, all that follows the previous version, and what it says."""
         self.events = 0
         self.gaps = 0
         self.repairs = 0
@@ -136,7 +139,7 @@ class Listener:
         channel = self._by_name.get(name)
         if channel is None:
             return False
-        message = decode_announced(data)
+        message = self._decode(data)
         if message.epoch != self._link.epoch:
             self._wake()  # one of us has not met the other's epoch yet: the heartbeat finds out
         elif channel.hear(message) is Heard.GAP:
@@ -144,21 +147,34 @@ class Listener:
             self._wake()
         return True
 
+    def _decode(self, data: bytes) -> Announced:
+        """An event comes once for each of its slots that is listened to, one message after the other."""
+        body = data.partition(b" ")[2].partition(b" ")[2]
+        version = data[: -len(body)].partition(b" ")[0]
+        if self._last is not None and self._last[:2] == (version, body):
+            message = self._last[2]
+            previous = data[len(version) + 1 : len(data) - len(body) - 1]
+            return message._replace(previous=Version.parse(previous))
+        message = decode_announced(data)
+        self._last = (version, body, message)
+        return message
+
     def answered(
         self, partition: int, event: Event, version: Version, previous: tuple[Version, ...] | None
-    ) -> None:
-        """An own write is in the log; ``previous``: as in `log.Logged`."""
+    ) -> list[Channel]:
+        """An own write is in the log; ``previous``: as in `log.Logged`. The channels that could not take it in yet."""
         slots = places_of(event)
-        if slots is None:
-            own = slot_of("room", event.dimensions.room)
-            for (where, slot), channel in self._channels.items():
-                if where == partition:
-                    channel.answered(event, version, previous[0] if previous and slot == own else None)
-            return
-        for n, slot in enumerate(slots):
-            found = self._channels.get((partition, slot))
-            if found is not None:
-                found.answered(event, version, previous[n] if previous else None)
+        if slots is not None:
+            found = [self._channels.get((partition, slot)) for slot in slots]
+            pairs = zip(found, previous or repeat(None), strict=False)
+            return [c for c, before in pairs if c is not None and not c.answered(event, version, before)]
+        own = slot_of("room", event.dimensions.room)
+        return [
+            channel
+            for (where, slot), channel in self._channels.items()
+            if where == partition
+            and not channel.answered(event, version, previous[0] if previous and slot == own else None)
+        ]
 
     def _take(self, channel: Channel, event: Event) -> None:
         self.events += 1

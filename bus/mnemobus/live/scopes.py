@@ -31,7 +31,7 @@ from ..events import DELETE_ROOM, Event, decode
 from ..feed import Invalidation
 from ..keys import ZERO, Dimensions, Version, slot_of
 from ..local import MISS, LiveBucket, LocalCache, clock
-from ..marks import INDEXED, Marks
+from ..marks import INDEXED, Applied, Marks
 from ..memory import Memory, Row, pack_memories, unpack_memories
 from ..query import COUNT, ONE, Plan, Question
 from ..redis_errors import AWAY
@@ -105,7 +105,9 @@ class LiveScopes:
         self._missed: OrderedDict[str, Dimensions | None] = OrderedDict()
         """Scopes that were read the classic way; of a memory, with its dimensions."""
         self._shown: dict[str, dict[int, Version]] = {}
-        """By scope: what was shown live up to, by log partition, and may not be committed yet."""
+        """By scope whose window is gone: what was shown live up to, by log partition, and may not be committed yet."""
+        self._applied: dict[int, Applied] = {}
+        """By log partition, what was applied when that was last asked."""
         self.reads = 0
         self.opened = 0
         self.misses = 0
@@ -118,16 +120,23 @@ class LiveScopes:
 
     def concerns(self, plan: Plan) -> bool:
         """Whether a query is one that a window may answer."""
-        if plan.window is None or plan.limit > self._settings.live_window:
+        if not self._may_tell(plan) or not self._local.keeps:
             return False
-        if plan.scope in self._marks and self._marks.outboxed(plan.scope):
-            return False  # who reads what it touches waits for it
-        return self._settings.is_live(plan.window.table)
+        # Who reads what a write in the outbox touches waits for it.
+        return plan.scope not in self._marks or not self._marks.outboxed(plan.scope)
+
+    def _may_tell(self, plan: Plan) -> bool:
+        """Whether a query is of a form that a window can answer, and its table may be live."""
+        return (
+            plan.window is not None
+            and plan.limit <= self._settings.live_window
+            and self._settings.is_live(plan.window.table)
+        )
 
     async def read(self, plan: Plan) -> tuple[Any, str]:
         """The answer, as L1 keeps it, and where it comes from; MISS if the query is to be read the classic way."""
         source = "local"
-        for _ in range(2):
+        for again in (True, False):
             bucket = self._local.live(plan.name)
             if bucket is None:
                 if plan.scope not in self._missed:
@@ -145,24 +154,35 @@ class LiveScopes:
                 return answer, source
             if not bucket.window.lost:
                 break
-            self._local.drop_live(bucket.scope)  # there may be more below what it has left
+            if again:
+                self._local.drop_live(bucket.scope)  # there may be more below what it has left
+            else:
+                bucket.window.lost = (
+                    0  # what was lost while it was opened: it would not be better the next time
+                )
         return MISS, source
 
     def _answer(self, bucket: LiveBucket, plan: Plan) -> Any:
-        assert plan.window is not None
-        window: Window = bucket.window
-        found: Any
-        if plan.kind is COUNT:
-            found = window.count(plan.window)
-        elif plan.kind is ONE:
-            found = window.rows[-1:]
-        else:
-            found = window.newest(plan.window, plan.limit)
-        if found is None:
-            return MISS
-        kept = plan.kind.keep(found)
-        self._local.answer(bucket, plan.key, kept, self._settings.ttl(plan.table))
+        kept = self._tell(bucket.window, plan)
+        if kept is not MISS:
+            self._local.answer(bucket, plan.key, kept, self._settings.ttl(plan.table))
         return kept
+
+    @staticmethod
+    def _tell(window: Window, plan: Plan) -> Any:
+        """What a window answers, as L1 keeps it; MISS if it can't tell."""
+        assert plan.window is not None
+        if plan.kind is COUNT:
+            count = window.count(plan.window)
+            return MISS if count is None else count
+        found: Sequence[Memory] | None
+        found = window.rows[-1:] if plan.kind is ONE else window.newest(plan.window, plan.limit)
+        return MISS if found is None else plan.kind.keep(found)
+
+    def last_known(self, plan: Plan) -> Any:
+        """What a window that may not be served would answer; MISS if there is none."""
+        bucket = self._local.live(plan.name) if self._may_tell(plan) else None
+        return MISS if bucket is None else self._tell(bucket.window, plan)
 
     def missed(self, plan: Plan, kept: Any) -> None:
         """A query was read the classic way, with this answer: its scope is held live from the next miss on."""
@@ -239,7 +259,6 @@ class LiveScopes:
             floors = {channel: head for channel, (head, _) in zip(channels, tails, strict=True)}
             window.merge(event for _, events in tails for event in events)
             window.merge(event for channel, event in opening.later if event.version > floors[channel])
-            window.lost = 0
         finally:
             if self._openings.get(plan.scope) is opening:
                 del self._openings[plan.scope]
@@ -374,7 +393,10 @@ class LiveScopes:
         self, partition: int, event: Event, version: Version, previous: tuple[Version, ...] | None
     ) -> None:
         """An own write is in the log."""
-        self.listener.answered(partition, event._replace(version=version), version, previous)
+        event = event._replace(version=version)
+        for channel in self.listener.answered(partition, event, version, previous):
+            for bucket in self._touched(self._held.get(channel, {}), event):
+                self._local.changed(bucket)  # what was answered before lacks it
 
     def outboxed(self, event: Event) -> None:
         """An own write waits in the outbox: what it touches is read the classic way."""
@@ -385,7 +407,7 @@ class LiveScopes:
             self._give_up(scope)
 
     def invalidated(self, message: Invalidation) -> None:
-        """The feed named what was committed. A window has it from the log already, unless it was refused or is foreign."""
+        """The feed named what was committed. A window has it from the log, unless it was refused, or never was there."""
         if not message.first_hand or message.dead:
             for scope in message.scopes:
                 self._give_up(scope)
@@ -412,8 +434,7 @@ class LiveScopes:
             held = self._held.get(channel)
             if held is not None and held.get(bucket.scope) is bucket:
                 del held[bucket.scope]
-            at = max(bucket.floors[channel], channel.position or ZERO)
-            shown[channel.partition] = max(shown.get(channel.partition, ZERO), at)
+            shown[channel.partition] = max(shown.get(channel.partition, ZERO), bucket.floors[channel])
 
     def _cover_shown(self) -> None:
         """Have all that a log partition may touch wait, instead of one scope after the other."""
@@ -428,44 +449,63 @@ class LiveScopes:
         for opening in self._openings.values():
             opening.cancelled = True
         self._shown.clear()
+        self._applied.clear()
         self.listener.forget()
 
     # What was shown
 
-    async def committed(self, scope: str) -> bool:
-        """Wait until what was shown live of a scope is committed and fanned out; False if that takes too long."""
+    async def committed(self, plan: Plan, reachable: bool) -> bool:
+        """Wait until what was shown live of a query's scope is committed and fanned out; False if that takes too long,
+        or can't be asked. At once for a query that is never answered live."""
+        if not self._may_tell(plan):
+            return True
         deadline = clock() + self._settings.own_write_timeout
         pause = _POLL[0]
-        while (shown := self._shown.get(scope)) is not None:
+        while not self._is_applied(self._shown_of(plan)):
+            if not reachable or clock() >= deadline:
+                return False
             try:
-                await self._forget_applied({scope: shown})
+                await self._ask_what_is_applied(self._shown_of(plan))
             except (*AWAY, RedisError) as error:
                 logger.debug("can't ask what is applied: %s", error)
-            if scope not in self._shown:
-                return True
-            if clock() >= deadline:
-                return False
-            await asyncio.sleep(pause)
+                await asyncio.sleep(pause)
+            else:
+                if not self._is_applied(self._shown_of(plan)):
+                    await asyncio.sleep(pause)
             pause = min(2 * pause, _POLL[1])
+        self._shown.pop(plan.scope, None)
         return True
 
-    async def _forget_applied(self, shown: dict[str, dict[int, Version]]) -> None:
-        partitions = sorted({partition for versions in shown.values() for partition in versions})
-        states = dict(zip(partitions, await self._marks.state(partitions), strict=True))
-        for scope, versions in shown.items():
-            if self._shown.get(scope) is versions and all(
-                version == ZERO or states[partition].passed(version)
-                for partition, version in versions.items()
-            ):
-                del self._shown[scope]
+    def _shown_of(self, plan: Plan) -> dict[int, Version]:
+        """Up to where what a query's scope showed live goes, by log partition."""
+        bucket = self._local.live(plan.name)
+        if bucket is None:
+            return self._shown.get(plan.scope, {})
+        return {channel.partition: bucket.floors[channel] for channel in bucket.channels}
+
+    def _is_applied(self, shown: dict[int, Version]) -> bool:
+        """Whether all up to these versions is known to be applied."""
+        for partition, version in shown.items():
+            state = self._applied.get(partition)
+            if version != ZERO and (state is None or not state.passed(version)):
+                return False
+        return True
+
+    async def _ask_what_is_applied(self, partitions: Iterable[int]) -> None:
+        asked = sorted(partitions)
+        self._applied.update(zip(asked, await self._marks.state(asked), strict=True))
 
     # The heartbeat
 
     async def verify(self) -> None:
         """Part of the heartbeat. Raises if it can't be known that nothing is missing."""
         await self.listener.verify()
-        if self._shown:
-            await self._forget_applied(dict(self._shown))
+        partitions = {channel.partition for channel in self._held}
+        partitions.update(partition for shown in self._shown.values() for partition in shown)
+        if partitions:
+            await self._ask_what_is_applied(partitions)
+        for scope in [scope for scope, shown in self._shown.items() if self._is_applied(shown)]:
+            del self._shown[scope]
         for channel in await self.listener.leave(self._uses):
             self._held.pop(channel, None)
 
