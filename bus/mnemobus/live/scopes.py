@@ -407,7 +407,7 @@ class LiveScopes:
             self._give_up(scope)
 
     def invalidated(self, message: Invalidation) -> None:
-        """The feed named what was committed. A window has it from the log, unless it was refused, or never was there."""
+        """The feed named what was committed. A window has it from the log, unless it was refused or never was there."""
         if not message.first_hand or message.dead:
             for scope in message.scopes:
                 self._give_up(scope)
