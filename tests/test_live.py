@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import sqlite3
 from collections.abc import AsyncIterator, Callable
 from datetime import UTC, datetime, timedelta
 from typing import Any
@@ -11,10 +13,11 @@ import pytest
 import redis.asyncio
 
 import mnemobus
-from mnemobus import Memory, Settings
+from mnemobus import Memory, Settings, WriteRejected
 from mnemobus.events import PUT, Event
 from mnemobus.keys import Dimensions, Keyspace, slot_of
 from mnemobus.memory import new_id
+from outside import refuse_poison
 from servers import RedisServer, eventually
 
 Connect = Callable[..., mnemobus.Bus]
@@ -365,6 +368,101 @@ async def test_g9_what_was_shown_live_is_not_missing_from_a_classic_answer_after
         # Then the answer lacks it, after waiting for it, and says so
         assert list(found) == []
         assert found.stale
+
+
+async def test_g9_what_the_store_refuses_is_withdrawn(
+    settings: Settings, connect: Connect, pool_of: PoolOf
+) -> None:
+    async with connect() as alice, connect() as bob:
+        with pool_of(settings):
+            await alice.write(said("sound"), durability="committed")
+            words = refuse_poison(settings)
+        await hold(bob)
+        # Given a write that is shown, though the store is going to refuse it, and others around it
+        receipts = await alice.write_many([said("1"), said("poison"), said("2")])
+        await becomes(["2", "poison", "1", "sound"], bob)
+        # When workers come to it
+        with pool_of(settings):
+            with pytest.raises(WriteRejected, match=words):
+                await receipts[1].committed(20)
+            # Then it is nowhere any more, in the writer neither, nor where the room is opened anew
+            for bus in (alice, bob):
+                await becomes(["2", "1", "sound"], bus)
+            await hold(alice)
+            await becomes(["2", "1", "sound"], alice)
+
+
+async def test_g9_a_window_that_is_opened_leaves_out_what_is_known_as_refused(
+    settings: Settings, connect: Connect, client: redis.asyncio.Redis
+) -> None:
+    keys = keys_of(settings)
+    partition = keys.log_partition("r1")
+    async with connect() as alice, connect() as bob:
+        # Given events above the applied mark, one of which a worker has buried, and not confirmed yet
+        receipts = await alice.write_many([said("1"), said("buried"), said("2")])
+        await client.hset(keys.reasons(partition), str(receipts[1].version), "dead 1-1 no good")
+        # If another agent opens the room, then it does not show that one
+        await hold(bob)
+        assert await texts(bob) == ["2", "1"]
+
+
+async def test_g5_what_is_applied_without_being_in_the_log_is_read_anew(
+    settings: Settings, pool: Settings, connect: Connect, command: Callable[..., Any]
+) -> None:
+    async with connect() as alice, connect() as bob:
+        memory = said("before")
+        await alice.write(memory, durability="committed")
+        await hold(bob)
+        assert await texts(bob) == ["before"]
+        # When rows are lost, and a replay brings them back
+        path = settings.database_url.removeprefix("sqlite:///")
+        with contextlib.closing(sqlite3.connect(path)) as database:
+            database.execute("DELETE FROM mnemobus_memories")
+            database.commit()
+        bob._local.clear()
+        await becomes([], bob)
+        replay = command("replay", "--since", "1h", settings=settings)
+        assert await asyncio.to_thread(lambda: replay.status) == 0
+        # Then the window has them
+        await becomes(["before"], bob)
+
+
+async def test_g5_a_feed_that_was_lost_takes_windows_along(
+    settings: Settings, connect: Connect, client: redis.asyncio.Redis
+) -> None:
+    keys = keys_of(settings)
+    async with connect() as bus:
+        await hold(bus)
+        partition = keys.feed_partition("room:messages:r1")
+        # When the feed of the room's partition does not reach back to where the bus was
+        await client.xadd(
+            keys.feed(partition), {"prev": "5-5", "m": b'{"p":0,"v":[],"s":[]}'}, id="9999999999999-1"
+        )
+        # Then what it may have told is not known: the window goes
+        await eventually(lambda: bus.stats().resets == 1)
+        assert bus._local.live("room:messages:r1") is None
+
+
+async def test_results_beside_a_window_are_counted_and_dropped_with_the_commit(
+    settings: Settings, pool: Settings, connect: Connect
+) -> None:
+    async with connect(live_window=4) as bus:
+        for n in range(8):
+            await bus.write(said(str(n)), durability="committed")
+        await hold(bus)
+        before = bus.stats()
+
+        async def beside() -> bool:
+            return (await bus.recent("messages", room="r1", limit=100)).source == "local"
+
+        await eventually(beside)
+        after = bus.stats()
+        assert (after.entries, after.live_windows) == (before.entries + 1, 1)
+        assert after.bytes > before.bytes
+        await bus.write(said("8"), durability="committed")
+        assert len(await bus.recent("messages", room="r1", limit=100)) == 9
+        bus._local.clear()
+        assert (bus.stats().entries, bus.stats().bytes, bus.stats().live_windows) == (0, 0, 0)
 
 
 async def test_live_may_be_off_and_on_by_table(settings: Settings, connect: Connect) -> None:

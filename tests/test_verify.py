@@ -160,7 +160,7 @@ async def test_g5_an_agent_that_holds_an_older_copy_is_found_at_every_mark(
 async def test_g5_older_is_also_what_lacks_a_new_memory_or_has_a_deleted_one(
     settings: Settings, pool: Settings, connect: Connect, change: str
 ) -> None:
-    async with connect() as stuck, connect() as sound:
+    async with connect(live="off") as stuck, connect() as sound:
         # Given a bus whose cache drops nothing, and that has copies
         stuck._local.__class__ = StuckCache
         memory = said("old")
@@ -182,6 +182,29 @@ async def test_g5_older_is_also_what_lacks_a_new_memory_or_has_a_deleted_one(
         }
         assert {o["agent"] for o in verifier.older} == {stuck.id}
         assert not verifier.report()["ok"]
+
+
+async def test_g9_a_window_that_takes_nothing_in_is_older(
+    settings: Settings, pool: Settings, connect: Connect
+) -> None:
+    async with connect() as stuck, connect() as sound:
+        # Given a bus that holds a room live, and whose window takes nothing in any more
+        await sound.write(said("old"), durability="committed")
+
+        async def held() -> bool:
+            stuck._local.drop(ROOM)
+            await stuck.recent("messages", room="r1")
+            return stuck._local.live(ROOM) is not None
+
+        await eventually(held)
+        stuck._live.listener._on_event = lambda channel, event: None
+        # When the room changes
+        async with verifying(settings, 2) as verifier:
+            await sound.write(said("new"), durability="committed")
+        # Then its copy is older, at every mark
+        assert {(o["agent"], o["scope"], o["seconds"]) for o in verifier.older} == {
+            (stuck.id, ROOM, mark) for mark in MARKS
+        }
 
 
 async def test_an_agent_that_is_paused_is_silent_and_not_consistent(

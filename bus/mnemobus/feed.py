@@ -645,10 +645,16 @@ class Feed:
             if _behind(partition, head):  # the stream is gone since it told its head
                 self._reset(partition, head)
 
+    def _lose(self, partition: _Partition) -> None:
+        """Drop all of a partition."""
+        self._local.drop_partition(partition.number)
+        if self.live is not None:
+            self.live.feed_lost(partition.number)
+
     def _reset(self, partition: _Partition, head: Version) -> None:
         """Drop all of a partition, because what happened between its position and the head is unknown."""
         self.resets += 1
-        self._local.drop_partition(partition.number)
+        self._lose(partition)
         partition.position = None
         self._place(partition, head)
 
@@ -671,12 +677,12 @@ class Feed:
                         message = decode_entry(id, fields)
                     except (ValueError, TypeError) as error:
                         self._bad(partition.channel, fields, error)
-                        self._local.drop_partition(partition.number)
+                        self._lose(partition)
                         position = Version.parse(id)
                         continue
                     if message.previous != position:  # the stream no longer reaches back
                         self.resets += 1
-                        self._local.drop_partition(partition.number)
+                        self._lose(partition)
                     self._apply(partition, message)
                     position = message.id
                 if len(entries) < REPLAY:

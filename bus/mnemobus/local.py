@@ -65,8 +65,6 @@ EACH = 192
 """Bytes that each memory of a list takes besides its encoded form, roughly."""
 _UNIT = 64
 """Bytes by which sizes are counted."""
-_NOWHERE = -1
-"""The feed partition of live buckets, which depend on none."""
 _LONG = 60.0
 """Seconds to live from which on it does not matter to go up to a second early."""
 
@@ -140,6 +138,7 @@ class Bucket:
 class LiveBucket(Bucket):
     """A scope that is kept current from the log (live/): a window, and answers made from it since it last changed.
 
+    partition of the feed: it tells what was refused, or is not from the log
     channels  those that its events come on
     floors    by channel, the version up to which the window has all events of the scope, whatever the position is
     classic   answers to queries that a window does not tell, dropped when the feed names the scope
@@ -153,17 +152,37 @@ class LiveBucket(Bucket):
     def __init__(
         self,
         name: str,
+        partition: int,
         window: Window,
         channels: Sequence[Channel],
         floors: dict[Channel, Version],
         gone: Callable[[LiveBucket], None],
     ) -> None:
-        super().__init__(name, _NOWHERE, 0.0)
+        super().__init__(name, partition, 0.0)
         self.window = window
         self.channels = channels
         self.floors = floors
         self.gone = gone
         self.classic: Bucket | None = None
+
+    @property
+    def count(self) -> int:
+        return super().count + (0 if self.classic is None else self.classic.count)
+
+    @property
+    def results(self) -> dict[Any, Any]:
+        beside = {} if self.classic is None else self.classic.results
+        return {**beside, **super().results}
+
+    def get(self, query: Any) -> Any:
+        found = super().get(query)
+        return self.beside(query) if found is MISS else found
+
+    def beside(self, query: Any) -> Any:
+        """A result that the window does not tell, or MISS."""
+        if self.classic is None or clock() >= self.classic.expires:
+            return MISS
+        return self.classic.get(query)
 
 
 class Orphan(Bucket):
@@ -217,7 +236,9 @@ class LocalCache:
             return MISS
         if query == bucket.query:
             value = bucket.value
-        elif bucket.more is None or (value := bucket.more.get(query, MISS)) is MISS:
+        elif (bucket.more is None or (value := bucket.more.get(query, MISS)) is MISS) and (
+            not isinstance(bucket, LiveBucket) or (value := bucket.beside(query)) is MISS
+        ):
             return MISS
         now = clock()
         if now >= self.fresh_until or now >= bucket.expires:
@@ -313,13 +334,11 @@ class LocalCache:
         """
         if not self.has(bucket):
             return
+        whole = self._buckets[bucket.name]  # another one where it is beside a window
         units = -(-(size + OVERHEAD) // _UNIT)
         if units > self._max_units:
-            if not bucket.count:
+            if not whole.count and whole is bucket:
                 self._remove(bucket)
-            return
-        if self._buckets[bucket.name] is not bucket:  # beside a window: counted as the window is
-            bucket.set(query, value)
             return
         if bucket.get(query) is not MISS:
             # The old size is not kept per result; the mean is near enough for a bound on memory.
@@ -328,6 +347,8 @@ class LocalCache:
             self.entries += 1
         bucket.set(query, value)
         bucket.size += units
+        if whole is not bucket:
+            whole.size += units
         self._units += units
         while self.entries > self._max_entries or self._units > self._max_units:
             self._evict()
@@ -349,10 +370,10 @@ class LocalCache:
         before = self._buckets.get(bucket.name)
         if before is not None:
             self._remove(before)
+            if not isinstance(before, LiveBucket):
+                bucket.classic = before
+                self.entries += before.count
         bucket.expires = self._expiry(clock(), ttl)
-        if self._max_entries == 0:
-            bucket.gone(bucket)
-            return
         while len(self._buckets) >= self._max_entries:
             self._evict()
         self._add(bucket)
@@ -362,7 +383,7 @@ class LocalCache:
         """Keep an answer that was made from a window, until the next event."""
         if self._buckets.get(bucket.name) is bucket:
             bucket.expires = self._expiry(clock(), ttl)
-            if bucket.get(query) is MISS:
+            if Bucket.get(bucket, query) is MISS:
                 self.entries += 1
             bucket.set(query, value)
 
@@ -370,15 +391,25 @@ class LocalCache:
         """A window has taken an event: answers from before it are no longer given."""
         self.entries -= bucket.count
         bucket.query, bucket.value, bucket.more = MISS, None, None
+        self.entries += bucket.count
         self._resize(bucket)
 
     def _resize(self, bucket: LiveBucket) -> None:
-        rows = bucket.window.rows
-        units = -(-(bucket.window.bytes + OVERHEAD * (1 + len(rows))) // _UNIT)
+        window = bucket.window
+        units = -(-(window.bytes + 2 * OVERHEAD + EACH * len(window.rows)) // _UNIT)
+        if bucket.classic is not None:
+            units += bucket.classic.size
         self._units += units - bucket.size
         bucket.size = units
         while self._units > self._max_units:
             self._evict()
+
+    def _drop_beside(self, bucket: LiveBucket) -> None:
+        """Invalidate what a window does not tell."""
+        if bucket.classic is not None:
+            self.entries -= bucket.classic.count
+            bucket.classic = None
+            self._resize(bucket)
 
     def drop_live(self, scope: str) -> None:
         """Give up a live bucket."""
@@ -400,7 +431,7 @@ class LocalCache:
         if bucket is None:
             return False
         if isinstance(bucket, LiveBucket):
-            bucket.classic = None
+            self._drop_beside(bucket)
             return False
         self._drop(bucket)
         return True

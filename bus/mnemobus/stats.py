@@ -42,6 +42,15 @@ class Stats:
         bad_messages      messages that were none
         failed_heartbeats heartbeats that could not verify every position
         restarted_tasks   background tasks that died and were started again
+    Live scopes
+        live_windows      scopes held live now
+        live_channels     channels of the log that are listened to
+        live_reads        answers made from a window; hits on them count as hits_local
+        live_events       events taken into channels, in the order of the log
+        live_gaps         messages whose predecessor was missing
+        live_repairs      times that a part of the log was read again
+        live_lost         times that all of a channel was dropped, since what was missed could not be repaired
+        live_opened       windows opened
     Shadow reads
         shadow_reads      hits of L1 and L2 that were compared with the store
         breaches_local    copies in this process that were older than promised; they were dropped
@@ -77,6 +86,14 @@ class Stats:
     bad_messages: int
     failed_heartbeats: int
     restarted_tasks: int
+    live_windows: int
+    live_channels: int
+    live_reads: int
+    live_events: int
+    live_gaps: int
+    live_repairs: int
+    live_lost: int
+    live_opened: int
     shadow_reads: int
     breaches_local: int
     breaches_shared: int

@@ -2,7 +2,8 @@
 
 A scope is opened in an order that is a rule each (tests/model/live.py shows what breaks without it):
 
-1. Its channels are subscribed to, that is confirmed, and their positions are known.
+1. Its channels are subscribed to, that is confirmed, and their positions are known. So is its partition of the feed,
+   which tells what the store refuses, and what is applied without having come from the log.
 2. The applied mark A of each partition: all events up to it are committed and fanned out.
 3. The base: what L2 has, or, under a lease, the store. It has all events up to A, and maybe some that are later.
 4. L2 is filled, if the lease still holds.
@@ -60,10 +61,11 @@ _POLL = (0.001, 0.05)
 class Opening:
     """A window that is being opened, and what its channels bring meanwhile."""
 
-    __slots__ = ("cancelled", "channels", "later", "scope")
+    __slots__ = ("cancelled", "channels", "later", "partition", "scope")
 
-    def __init__(self, scope: str, channels: Sequence[Channel]) -> None:
+    def __init__(self, scope: str, partition: int, channels: Sequence[Channel]) -> None:
         self.scope = scope
+        self.partition = partition
         self.channels = channels
         self.later: list[tuple[Channel, Event]] = []
         self.cancelled = False
@@ -73,6 +75,7 @@ class LiveScopes:
     """The live scopes of one bus.
 
     ask    has a question answered by its store
+    join   listens to a partition of the feed; see `Feed.join`
     send   a command on the feed's connection
     wake   calls the heartbeat
     knows  whether the store is known to be the bus's; if not, nothing is shared
@@ -86,6 +89,7 @@ class LiveScopes:
         shared: SharedCache,
         marks: Marks,
         ask: Callable[[Question], Awaitable[list[Row] | int]],
+        join: Callable[[int, float], Awaitable[bool]],
         send: Callable[..., Awaitable[None]],
         wake: Callable[[], None],
         knows: Callable[[], bool],
@@ -97,6 +101,7 @@ class LiveScopes:
         self._shared = shared
         self._marks = marks
         self._ask = ask
+        self._join = join
         self.listener = Listener(link, send, wake, self._take, self._lost)
         self._held: dict[Channel, dict[str, LiveBucket]] = {}
         self._openings: dict[str, Opening] = {}
@@ -108,13 +113,14 @@ class LiveScopes:
         """By scope whose window is gone: what was shown live up to, by log partition, and may not be committed yet."""
         self._applied: dict[int, Applied] = {}
         """By log partition, what was applied when that was last asked."""
+        self._windows = 0
         self.reads = 0
         self.opened = 0
         self.misses = 0
         self.shared_loads = 0
 
     def __len__(self) -> int:
-        return len({scope for held in self._held.values() for scope in held})
+        return self._windows
 
     # Reading
 
@@ -239,10 +245,12 @@ class LiveScopes:
         places = self._places(plan)
         if not all(self.listener.is_announced(partition) for partition, _ in places):
             return None, ""
+        partition = self._link.keys.feed_partition(plan.scope)
         channels = await self.listener.join(places, _JOIN_PATIENCE)
-        if channels is None:
+        # The feed tells what the store refuses, and what is applied without being in the log.
+        if channels is None or not await self._join(partition, _JOIN_PATIENCE):
             return None, ""
-        opening = self._openings[plan.scope] = Opening(plan.scope, channels)
+        opening = self._openings[plan.scope] = Opening(plan.scope, partition, channels)
         for channel in channels:
             self._held.setdefault(channel, {})
         try:
@@ -262,11 +270,12 @@ class LiveScopes:
         finally:
             if self._openings.get(plan.scope) is opening:
                 del self._openings[plan.scope]
-        bucket = LiveBucket(plan.name, window, channels, floors, self._gone)
+        bucket = LiveBucket(plan.name, partition, window, channels, floors, self._gone)
         for channel in channels:
             self._held[channel][plan.scope] = bucket
-        self._local.hold(bucket, settings.ttl(plan.table))
+        self._windows += 1
         self.opened += 1
+        self._local.hold(bucket, settings.ttl(plan.table))
         return bucket, source
 
     def _places(self, plan: Plan) -> list[Place]:
@@ -412,6 +421,11 @@ class LiveScopes:
             for scope in message.scopes:
                 self._give_up(scope)
 
+    def feed_lost(self, partition: int) -> None:
+        """What a partition of the feed has told is not known. L1 has dropped what depends on it."""
+        for opening in self._openings.values():
+            opening.cancelled = opening.cancelled or opening.partition == partition
+
     def _give_up(self, scope: str) -> None:
         self._local.drop_live(scope)
         opening = self._openings.get(scope)
@@ -427,6 +441,7 @@ class LiveScopes:
 
     def _gone(self, bucket: LiveBucket) -> None:
         """A window is out of L1, for whatever reason."""
+        self._windows -= 1
         if len(self._shown) >= _MISSED:
             self._cover_shown()
         shown = self._shown.setdefault(bucket.scope, {})
