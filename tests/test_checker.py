@@ -679,6 +679,21 @@ def test_a_write_of_unknown_outcome_may_have_happened() -> None:
     assert judged(first, lost, get("c", 50, "1-0", "a/1"), store=[row("1-0", "a/1")]).violations == ()
 
 
+def test_g9_what_was_shown_live_is_not_to_be_unseen() -> None:
+    first, second = put("a", 1, "a/1", "1-0"), update("a", 2, "a/2", "2-0")
+    live = get("b", 3, "2-0", "a/2", live=True)
+    end = {"store": [row("2-0", "a/2")]}
+    # A live answer may show what the store does not have yet: another agent's may be older for a while
+    elsewhere = get("c", 3.1, "1-0", "a/1", source="store")
+    assert judged(first, second, live, elsewhere, **end).violations == ()
+    # But the agent that was shown it must not see it older again, however it is answered
+    for source in ("local", "shared", "store"):
+        back = get("b", 3.2, "1-0", "a/1", source=source)
+        assert promises(judged(first, second, live, back, **end)) == ["G9"]
+    # Where an answer says that it is stale, or Redis may have lost the write, that is no breach
+    assert judged(first, second, live, get("b", 3.2, "1-0", "a/1", stale=True), **end).violations == ()
+
+
 def test_a_delete_of_unknown_outcome_may_be_why_a_memory_is_not_there() -> None:
     first = put("a", 1, "a/1", "1-0")
     nothing = get("c", 50, source="store")

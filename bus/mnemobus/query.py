@@ -45,12 +45,14 @@ _LAST_ID = "ffffffff-ffff-ffff-ffff-ffffffffffff"
 class Kind:
     """What the answers of one kind of query are like, in each place.
 
+    name    get, recent or count
     pack    as L2 keeps what the store answered
     unpack  the reverse
     keep    as L1 keeps it
     show    what the caller gets of what L1 keeps: (kept, source, stale)
     """
 
+    name: str
     pack: Callable[[Any], bytes]
     unpack: Callable[[bytes], Any]
     keep: Callable[[Any], Any]
@@ -200,9 +202,9 @@ def _same(count: int, *_: object) -> int:
     return count
 
 
-ONE: Final = Kind(pack_memories, unpack_memories, _first, _show_one)
-MANY: Final = Kind(pack_memories, unpack_memories, _keep_many, _show_many)
-COUNT: Final = Kind(lambda count: b"%d" % count, int, _same, _same)
+ONE: Final = Kind(GET, pack_memories, unpack_memories, _first, _show_one)
+MANY: Final = Kind("recent", pack_memories, unpack_memories, _keep_many, _show_many)
+COUNT: Final = Kind("count", lambda count: b"%d" % count, int, _same, _same)
 
 
 Versions = tuple[tuple[str, Version], ...] | int

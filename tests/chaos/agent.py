@@ -112,10 +112,10 @@ class Agent:
             return await read(bus, dataclasses.replace(plan, kind=kind))
 
         async def appended(link: Any, partition: int, producer: str, sequence: int, events: Any) -> Any:
-            versions = await append(link, partition, producer, sequence, events)
-            for version, fields in zip(versions, events, strict=True):
+            logged = await append(link, partition, producer, sequence, events)
+            for version, fields in zip(logged.versions, events, strict=True):
                 self._appended[partition, version] = _named(fields)
-            return versions
+            return logged
 
         def published(bus: Bus, partition: int, write: Any, version: Version) -> None:
             learn(bus, partition, write, version)
@@ -237,6 +237,8 @@ class Agent:
 
     async def _read(self, scope: str, limit: int, call: Callable[[], Any]) -> list[list[str]]:
         _how.set(("local", False))
+        name = scope.removeprefix("id:")
+        live = self.bus._local.live(name) is not None
         began = self.clock()
         try:
             answer = await call()
@@ -244,7 +246,8 @@ class Agent:
             self._record(Read(self.plan.name, began, self.clock(), scope, limit, error=str(error)))
             return []
         source, stale = _how.get()
-        note = Read(self.plan.name, began, self.clock(), scope, limit, source=source, stale=stale)
+        live = live or self.bus._local.live(name) is not None
+        note = Read(self.plan.name, began, self.clock(), scope, limit, source=source, stale=stale, live=live)
         if isinstance(answer, int):
             note.count = answer
         else:

@@ -352,9 +352,11 @@ class Happened:
                 if triple not in known:
                     known.add(triple)
                     event = self._met(memory, version, value, read)
-                    if event is not None:
+                    if event is not None and not read.live:
                         self.seen.setdefault((memory, number(version)), read)
                         event.committed = event.committed or (read.ended, read)
+                    elif read.live:
+                        known.discard(triple)  # another read may show that the store has it
 
     def _take_store(self) -> None:
         for entry in self.final.store:

@@ -78,6 +78,7 @@ class Read:
             (the scope is all that the query says, but for the limit: no second dimension, no before or after)
     source  local | shared | store; empty where it is not known
     stale   also of an answer that can't carry the mark: None, a count
+    live    the scope was held live when the read began or ended: what it shows may not be in the store yet
     """
 
     agent: str
@@ -90,6 +91,7 @@ class Read:
     stale: bool = False
     count: int = -1
     error: str = ""
+    live: bool = False
     kind: str = "read"
 
 

@@ -8,9 +8,9 @@ hits every connection of that party, those under way and those to come, until it
     reset          connections that are under way end with an RST
     withhold       nothing arrives any more, and nobody is told: half open, in one direction or in both. What was held
                    is delivered when it is lifted, however late
-    drop_pushes    single messages of feed channels are taken out of what the server sends; all else goes through
-    repeat_pushes  single messages of feed channels come twice
-    swap_pushes    a message of a feed channel comes after the next one on that connection
+    drop_pushes    single messages of feed and live channels are taken out of what the server sends, and nothing else
+    repeat_pushes  single messages of these channels come twice
+    swap_pushes    a message of these channels comes after the next one on that connection
     trap           the next request that contains some bytes is withheld, or only the answer to it, and all after it on
                    that connection
 
@@ -32,6 +32,7 @@ _CHUNK = 1 << 16
 _RST = struct.pack("ii", 1, 0)
 _MESSAGES = (b">3\r\n$7\r\nmessage\r\n", b"*3\r\n$7\r\nmessage\r\n")
 _FEED = b":feed"
+_LIVE = b"heads:"
 
 
 def frame_end(data: bytes | bytearray, at: int = 0) -> int:
@@ -67,7 +68,8 @@ def feed_message(frame: bytes | bytearray) -> bool:
     at = len(_MESSAGES[0])
     end = frame.find(b"\r\n", at)
     length = int(frame[at + 1 : end])
-    return frame[end + 2 : end + 2 + length].endswith(_FEED)
+    channel = frame[end + 2 : end + 2 + length]
+    return channel.endswith(_FEED) or _LIVE in channel
 
 
 def _open_gates() -> dict[str, asyncio.Event]:

@@ -325,6 +325,7 @@ class Reads:
         heard, stored = floors["heard", ""], floors["stored", ""]
         loads: dict[str, list[tuple[float, float]]] = defaultdict(list)
         before: dict[tuple[str, str], tuple[int, float]] = {}
+        shown: dict[tuple[str, str], tuple[Event, Read]] = {}
         for at, kind, what in steps:
             if kind == _LEARN:
                 floor, agent, event, records = what  # type: ignore[misc]
@@ -333,6 +334,8 @@ class Reads:
             read: Read = what  # type: ignore[assignment]
             load_began = self._load_began(loads[read.agent], read)
             self._count_backward(before, read)
+            if self._judge_shown(scope, read, shown):
+                self.figures.beyond += 1
             own, applied = floors.get(("own", read.agent)), floors.get(("applied", read.agent))
             for name, layer in (("own", own), ("applied", applied), ("heard", heard), ("stored", stored)):
                 if layer is not None and self._judge(scope, read, name, layer, load_began):
@@ -357,6 +360,32 @@ class Reads:
                 before[read.agent, memory] = (version, read.ended)
             elif version < last and ended <= read.began:
                 self.figures.backward += 1
+
+    def _judge_shown(self, scope: str, read: Read, shown: dict[tuple[str, str], tuple[Event, Read]]) -> bool:
+        """Whether an answer shows a memory older than a live answer of the same agent did before, though the store took
+        what that had shown (G9)."""
+        wrong = False
+        for memory, text, _ in read.seen:
+            version = number(text)
+            last = shown.get((read.agent, memory))
+            if last is not None and version < last[0].version and last[1].ended <= read.began:
+                event, first = last
+                lost = event.write is not None and self._happened.may_be_lost(event.write, read.ended)
+                if event.sure and not lost:
+                    wrong = True
+                    sentence = (
+                        f"{read.agent} saw {memory} in {scope} at an older version than {event.text}, which a live answer"
+                        " had shown it before"
+                    )
+                    self._findings.add(
+                        "G9", (read.agent, scope, memory, event.version), sentence, first, read
+                    )
+            elif read.live:
+                events = self._happened.by_version.get(version, ())
+                event_of = next((e for e in events if e.id == memory), None)
+                if event_of is not None:
+                    shown[read.agent, memory] = (event_of, read)
+        return wrong
 
     def _judge(self, scope: str, read: Read, name: str, floor: Floor, load_began: float) -> bool:
         """Whether an answer is below a floor, by more than is allowed."""

@@ -34,7 +34,7 @@ from ..keys import ZERO, Dimensions, Version, slot_of
 from ..local import MISS, LiveBucket, LocalCache, clock
 from ..marks import INDEXED, Applied, Marks
 from ..memory import Memory, Row, pack_memories, unpack_memories
-from ..query import COUNT, ONE, Plan, Question
+from ..query import GET, Plan, Question
 from ..redis_errors import AWAY
 from ..settings import Settings
 from ..shared import Lease, SharedCache
@@ -178,11 +178,11 @@ class LiveScopes:
     def _tell(window: Window, plan: Plan) -> Any:
         """What a window answers, as L1 keeps it; MISS if it can't tell."""
         assert plan.window is not None
-        if plan.kind is COUNT:
+        if plan.kind.name == "count":
             count = window.count(plan.window)
             return MISS if count is None else count
         found: Sequence[Memory] | None
-        found = window.rows[-1:] if plan.kind is ONE else window.newest(plan.window, plan.limit)
+        found = window.rows[-1:] if plan.kind.name == GET else window.newest(plan.window, plan.limit)
         return MISS if found is None else plan.kind.keep(found)
 
     def last_known(self, plan: Plan) -> Any:
@@ -262,7 +262,7 @@ class LiveScopes:
             if tails is None or opening.cancelled or epoch != self._link.epoch:
                 return None, ""
             settings = self._settings
-            size = 1 if plan.kind is ONE else settings.live_window + _SPARE
+            size = 1 if plan.kind.name == GET else settings.live_window + _SPARE
             window = Window(base, complete, size, settings.live_window_bytes)
             floors = {channel: head for channel, (head, _) in zip(channels, tails, strict=True)}
             window.merge(event for _, events in tails for event in events)
@@ -306,14 +306,14 @@ class LiveScopes:
             found = [row.memory() for row in rows]
             if isinstance(reply, Lease) and self._knows():
                 await self._shared.fill(reply, pack_memories(found))
-        if plan.kind is ONE:
+        if plan.kind.name == GET:
             return found, True, source
         size = self._settings.live_window + _SPARE
         return found[:size], len(found) <= size, source
 
     def _question(self, plan: Plan) -> Question:
-        if plan.kind is ONE:
-            return Question(plan.scope, "get")
+        if plan.kind.name == GET:
+            return Question(plan.scope, GET)
         assert plan.window is not None
         query = plan.window
         scope = Query(query.table, query.room)
