@@ -374,8 +374,8 @@ class Reads:
                 if event.sure and not lost:
                     wrong = True
                     sentence = (
-                        f"{read.agent} saw {memory} in {scope} at an older version than {event.text}, which a live answer"
-                        " had shown it before"
+                        f"{read.agent} saw {memory} in {scope} at an older version than {event.text}, which a live"
+                        " answer had shown it before"
                     )
                     self._findings.add(
                         "G9", (read.agent, scope, memory, event.version), sentence, first, read
