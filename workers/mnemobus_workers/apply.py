@@ -158,7 +158,9 @@ class Applier:
         elif events:
             applied = self._commit(events)
             dead += [(refused.event.version, refused.reason) for refused in applied.refused]
-        last = witness(batch.partition, events, dict(dead)) if self._standing is not None else None
+        last = None
+        if self._standing is not None:
+            last = witness(batch.partition, events, dict(dead), applied.won)
         while True:
             epoch = self._link.epoch
             if dead:

@@ -116,8 +116,11 @@ class _Statements:
             f"INSERT INTO {names.tables} (tbl, embedding_length) VALUES (?, ?) ON CONFLICT DO NOTHING"
         )
         self.stored = (
-            "SELECT tbl, room, agent, entity, world, put_version, deleted_version"
-            f" FROM {names.memories} WHERE id = ?"
+            "SELECT m.tbl, m.room, agent, entity, world, put_version,"
+            f" max(deleted_version, coalesce(t.version, x'')),"
+            f" coalesce((SELECT version FROM {names.room_tombstones} WHERE tbl = ? AND room = ?), x'')"
+            f" FROM {names.memories} AS m LEFT JOIN {names.room_tombstones} AS t"
+            " ON t.tbl = m.tbl AND t.room = m.room WHERE id = ?"
         )
         self.remove = f"DELETE FROM {names.memories} WHERE id = ?"
         self.dimensions = f"SELECT tbl, room, agent, entity, world FROM {names.memories} WHERE id = ?"
@@ -497,9 +500,11 @@ class _Transaction:
                 found[id] = Dimensions(*row)
         return found
 
-    def stored(self, id: str) -> merge.Stored | None:
-        for *dimensions, put, deleted in self._execute(self._sql.stored, (uuid.UUID(id).bytes,)):
-            return merge.Stored(Dimensions(*dimensions), put, deleted)
+    def stored(self, id: str, room: Room) -> merge.Stored | None:
+        for *dimensions, put, deleted, buried in self._execute(
+            self._sql.stored, (*room, uuid.UUID(id).bytes)
+        ):
+            return merge.Stored(Dimensions(*dimensions), put, deleted, buried)
         return None
 
     def remove(self, id: str) -> None:
