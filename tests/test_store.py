@@ -417,6 +417,31 @@ async def test_what_contradicts_updates_of_a_life_whose_put_is_late_is_refused(
     assert row and (row.room, row.content, row.version) == ("r2", b'{"text":"4"}', v(4))
 
 
+def test_a_batch_comes_in_as_soon_as_sqlite_is_free(tmp_path: Path) -> None:
+    writer = store.open_writer(Settings.load(database_url=f"sqlite:///{tmp_path}/memories.db"))
+    writer.open()
+    other = sqlite3.connect(tmp_path / "memories.db", isolation_level=None)
+    waits = []
+    for _ in range(6):
+        done: list[float] = []
+        # Given somebody else who holds the lock for so long that SQLite itself looks every 100 ms, and has just looked
+        other.execute("BEGIN IMMEDIATE")
+        batch = threading.Thread(
+            target=lambda d=done: (writer.apply([put(new_id(), 1)]), d.append(time.monotonic()))
+        )
+        batch.start()
+        batch.join(0.345)
+        assert not done
+        released = time.monotonic()
+        other.execute("COMMIT")
+        batch.join()
+        waits.append(done[0] - released)
+    # Then a batch does not wait for the next look: it may find the lock taken again
+    assert min(waits) < 0.04
+    other.close()
+    writer.close()
+
+
 async def test_an_embedding_of_what_is_made_again_fits_its_table(writer: Writer, reader: Reader) -> None:
     one, two = new_id(), new_id()
     writer.apply([put(one, 1, embedding=b"\0" * 8), put(two, 2), delete(two, 3)])
