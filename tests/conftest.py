@@ -192,7 +192,7 @@ def own_redis(tmp_path: Path) -> Iterator[Callable[..., RedisServer]]:
 
     yield start
     for server in started:
-        server.stop()
+        server.kill()  # what it has is of no use any more; and one that can't save would not stop when asked
 
 
 @pytest.fixture

@@ -605,6 +605,30 @@ async def test_a_durability_that_there_is_not_is_refused(connect: Connect, durab
         assert bus.stats().writes == 0
 
 
+async def test_a_timeout_is_a_number_of_seconds(pool: Settings, connect: Connect) -> None:
+    async with connect() as bus:
+        receipt = await bus.write(said("x"))
+        for calls in (receipt.committed, lambda timeout: bus.observe(bus.token(), timeout), bus.health):
+            for timeout in ("1", [1], True, float("nan"), memoryview(b"1")):
+                with pytest.raises(InvalidQuery, match="timeout must be a number of seconds, not "):
+                    await calls(timeout)
+            # However long, and without end
+            for timeout in (10**400, float("inf"), None):
+                await calls(timeout)
+
+
+async def test_a_name_of_a_type_that_no_set_can_hold_is_named(connect: Connect) -> None:
+    name: Any = memoryview(bytearray(b"r"))  # its hash is a ValueError
+    async with connect() as bus:
+        with pytest.raises(InvalidMemory, match="room"):
+            await bus.write(Memory(table="t", room=name, content={}))
+        for call in (bus.recent("t", room=name), bus.count("t", room=name), bus.recent(name, room="r")):
+            with pytest.raises(InvalidQuery, match=r"text is needed|letters"):
+                await call
+        with pytest.raises(InvalidMemory, match="id"):
+            await bus.get(name)
+
+
 async def test_an_id_may_be_spelled_as_one_likes(pool: Settings, connect: Connect) -> None:
     async with connect() as bus:
         memory = said("x")

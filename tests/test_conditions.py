@@ -86,9 +86,12 @@ def replica_that_has_lost_its_master(world: World) -> None:
 
 
 def loading(world: World) -> None:
-    world.ask("EVAL", "for n = 1, 200000 do redis.call('SET', 'key' .. n, n) end", 0)
-    world.redis.stop()
-    world.redis.options += ("--key-load-delay", "300")  # longer than a test takes
+    world.ask("EVAL", "for n = 1, 100000 do redis.call('SET', 'key' .. n, n) end", 0)
+    world.ask("SAVE")
+    world.redis.kill()
+    # It takes a minute, which is longer than a test does; and meanwhile it answers every 30 ms.
+    world.redis.options += ("--appendonly", "no", "--key-load-delay", "600")
+    world.redis.options += ("--loading-process-events-interval-bytes", "1024")
     world.redis.start(wait=False)
     wait_until(lambda: _says(world, "LOADING"))
 

@@ -331,6 +331,61 @@ def test_g3_g8_whatever_is_late_of_an_earlier_life_changes_nothing(
     assert database.writer.apply(flat).won == set()
 
 
+@st.composite
+def late_lives(draw: st.DrawFn) -> tuple[list[list[str]], list[list[tuple[int, int]]]]:
+    """What happens to one id that is deleted, with its room or alone, and made again; and the phases of its delivery:
+    each begins when a deletion is applied, and brings the next life, and what had not come of those before."""
+    found = [
+        [PUT, *life, draw(st.sampled_from([DELETE, DELETE_ROOM]))]
+        for life in draw(
+            st.lists(st.lists(st.sampled_from([PUT, UPDATE, DELETE]), max_size=2), min_size=2, max_size=4)
+        )
+    ]
+    found[-1].pop()
+    phases: list[list[tuple[int, int]]] = [[] for _ in found]
+    for life, ops in enumerate(found):
+        for n in range(len(ops) - (life < len(found) - 1)):
+            phases[draw(st.integers(life, len(found) - 1))].append((life, n))
+    phases = [draw(st.permutations(phase)) for phase in phases]
+    for life, ops in enumerate(found[:-1]):
+        phases[life].append((life, len(ops) - 1))
+    return found, phases
+
+
+@many
+@given(story=late_lives(), again=st.booleans())
+def test_g1_g3_nothing_is_refused_of_an_earlier_life_that_comes_late(
+    database: Store, story: tuple[list[list[str]], list[list[tuple[int, int]]]], again: bool
+) -> None:
+    lives, phases = story
+
+    def world() -> tuple[World, list[list[Event]]]:
+        made, n = World(), 0
+        made.ids = made.ids[:1]
+        events: list[list[Event]] = []
+        for life, ops in enumerate(lives):
+            events.append([])
+            made.dimensions = [Dimensions("t", f"{made.name}/{life % 2}", None, f"e{life}")]
+            for op in ops:
+                n += 1
+                events[-1].append(made._event(Step(op, 0, frozenset(FIELDS)), n))
+        return made, events
+
+    # Given an id that lived several times, in its order
+    straight, ordered = world()
+    for event in [event for life in ordered for event in life]:
+        assert not database.writer.apply([event]).refused
+    # When the same comes elsewhere, and of each life only the deletion before the next one
+    mixed, events = world()
+    for phase in phases:
+        for life, n in phase:
+            assert not database.writer.apply([events[life][n]]).refused
+            if again:
+                assert not database.writer.apply([events[life][n]]).refused
+    # Then it is the same that is there
+    assert database.seen(mixed) == database.seen(straight)
+
+
 def test_what_known_dimensions_refuse_leaves_no_delta() -> None:
     id = str(uuid.uuid4())
     event = Event(PUT, Dimensions("t", "r"), id, b"{}", b"{}", version=Version(1, 1))

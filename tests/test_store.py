@@ -401,6 +401,47 @@ async def test_what_is_made_again_waits_for_its_put_and_heeds_its_room(
     assert row and (row.content, row.version) == (b'{"text":"7"}', v(7))
 
 
+async def test_what_contradicts_updates_of_a_life_whose_put_is_late_is_refused(
+    writer: Writer, reader: Reader
+) -> None:
+    id, away = new_id(), Dimensions("messages", "r2")
+    # Given a memory that was deleted, and an update of its next life that is applied before its put
+    writer.apply([put(id, 1), delete(id, 2)])
+    writer.apply([update(id, 4, content=b'{"text":"4"}', dimensions=away)])
+    # If somebody who has not heard of the deletion updates what was, then that is refused
+    late = update(id, 5, content=b'{"text":"5"}')
+    assert [refused.event for refused in writer.apply([late]).refused] == [late]
+    # And what waits for its put is not lost
+    writer.apply([put(id, 3, dimensions=away)])
+    row = await reader.get(id)
+    assert row and (row.room, row.content, row.version) == ("r2", b'{"text":"4"}', v(4))
+
+
+def test_a_batch_comes_in_as_soon_as_sqlite_is_free(tmp_path: Path) -> None:
+    writer = store.open_writer(Settings.load(database_url=f"sqlite:///{tmp_path}/memories.db"))
+    writer.open()
+    other = sqlite3.connect(tmp_path / "memories.db", isolation_level=None)
+    waits = []
+    for _ in range(6):
+        done: list[float] = []
+        # Given somebody else who holds the lock for so long that SQLite itself looks every 100 ms, and has just looked
+        other.execute("BEGIN IMMEDIATE")
+        batch = threading.Thread(
+            target=lambda d=done: (writer.apply([put(new_id(), 1)]), d.append(time.monotonic()))
+        )
+        batch.start()
+        batch.join(0.345)
+        assert not done
+        released = time.monotonic()
+        other.execute("COMMIT")
+        batch.join()
+        waits.append(done[0] - released)
+    # Then a batch does not wait for the next look: it may find the lock taken again
+    assert min(waits) < 0.04
+    other.close()
+    writer.close()
+
+
 async def test_an_embedding_of_what_is_made_again_fits_its_table(writer: Writer, reader: Reader) -> None:
     one, two = new_id(), new_id()
     writer.apply([put(one, 1, embedding=b"\0" * 8), put(two, 2), delete(two, 3)])

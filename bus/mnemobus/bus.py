@@ -81,6 +81,7 @@ from .query import (
     query_of,
     room_scope,
     scope_of,
+    timeout_of,
 )
 from .redis_errors import AWAY
 from .settings import Settings
@@ -151,7 +152,7 @@ class Receipt:
         Raises NotCommitted after ``timeout`` seconds (the write is in the log or the outbox, and will get there) and
         WriteRejected if it went to the dead letters.
         """
-        await self._bus._committed(self._write, timeout)
+        await self._bus._committed(self._write, timeout_of(timeout))
 
     def __repr__(self) -> str:
         return f"Receipt(id={self.id!r}, version={str(self.version)!r})"
@@ -577,7 +578,7 @@ class Bus:
     ) -> list[Receipt]:
         if durability is None:
             durability = self.settings.durability
-        if durability not in ("logged", "synced", "committed"):
+        if not isinstance(durability, str) or durability not in ("logged", "synced", "committed"):
             raise InvalidQuery(f"durability must be logged, synced or committed, not {durability!r}")
         if durability == "synced":
             for syncer in self._syncers[:1]:
@@ -762,7 +763,7 @@ class Bus:
         """
         try:
             found = self._local.hit(id, GET)
-        except TypeError:  # a list, say: `canonical_id` tells
+        except (TypeError, ValueError):  # a list, say: `canonical_id` tells
             found = MISS
         if found is not MISS:
             return found  # type: ignore[no-any-return]
@@ -813,7 +814,7 @@ class Bus:
         if room is not None and not narrower and before is None and after is None:
             try:
                 scope = ROOM_SCOPES[table][room]
-            except (KeyError, TypeError):
+            except (KeyError, TypeError, ValueError):
                 scope = room_scope(table, room)
         else:
             scope = scope_of(table, room, entity, agent, world)
@@ -917,6 +918,7 @@ class Bus:
         Raises NotCommitted after ``timeout`` seconds, InvalidQuery for a token that is none.
         """
         self._check_open()
+        timeout = timeout_of(timeout)
         wanted = self._parse_token(token)
         deadline = asyncio.get_running_loop().time() + timeout
         try:
@@ -1023,9 +1025,10 @@ class Bus:
         )
 
     async def health(self, timeout: float = 2.0) -> Health:
-        """How the bus is, now: asks Redis and the store, for ``timeout`` seconds at most. Raises only BusClosed."""
+        """How the bus is, now: asks Redis and the store, for ``timeout`` seconds at most. Raises only BusClosed, and
+        InvalidQuery for a timeout that is no number."""
         self._check_state()
-        return await self._checkup.health(timeout)
+        return await self._checkup.health(timeout_of(timeout))
 
 
 _buses: weakref.WeakSet[Bus] = weakref.WeakSet()

@@ -601,7 +601,7 @@ def check_dimensions(dimensions: Dimensions) -> None:
     """InvalidMemory that names the dimension which can't be stored."""
     try:
         known = dimensions in _checked
-    except TypeError:  # a name that is a list, say
+    except (TypeError, ValueError):  # a name that is a list, say
         known = False
     if not known:
         _check_dimensions(dimensions)

@@ -5,10 +5,12 @@ A `Question` goes the other way: from what an answer is called in a tier back to
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
+from numbers import Real
 from operator import index
 from reprlib import repr as _short
 from typing import Any, Final
@@ -113,7 +115,7 @@ def _scope(kind: str, table: str, name: str) -> str:
     known = _SCOPES[kind]
     try:
         return known[table][name]
-    except (KeyError, TypeError):  # a list, say, which the check names
+    except (KeyError, TypeError, ValueError):  # a list, say, which the check names
         _check_names(table, {kind: name})
     if _remembered[kind] >= _MOST_SCOPES:
         known.clear()
@@ -141,6 +143,18 @@ def limit_of(limit: Any) -> int:
     except TypeError:
         pass
     raise InvalidQuery(f"limit must be a whole number, not {limit!r}")
+
+
+def timeout_of(timeout: Any) -> float:
+    """Seconds as a float, None for any time; InvalidQuery if it is no number."""
+    if timeout is None:
+        return math.inf
+    if not isinstance(timeout, bool) and isinstance(timeout, Real) and timeout == timeout:
+        try:
+            return float(timeout)
+        except OverflowError:
+            return math.inf
+    raise InvalidQuery(f"timeout must be a number of seconds, not {_short(timeout)}")
 
 
 def query_of(

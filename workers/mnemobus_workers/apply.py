@@ -158,7 +158,9 @@ class Applier:
         elif events:
             applied = self._commit(events)
             dead += [(refused.event.version, refused.reason) for refused in applied.refused]
-        last = witness(batch.partition, events, dict(dead)) if self._standing is not None else None
+        last = None
+        if self._standing is not None:
+            last = witness(batch.partition, events, dict(dead), applied.won)
         # Who follows the log has seen these, but for what keeps an older version.
         read_in = "" if any(b"as" in fields[::2] for _, fields in batch.entries) else batch.epoch
         while True:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -58,10 +58,13 @@ Witness = tuple[str, str]
 """A field of the hash in Redis, and its value."""
 
 
-def witness(partition: int, events: Sequence[Event], dead: dict[Version, str]) -> Witness | None:
-    """What is to be noted along with a fan-out: the last of these events that the store must never lose."""
+def witness(
+    partition: int, events: Sequence[Event], dead: dict[Version, str], won: Collection[str]
+) -> Witness | None:
+    """What is to be noted along with a fan-out: the last of these events that the store must never lose. ``won`` are
+    the memories that changed: of what came too late to change anything, the store has no trace."""
     for event in reversed(events):
-        if event.op != DELETE_ROOM and event.version not in dead:
+        if event.op != DELETE_ROOM and event.version not in dead and event.id in won:
             return f"w{partition}", f"{event.id} {event.version}"
     return None
 

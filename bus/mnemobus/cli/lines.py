@@ -29,7 +29,7 @@ from typing import IO, Any, NamedTuple, cast
 import orjson
 
 from ..errors import InvalidMemory, MnemobusError, SettingsError
-from ..memory import Memory, Row, encode
+from ..memory import MAX_DEPTH, Memory, Row, encode
 from ..settings import Settings
 
 NAMESPACE = uuid.UUID("5f0d1d3e-6a53-5b0f-9a0e-8f6c1f5a7b42")
@@ -239,6 +239,8 @@ def _why(line: bytes, error: orjson.JSONDecodeError) -> str:
             return f"not JSON: {word[0]} ({here}) {what}"
     if "surrogate" in error.msg:
         return f"not JSON: half a character, a lone surrogate (before {here}); take it out, or write U+FFFD"
+    if "depth" in error.msg:
+        return f"not a memory: nests deeper than {MAX_DEPTH} levels"
     if "infinity" in error.msg:
         return f"not JSON: a number that is too large ({here})"
     if "end of data" in error.msg:
@@ -249,6 +251,8 @@ def _why(line: bytes, error: orjson.JSONDecodeError) -> str:
         return f"not JSON: a comma after the object ({here}); {_PER_ELEMENT}"
     if text[0] in '"]}':
         return f"not JSON: a part of an object or an array; {_PER_LINE}"
+    if not text.startswith("{") and at < 5:
+        return f"not JSON: a line begins with {{, this one with {text[:1]!r}; each memory is a JSON object"
     if "after document" in error.msg:
         return f"not JSON: something follows the object ({here}); each memory is one line"
     if text[at : at + 1] == "'":
@@ -281,6 +285,10 @@ def _utf16(encoding: str) -> str:
 
 
 _NO_TEXT = (
+    (
+        b"\x1f\x8b",
+        "what is compressed is compressed, too; decompress it once: gunzip -c FILE | mnemobus import -",
+    ),
     (b"\xff\xfe\0\0", _utf16("UTF-32")),
     (b"\0\0\xfe\xff", _utf16("UTF-32")),
     (b"\xff\xfe", _utf16("UTF-16")),
@@ -293,6 +301,15 @@ _NO_TEXT = (
     (b"SQLite format 3\0", "the file is a database of SQLite; write its rows as JSON, one a line"),
 )
 """How files begin in which there are no lines, and what to do about it."""
+
+
+def _check_text(head: bytes) -> None:
+    """Unreadable if what begins like this has no lines of text in UTF-8."""
+    for magic, what in _NO_TEXT:
+        if head.startswith(magic):
+            raise Unreadable(1, what)
+    if b"\0" in head[:4]:
+        raise Unreadable(1, _utf16("UTF-16"))
 
 
 class _Begun:
@@ -333,6 +350,7 @@ class Source:
         self._room = threading.Semaphore(2)
         self._closed = False
         self._opened: _Begun | GzipFile | None = None
+        self._decompressed = False
         threading.Thread(target=self._work, name="mnemobus-import-reader", daemon=True).start()
 
     def _work(self) -> None:
@@ -367,7 +385,11 @@ class Source:
         self._opened = self._opened or self._open()
         # read1 gives no more than one piece, however well it was compressed.
         if isinstance(self._opened, GzipFile):
-            return self._opened.read1(_PIECE)
+            piece = self._opened.read1(_PIECE)
+            if not self._decompressed:
+                self._decompressed = True
+                _check_text(piece)
+            return piece
         return self._opened.read(_PIECE)
 
     def _open(self) -> _Begun | GzipFile:
@@ -376,11 +398,7 @@ class Source:
         head = begun.head
         if head.startswith(b"\x1f\x8b"):
             return GzipFile(mode="rb", fileobj=cast("IO[bytes]", begun))
-        for magic, what in _NO_TEXT:
-            if head.startswith(magic):
-                raise Unreadable(1, what)
-        if b"\0" in head[:4]:
-            raise Unreadable(1, _utf16("UTF-16"))
+        _check_text(head)
         return begun
 
     def _read(self, size: int) -> bytes:

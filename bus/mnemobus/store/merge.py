@@ -53,7 +53,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
-from ..events import DELETE, DELETE_ROOM, PUT, Event
+from ..events import DELETE, DELETE_ROOM, PUT, UPDATE, Event
 from ..keys import Dimensions
 from . import Applied, Cursor, Deletion, Refused
 
@@ -176,11 +176,16 @@ def embedding_length_changed(event: Event, length: int) -> str:
 
 
 class Stored(NamedTuple):
-    """What a row says of who may write to it: its dimensions and, packed, its put and its delete."""
+    """What a row says of who may write to it: its dimensions and, packed, its put and its delete.
+
+    deleted  the tombstone of its room included
+    buried   the tombstone of the room of whoever asks, which need not be the row's
+    """
 
     dimensions: Dimensions
     put: bytes
     deleted: bytes
+    buried: bytes
 
 
 class Transaction(Protocol):
@@ -206,8 +211,8 @@ class Transaction(Protocol):
     def dimensions(self, ids: Collection[str]) -> dict[str, Dimensions]:
         """The dimensions of those of the memories that the table knows, alive or not."""
 
-    def stored(self, id: str) -> Stored | None:
-        """What the table has of a memory, alive or not."""
+    def stored(self, id: str, room: Room) -> Stored | None:
+        """What the table has of a memory, alive or not, and of a room."""
 
     def remove(self, id: str) -> None:
         """Take a memory's row out; the same transaction puts another in its place."""
@@ -298,14 +303,18 @@ def _made_again(
     refused = []
     for item in sorted(contradicting, key=lambda item: item.event.version):
         event, version = item.event, item.event.version.pack()
-        row = transaction.stored(event.id)
+        row = transaction.stored(event.id, event.dimensions[:2])
         delta = collapse([event]).deltas[0]
         if row is not None and row.dimensions != event.dimensions:
-            if version <= row.put and version <= row.deleted:
+            if version <= row.buried or (version <= row.put and version <= row.deleted):
                 continue  # of a life that has ended since
             if event.op == DELETE and version < row.put:
                 # The end of an earlier life, which nobody knew of here: what else is late from it must find it.
                 delta.dimensions = row.dimensions
+            elif event.op == UPDATE and row.put == row.deleted:
+                # Updates of a life whose put is late wait there. Only that, or a delete, says that they do so in vain.
+                refused.append(Refused(event, dimensions_changed(event, row.dimensions)))
+                continue
             elif row.put <= row.deleted < version:
                 delta.deleted = max(delta.deleted, row.deleted)
                 # Where its put is late: what the life before had is done with all the same.
@@ -325,7 +334,8 @@ def _made_again(
             applied.cleared.append((event.id, row.dimensions))
         won = transaction.upsert([delta])
         applied.won.update(won)
-        if not won and (row := transaction.stored(event.id)) and row.dimensions != delta.dimensions:
+        row = None if won else transaction.stored(event.id, event.dimensions[:2])
+        if row is not None and row.dimensions != delta.dimensions:
             # Another batch was faster.
             refused.append(Refused(event, dimensions_changed(event, row.dimensions)))
     return refused

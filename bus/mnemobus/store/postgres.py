@@ -223,8 +223,10 @@ class _Statements:
             " WHERE tbl = %s AND room = %s AND NOT live AND deleted_version = ANY(%s)"
         ).encode()
         self.stored = (
-            "SELECT tbl, room, agent, entity, world, put_version, deleted_version"
-            f" FROM {names.memories} WHERE id = %s::uuid FOR UPDATE"
+            "SELECT m.tbl, m.room, agent, entity, world, put_version, greatest(deleted_version, t.version),"
+            f" coalesce((SELECT version FROM {names.room_tombstones} WHERE tbl = %s AND room = %s), '')"
+            f" FROM {names.memories} AS m LEFT JOIN {names.room_tombstones} AS t"
+            " ON t.tbl = m.tbl AND t.room = m.room WHERE id = %s::uuid FOR UPDATE OF m"
         ).encode()
         self.remove = f"DELETE FROM {names.memories} WHERE id = %s::uuid".encode()
         self.number = f"SELECT coalesce(max(number), 0) FROM {names.migrations}".encode()
@@ -858,9 +860,9 @@ class _Transaction:
         rows = self.run(self._sql.dimensions, (_uuids(ids),))
         return {id: Dimensions(*dimensions) for id, *dimensions in rows}
 
-    def stored(self, id: str) -> merge.Stored | None:
-        for *dimensions, put, deleted in self.run(self._sql.stored, (id,)):
-            return merge.Stored(Dimensions(*dimensions), bytes(put), bytes(deleted))
+    def stored(self, id: str, room: Room) -> merge.Stored | None:
+        for *dimensions, put, deleted, buried in self.run(self._sql.stored, (*room, id)):
+            return merge.Stored(Dimensions(*dimensions), bytes(put), bytes(deleted), bytes(buried))
         return None
 
     def remove(self, id: str) -> None:

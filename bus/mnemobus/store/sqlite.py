@@ -51,6 +51,8 @@ _ROWS = 250
 
 _PAUSE = 0.1
 """Seconds at most between two steps of a deletion, for others."""
+_GLANCE = 8
+"""Milliseconds in which SQLite looks three times whether it is locked, before it is asked anew."""
 
 T = TypeVar("T")
 
@@ -116,8 +118,11 @@ class _Statements:
             f"INSERT INTO {names.tables} (tbl, embedding_length) VALUES (?, ?) ON CONFLICT DO NOTHING"
         )
         self.stored = (
-            "SELECT tbl, room, agent, entity, world, put_version, deleted_version"
-            f" FROM {names.memories} WHERE id = ?"
+            "SELECT m.tbl, m.room, agent, entity, world, put_version,"
+            f" max(deleted_version, coalesce(t.version, x'')),"
+            f" coalesce((SELECT version FROM {names.room_tombstones} WHERE tbl = ? AND room = ?), x'')"
+            f" FROM {names.memories} AS m LEFT JOIN {names.room_tombstones} AS t"
+            " ON t.tbl = m.tbl AND t.room = m.room WHERE id = ?"
         )
         self.remove = f"DELETE FROM {names.memories} WHERE id = ?"
         self.dimensions = f"SELECT tbl, room, agent, entity, world FROM {names.memories} WHERE id = ?"
@@ -332,7 +337,7 @@ class SqliteWriter:
         patience: float = 1.0,
     ) -> Cursor | None:
         began = time.monotonic()
-        place = self._transact(lambda t: t.clear(deletion, after, rows))
+        place = self._transact(lambda t: t.clear(deletion, after, rows), urgent=False)
         # SQLite has no queue: others look again every few milliseconds, and would find it locked each time.
         time.sleep(min(time.monotonic() - began, _PAUSE))
         return place
@@ -348,10 +353,13 @@ class SqliteWriter:
                 last = rows[-1][0]
                 yield [(str(uuid.UUID(bytes=id)), Dimensions(*dimensions)) for _, id, *dimensions in rows]
 
-    def _transact(self, work: Callable[[_Transaction], T]) -> T:
-        """Do this work in a transaction, in the store that is expected."""
+    def _transact(self, work: Callable[[_Transaction], T], *, urgent: bool = True) -> T:
+        """Do this work in a transaction, in the store that is expected; what is not urgent lets others come first."""
         with self._using() as connection:
-            connection.execute("BEGIN IMMEDIATE")
+            if urgent:
+                self._begin(connection)
+            else:
+                connection.execute("BEGIN IMMEDIATE")
             try:
                 self._check(connection)
                 result = self._do(work, _Transaction(connection, self._sql))
@@ -367,6 +375,23 @@ class SqliteWriter:
                     f"SQLite {self._path} was replaced or removed while a batch was committed"
                 )
             return result
+
+    def _begin(self, connection: sqlite3.Connection) -> None:
+        """Begin a transaction as soon as nobody else writes. SQLite itself looks ever less often, in the end every 100
+        ms, and may miss each pause of several deletions that go on in other processes."""
+        deadline = time.monotonic() + self._timeout
+        connection.execute(f"PRAGMA busy_timeout = {_GLANCE}")
+        try:
+            while True:
+                try:
+                    connection.execute("BEGIN IMMEDIATE")
+                    return
+                except sqlite3.OperationalError as error:
+                    busy = str(getattr(error, "sqlite_errorname", "")).startswith("SQLITE_BUSY")
+                    if not busy or time.monotonic() > deadline:
+                        raise
+        finally:
+            connection.execute(f"PRAGMA busy_timeout = {round(self._timeout * 1000)}")
 
     def identity(self) -> Identity:
         with self._using() as connection:
@@ -497,9 +522,11 @@ class _Transaction:
                 found[id] = Dimensions(*row)
         return found
 
-    def stored(self, id: str) -> merge.Stored | None:
-        for *dimensions, put, deleted in self._execute(self._sql.stored, (uuid.UUID(id).bytes,)):
-            return merge.Stored(Dimensions(*dimensions), put, deleted)
+    def stored(self, id: str, room: Room) -> merge.Stored | None:
+        for *dimensions, put, deleted, buried in self._execute(
+            self._sql.stored, (*room, uuid.UUID(id).bytes)
+        ):
+            return merge.Stored(Dimensions(*dimensions), put, deleted, buried)
         return None
 
     def remove(self, id: str) -> None:
