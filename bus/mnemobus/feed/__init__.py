@@ -1,0 +1,1 @@
+"""Invalidations: hearing them, and knowing that none was missed."""
