@@ -7,8 +7,8 @@ from typing import Self
 
 import redis
 
-from mnemobus.events import Event
 from mnemobus.keys import APPLY_GROUP, Keyspace
+from mnemobus.log.events import Event
 from mnemobus.memory import encode
 from mnemobus.settings import Settings
 

@@ -8,9 +8,9 @@ from itertools import cycle, islice
 from typing import Any, Generic, TypeVar
 
 from mnemobus import Bus, Memory, Settings
-from mnemobus.events import Event
+from mnemobus.cache.l1 import clock
 from mnemobus.keys import Version, id_scope, room_scope
-from mnemobus.local import clock
+from mnemobus.log.events import Event
 from mnemobus.memory import encode
 from mnemobus.store import open_writer
 

@@ -6,7 +6,7 @@ import asyncio
 
 import mnemobus.bus
 from agent_process import main
-from mnemobus.local import LocalCache
+from mnemobus.cache.l1 import LocalCache
 
 
 class StuckCache(LocalCache):

@@ -18,8 +18,8 @@ from bench.alternatives.survey import Findings, call, survey
 from bench.floors import chain, drain, reads, start, store, writes
 from conftest import Connect
 from mnemobus import Memory, Settings
-from mnemobus.events import Event
 from mnemobus.keys import Keyspace, Version
+from mnemobus.log.events import Event
 from mnemobus.memory import encode
 from mnemobus.store import Query, open_reader, open_writer
 

@@ -336,7 +336,7 @@ def test_a_small_campaign_with_all_faults_finds_nothing(tmp_path: Path) -> None:
 def test_a_campaign_finds_what_is_broken_and_shows_it(tmp_path: Path) -> None:
     # Given agents that heed no invalidation
     (tmp_path / "sitecustomize.py").write_text(
-        "from mnemobus.local import LocalCache\nLocalCache.drop = lambda self, scope: False\n"
+        "from mnemobus.cache.l1 import LocalCache\nLocalCache.drop = lambda self, scope: False\n"
     )
     # If they play, even without any fault
     folder = tmp_path / "run"

@@ -16,9 +16,9 @@ import mnemobus
 from commands import Command
 from mnemobus import Settings
 from mnemobus.errors import BadEvent
-from mnemobus.events import PUT, Event, decode, version_of
-from mnemobus.feed import decode_entry
+from mnemobus.feed.subscription import decode_entry
 from mnemobus.keys import Dimensions, Keyspace, Version
+from mnemobus.log.events import PUT, Event, decode, version_of
 from mnemobus.memory import new_id
 from mnemobus_workers.broker import DEAD_AFTER
 from rows import rows

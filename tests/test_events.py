@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mnemobus import BadEvent, Version
-from mnemobus.events import DELETE, DELETE_ROOM, PUT, UPDATE, Event, decode
 from mnemobus.keys import Dimensions
+from mnemobus.log.events import DELETE, DELETE_ROOM, PUT, UPDATE, Event, decode
 
 ID = "0190a2b4-0000-7000-8000-000000000001"
 V = Version(1_700_000_000_000, 5)

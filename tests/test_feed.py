@@ -12,8 +12,8 @@ import redis.asyncio
 
 import mnemobus
 from mnemobus import Memory, Settings, StoreUnavailable
+from mnemobus.cache.l1 import clock
 from mnemobus.keys import Keyspace, room_scope
-from mnemobus.local import clock
 from servers import RedisServer, eventually, worker_threads
 
 Connect = Callable[..., mnemobus.Bus]

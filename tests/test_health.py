@@ -25,11 +25,11 @@ from conftest import quick
 from mnemobus import Memory, Settings
 from mnemobus.cli.doctor import examine, exit_status
 from mnemobus.cli.finding import Finding
-from mnemobus.connection import ThreadedLink
+from mnemobus.connection.link import ThreadedLink
+from mnemobus.health.vitals import Report, Worker, decode, read
 from mnemobus.keys import Keyspace
 from mnemobus.stats import Health
 from mnemobus.store import open_writer
-from mnemobus.vitals import Report, Worker, decode, read
 from mnemobus_workers.apply import Applier
 from mnemobus_workers.report import _KEPT, Reporter, State
 from servers import PostgresServer, RedisServer, Workers, eventually, free_port, wait_until, worker_threads
@@ -585,7 +585,7 @@ async def test_nothing_is_applied_though_workers_say_that_they_work(
     world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # Given a worker whose driver hangs and says nothing
-    monkeypatch.setattr("mnemobus.vitals.LATE", 0.5)
+    monkeypatch.setattr("mnemobus.health.vitals.LATE", 0.5)
     hung, commit = threading.Event(), Applier._commit
     async with opened(world) as bus:
         start_workers(world, "threads")

@@ -22,9 +22,9 @@ import mnemobus
 from chaos.proxy import Proxy
 from commands import Command
 from mnemobus import LogFull, Memory, Settings, memory, shared
-from mnemobus.connection import Link, ThreadedLink
+from mnemobus.connection.link import Link, ThreadedLink
 from mnemobus.keys import Keyspace, Version
-from mnemobus.marks import MARKS, Marks
+from mnemobus.log.pending import MARKS, Marks
 from mnemobus.memory import Row, new_id
 from mnemobus_workers import upkeep
 from servers import RedisServer, eventually, worker_threads
@@ -37,8 +37,11 @@ PAGE = (ROOT / "docs" / "limits.md").read_text()
 ROWS = [line for line in PAGE.splitlines() if line.startswith("| ") and not line.startswith("| what")]
 LIVING = [
     *(ROOT / "bus" / "mnemobus").glob("*.py"),
-    *(ROOT / "bus" / "mnemobus" / "store").glob("*.py"),
-    *(ROOT / "bus" / "mnemobus" / "live").glob("*.py"),
+    *(
+        path
+        for folder in ("log", "live", "feed", "cache", "connection", "health", "store")
+        for path in (ROOT / "bus" / "mnemobus" / folder).glob("*.py")
+    ),
     *(ROOT / "workers" / "mnemobus_workers").glob("*.py"),
 ]
 """The modules whose objects live as long as an agent or a worker; commands end."""

@@ -14,8 +14,8 @@ import redis.asyncio
 
 import mnemobus
 from mnemobus import Memory, Settings, WriteRejected
-from mnemobus.events import PUT, Event
 from mnemobus.keys import Dimensions, Keyspace, slot_of
+from mnemobus.log.events import PUT, Event
 from mnemobus.memory import new_id
 from outside import refuse_poison
 from servers import RedisServer, eventually

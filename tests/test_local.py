@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mnemobus.local import MISS, OVERHEAD, LocalCache, clock
+from mnemobus.cache.l1 import MISS, OVERHEAD, LocalCache, clock
 
 
 def cache(entries: int = 1000, size: int = 1 << 30) -> LocalCache:

@@ -22,10 +22,10 @@ from mnemobus import (
     Version,
     WriteFailed,
 )
-from mnemobus.connection import Link
-from mnemobus.events import DELETE_ROOM, Event
+from mnemobus.connection.link import Link
 from mnemobus.keys import Dimensions
-from mnemobus.log import Overtaken, Publisher, append
+from mnemobus.log.events import DELETE_ROOM, Event
+from mnemobus.log.publisher import Overtaken, Publisher, append
 from servers import RedisServer, eventually, worker_threads
 
 Connect = Callable[..., mnemobus.Bus]

@@ -20,7 +20,7 @@ import pytest
 
 import mnemobus
 from mnemobus import Memory, Settings, WrongLoop
-from mnemobus.local import clock
+from mnemobus.cache.l1 import clock
 from servers import RedisServer, eventually, free_port
 
 Connect = Callable[..., mnemobus.Bus]
@@ -514,7 +514,7 @@ async def test_g5_a_load_that_is_too_old_is_not_shared(
 
         first, arrive = await held_up(bus, read)
         later = clock() + bus.settings.max_staleness
-        monkeypatch.setattr("mnemobus.tiers.clock", lambda: later)
+        monkeypatch.setattr("mnemobus.cache.read_path.clock", lambda: later)
         await asyncio.wait_for(read(), 30)
         assert bus.stats().shared_loads == 0
         arrive.set()

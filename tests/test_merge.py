@@ -15,8 +15,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from mnemobus import store
-from mnemobus.events import DELETE, DELETE_ROOM, PUT, UPDATE, Event
 from mnemobus.keys import Dimensions, Version
+from mnemobus.log.events import DELETE, DELETE_ROOM, PUT, UPDATE, Event
 from mnemobus.settings import Settings
 from mnemobus.store import Query, Writer
 from mnemobus.store.merge import Delta, collapse

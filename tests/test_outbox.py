@@ -209,7 +209,7 @@ async def test_g1_a_call_with_unknown_outcome_is_not_doubled_by_the_outbox(
 DIES = AGENT.replace(
     "async def main",
     """
-from mnemobus.outbox import OutboxFile
+from mnemobus.log.outbox import OutboxFile
 
 async def answered(self, call):
     os.kill(os.getpid(), signal.SIGKILL)

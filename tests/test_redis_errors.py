@@ -9,8 +9,8 @@ import pytest
 import redis.exceptions
 
 from mnemobus import Settings
-from mnemobus.connection import Link, ThreadedLink
-from mnemobus.redis_errors import PASSING, REPLACED, code_of, is_away, meaning
+from mnemobus.connection.link import Link, ThreadedLink
+from mnemobus.connection.server_errors import PASSING, REPLACED, code_of, is_away, meaning
 from servers import RedisServer, eventually, free_port, redis_binaries, wait_until
 
 

@@ -18,10 +18,10 @@ import redis
 from commands import Command
 from mnemobus import LogTrimmed, Settings, connect
 from mnemobus.cli.moments import parse_moment
-from mnemobus.connection import ThreadedLink
+from mnemobus.connection.link import ThreadedLink
 from mnemobus.errors import SettingsError
-from mnemobus.events import DELETE, DELETE_ROOM, PUT, UPDATE, Event
 from mnemobus.keys import APPLY_GROUP, COPY_GROUP, REPLAY_GROUP, Dimensions, Keyspace, Version
+from mnemobus.log.events import DELETE, DELETE_ROOM, PUT, UPDATE, Event
 from mnemobus.store import open_writer
 from mnemobus_workers import upkeep
 from mnemobus_workers.pool import make_broker

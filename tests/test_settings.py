@@ -21,8 +21,8 @@ import redis.asyncio
 
 import mnemobus
 from mnemobus import Memory, NotCommitted, Settings, SettingsError, StoreUnavailable, UnsafeRedis
-from mnemobus.connection import Link
-from mnemobus.redis_errors import AWAY
+from mnemobus.connection.link import Link
+from mnemobus.connection.server_errors import AWAY
 from mnemobus.settings import hide_password
 from servers import RedisServer, eventually
 

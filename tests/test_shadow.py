@@ -23,9 +23,9 @@ from redis.commands.core import Script
 
 import mnemobus
 from mnemobus import Memory, Settings
-from mnemobus.connection import script
-from mnemobus.events import DELETE, UPDATE, Event
+from mnemobus.connection.link import script
 from mnemobus.keys import APPLY_GROUP, Keyspace, Version, room_scope
+from mnemobus.log.events import DELETE, UPDATE, Event
 from mnemobus.store import open_writer
 from servers import RedisServer, eventually
 

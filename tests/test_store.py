@@ -30,8 +30,8 @@ from mnemobus.errors import (
     StoreTooSlow,
     StoreUnavailable,
 )
-from mnemobus.events import DELETE, DELETE_ROOM, PUT, UPDATE, Event
 from mnemobus.keys import Dimensions, Version
+from mnemobus.log.events import DELETE, DELETE_ROOM, PUT, UPDATE, Event
 from mnemobus.settings import Settings
 from mnemobus.store import Cursor, Deletion, Query, Reader, Writer, migrations
 from mnemobus.store.merge import BEGINNING, STEP

@@ -15,12 +15,12 @@ import redis.asyncio
 import mnemobus
 from commands import Command
 from mnemobus import Settings
+from mnemobus.cache.query import Question
 from mnemobus.cli.inspection import looking_at
 from mnemobus.cli.verify import Truth, Verifier, is_older, percent
-from mnemobus.inquiry import MAX_TOLD, Inquiry, decode_holding, encode_inquiry
+from mnemobus.feed.audit import MAX_TOLD, Inquiry, decode_holding, encode_inquiry
 from mnemobus.keys import Keyspace, Version, id_scope, room_scope
 from mnemobus.memory import Memory, Row
-from mnemobus.query import Question
 from mnemobus.store import Query, open_reader
 from mnemobus.tasks import end
 from servers import AgentProcess, RedisServer, eventually

@@ -10,10 +10,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mnemobus.events import DELETE, DELETE_ROOM, PUT, UPDATE, Event
 from mnemobus.keys import Dimensions, Version
 from mnemobus.live.channel import Announced, Channel, Heard, decode_announced
 from mnemobus.live.window import Window
+from mnemobus.log.events import DELETE, DELETE_ROOM, PUT, UPDATE, Event
 from mnemobus.memory import Memory, Row
 from mnemobus.store import Query
 

@@ -12,8 +12,8 @@ import redis
 from redis.exceptions import ResponseError
 
 from mnemobus import Settings
-from mnemobus.connection import Link
-from mnemobus.wire import Busy
+from mnemobus.connection.link import Link
+from mnemobus.connection.transport import Busy
 from servers import RedisServer, eventually
 
 

@@ -26,9 +26,9 @@ import pytest
 
 import mnemobus
 from mnemobus import Memory, NotCommitted, Receipt, Settings, WriteRejected
-from mnemobus.connection import ThreadedLink
-from mnemobus.events import PUT, Event
+from mnemobus.connection.link import ThreadedLink
 from mnemobus.keys import APPLY_GROUP, Dimensions, Version
+from mnemobus.log.events import PUT, Event
 from mnemobus.memory import encode, new_id
 from mnemobus.store import Deletion, open_writer
 from mnemobus.store.merge import BEGINNING, STEP

@@ -20,7 +20,7 @@ from typing import Any
 import dramatiq
 
 from mnemobus import Settings
-from mnemobus.connection import Script, ThreadedLink
+from mnemobus.connection.link import Script, ThreadedLink
 from mnemobus.store import merge
 from mnemobus_workers.apply import Applier
 from mnemobus_workers.broker import StreamConsumer

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from redis.asyncio import Redis
 
 from mnemobus import Memory
-from mnemobus.events import Event
+from mnemobus.log.events import Event
 from mnemobus.memory import encode
 
 Fields = dict[str | bytes | int, str | bytes | int]

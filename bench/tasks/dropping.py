@@ -9,8 +9,8 @@ from collections.abc import Sequence
 
 from redis.cache import CacheConfig, CacheEntry, CacheEntryStatus, CacheKey, DefaultCache
 
-from mnemobus.local import LocalCache
-from mnemobus.query import GET
+from mnemobus.cache.l1 import LocalCache
+from mnemobus.cache.query import GET
 
 from ..measure import OURS, Result, Turn, interleave
 from ..world import World

@@ -7,7 +7,7 @@ from collections.abc import Awaitable, Callable
 import redis.asyncio
 
 from mnemobus import connect
-from mnemobus.feed import Feed
+from mnemobus.feed.subscription import Feed
 
 from ..measure import Result
 from ..world import World, message, stored

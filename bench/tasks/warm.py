@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Awaitable, Sequence
 
 from mnemobus import Memories, connect
-from mnemobus.query import GET_FIELD, field_of
+from mnemobus.cache.query import GET_FIELD, field_of
 from mnemobus.store import Query
 
 from ..floors.reads import Hash

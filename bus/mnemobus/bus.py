@@ -1,7 +1,7 @@
 """The public face: one `Bus` per process, opened by `connect`.
 
-A write goes to the log (log.py) and leaves marks on what it touches (marks.py). A read looks in this process
-(local.py), then goes on to Redis and the store (tiers.py). The feed (feed.py) drops what went stale.
+A write goes to the log (log/publisher.py) and leaves marks on what it touches (log/pending.py). A read looks in this process
+(cache/l1.py), then goes on to Redis and the store (cache/read_path.py). The feed (feed/subscription.py) drops what went stale.
 """
 
 from __future__ import annotations
@@ -23,49 +23,9 @@ from typing import Any, Final, Literal
 import orjson
 from redis.exceptions import RedisError
 
-from .connection import Link
-from .errors import (
-    BusClosed,
-    DimensionChanged,
-    DurabilityUnavailable,
-    IdentityMismatch,
-    InvalidMemory,
-    InvalidQuery,
-    LogUnavailable,
-    MemoryNotFound,
-    NotCommitted,
-    SettingsError,
-    StoreError,
-    StoreUnavailable,
-    WrongLoop,
-)
-from .events import DELETE, DELETE_ROOM, PUT, UPDATE, Event
-from .feed import Feed
-from .health import Checkup
-from .identity import Acquaintance
-from .keys import (
-    Dimensions,
-    Version,
-    id_scope,
-)
-from .live.scopes import LiveScopes
-from .local import MISS, LocalCache
-from .log import Publisher, Syncer, forget_producers, last_pending
-from .marks import Marks, Write
-from .memory import (
-    Context,
-    Memories,
-    Memory,
-    Row,
-    canonical_id,
-    check_dimensions,
-    check_size,
-    encode,
-    encode_embedding,
-    encode_object,
-)
-from .outbox import Outbox
-from .query import (
+from .cache.l1 import MISS, LocalCache
+from .cache.l2 import SharedCache
+from .cache.query import (
     COUNT,
     GET,
     GET_FIELD,
@@ -83,14 +43,54 @@ from .query import (
     scope_of,
     timeout_of,
 )
-from .redis_errors import AWAY
+from .cache.read_path import Tiers
+from .cache.shadow import Shadow
+from .connection.link import Link
+from .connection.server_errors import AWAY
+from .errors import (
+    BusClosed,
+    DimensionChanged,
+    DurabilityUnavailable,
+    IdentityMismatch,
+    InvalidMemory,
+    InvalidQuery,
+    LogUnavailable,
+    MemoryNotFound,
+    NotCommitted,
+    SettingsError,
+    StoreError,
+    StoreUnavailable,
+    WrongLoop,
+)
+from .feed.subscription import Feed
+from .health.checkup import Checkup
+from .identity import Acquaintance
+from .keys import (
+    Dimensions,
+    Version,
+    id_scope,
+)
+from .live.scopes import LiveScopes
+from .log.events import DELETE, DELETE_ROOM, PUT, UPDATE, Event
+from .log.outbox import Outbox
+from .log.pending import Marks, Write
+from .log.publisher import Publisher, Syncer, forget_producers, last_pending
+from .memory import (
+    Context,
+    Memories,
+    Memory,
+    Row,
+    canonical_id,
+    check_dimensions,
+    check_size,
+    encode,
+    encode_embedding,
+    encode_object,
+)
 from .settings import Settings
-from .shadow import Shadow
-from .shared import SharedCache
 from .stats import Health, Stats
 from .store import Query, open_reader
 from .tasks import end
-from .tiers import Tiers
 
 logger = logging.getLogger("mnemobus")
 

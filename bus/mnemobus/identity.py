@@ -36,10 +36,10 @@ from typing import Any
 import orjson
 from redis.exceptions import RedisError
 
-from .connection import Link
+from .connection.link import Link
+from .connection.server_errors import AWAY
 from .errors import IdentityMismatch, MnemobusError, SettingsError, StoreError
 from .keys import Keyspace, Version
-from .redis_errors import AWAY
 from .store import Identity, Reader
 from .tasks import end
 

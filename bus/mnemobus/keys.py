@@ -156,7 +156,7 @@ class Keyspace:
         self.resync = f"{{{prefix}}}:resync"
         """Names the worker that applies the log again to a store which went back in time; expires."""
         self.workers = f"{{{prefix}}}:workers"
-        """A hash: consumer name of a worker process -> what it last told of itself (vitals.py)."""
+        """A hash: consumer name of a worker process -> what it last told of itself (health/vitals.py)."""
         self.probe = f"{{{prefix}}}:probe"
         """Never made: a write to it, where only a key that is there would change, shows whether writes are taken."""
         self._log = [f"{{{prefix}:l{p}}}:" for p in range(log_partitions)]

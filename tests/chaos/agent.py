@@ -31,10 +31,10 @@ from pathlib import Path
 from typing import Any
 
 import mnemobus
-import mnemobus.outbox
+import mnemobus.log.outbox
 from mnemobus import Bus, Memory, Receipt
 from mnemobus.errors import LogUnavailable, MemoryNotFound, MnemobusError, NotCommitted, StoreUnavailable
-from mnemobus.feed import Feed, Invalidation
+from mnemobus.feed.subscription import Feed, Invalidation
 from mnemobus.keys import Version, id_scope
 
 from .clocks import set_ahead
@@ -96,7 +96,7 @@ class Agent:
     def watch(self) -> None:
         """Wrap the feed, the outbox and the reads of this process."""
         apply, read, learn = Feed._apply, Bus._read, Bus._published
-        append = mnemobus.outbox.append
+        append = mnemobus.log.outbox.append
 
         def applied(feed: Feed, partition: Any, message: Invalidation) -> None:
             apply(feed, partition, message)
@@ -124,7 +124,7 @@ class Agent:
         Feed._apply = applied  # type: ignore[method-assign]
         Bus._read = answered  # type: ignore[method-assign]
         Bus._published = published  # type: ignore[method-assign]
-        mnemobus.outbox.append = appended
+        mnemobus.log.outbox.append = appended
 
     def _published(self, write: Any, version: Version, event: dict[str, str]) -> None:
         """A write is out of the outbox; ``write`` is None if it is one of an earlier process."""

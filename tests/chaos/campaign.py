@@ -33,9 +33,9 @@ from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 
 from mnemobus import Settings
-from mnemobus.events import decode
+from mnemobus.connection.server_errors import AWAY
 from mnemobus.keys import APPLY_GROUP, Keyspace, Version
-from mnemobus.redis_errors import AWAY
+from mnemobus.log.events import decode
 from mnemobus.store import Query, open_reader
 from servers import NoServer, PostgresServer, RedisServer, redis_binaries
 

@@ -18,7 +18,7 @@ import signal
 from pathlib import Path
 from typing import Any
 
-from mnemobus.connection import ThreadedLink
+from mnemobus.connection.link import ThreadedLink
 from mnemobus.store import merge
 from mnemobus_workers import broker
 from mnemobus_workers.apply import Applier

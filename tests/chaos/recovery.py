@@ -26,8 +26,8 @@ import redis.asyncio
 
 import mnemobus
 from mnemobus import Memory, Settings
+from mnemobus.cache.l1 import clock
 from mnemobus.keys import room_scope
-from mnemobus.local import clock
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from servers import RedisServer, Workers, eventually, redis_binaries

@@ -6,7 +6,7 @@ agent serves nothing, is what the world "join" shows. Every read of an agent tha
 asks L2, which answers with a result, or a lease, or neither; then it reads the store, and fills first its bucket and
 then L2.
 
-Modelled after apply.py, lua/fanout.lua, lua/lookup.lua, lua/fill.lua, shared.py, local.py and `Bus._load`.
+Modelled after apply.py, lua/fanout.lua, lua/lookup.lua, lua/fill.lua, cache/l2.py, cache/l1.py and `Bus._load`.
 """
 
 from __future__ import annotations

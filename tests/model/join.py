@@ -4,7 +4,7 @@ One agent and one feed partition with two scopes: A, which the agent reads, and 
 committed and fanned out at once, first those to A; message n of the feed answers for write n. Pub/sub may lose, delay,
 reorder and repeat messages, connections break, the stream may be trimmed or deleted.
 
-Modelled one to one after feed.py: SUBSCRIBE and its confirmation, `_settle` (as many at once as there were
+Modelled one to one after feed/subscription.py: SUBSCRIBE and its confirmation, `_settle` (as many at once as there were
 confirmations), messages that come early, the heartbeat with its question, its answer and its replay, leaving and
 joining again; and the local cache: a read takes its bucket first and fills it later.
 

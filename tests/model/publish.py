@@ -4,7 +4,7 @@ One agent, one partition of the log, some writes one after the other. Calls and 
 may arrive late, also after its repetition, and after its process was killed. The agent may be killed at any time and
 is started again; Redis may restart without what it had not saved yet, and be too full to take a call.
 
-Modelled after log.py (the publisher: one call in flight), outbox.py (the file) and lua/publish.lua.
+Modelled after log/publisher.py (the publisher: one call in flight), log/outbox.py (the file) and lua/publish.lua.
 """
 
 from __future__ import annotations

@@ -12,7 +12,7 @@ import redis.asyncio
 import mnemobus
 from chaos.proxy import DOWN, UP
 from mnemobus import Settings
-from mnemobus.local import clock
+from mnemobus.cache.l1 import clock
 from scenarios.conftest import Way
 from scenarios.telling import held, opened, said, sees, texts
 from servers import RedisServer, eventually, worker_threads

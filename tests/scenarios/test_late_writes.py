@@ -18,8 +18,8 @@ import redis
 import mnemobus
 from commands import Command
 from mnemobus import Settings
-from mnemobus.events import Event
 from mnemobus.keys import Keyspace
+from mnemobus.log.events import Event
 from mnemobus.memory import encode
 from outside import Log
 from rows import rows

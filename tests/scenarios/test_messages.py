@@ -10,9 +10,9 @@ import redis
 from redis.commands.core import Script
 
 from mnemobus import Settings
-from mnemobus.connection import script
+from mnemobus.cache.l1 import clock
+from mnemobus.connection.link import script
 from mnemobus.keys import Keyspace, room_scope
-from mnemobus.local import clock
 from scenarios.conftest import Way
 from scenarios.telling import held, opened, said, sees, texts
 from servers import AgentProcess, eventually

@@ -9,8 +9,8 @@ import pytest
 
 from commands import Command
 from mnemobus import Settings, WriteRejected
-from mnemobus.events import PUT, Event
 from mnemobus.keys import Dimensions
+from mnemobus.log.events import PUT, Event
 from mnemobus.memory import encode, new_id
 from mnemobus.store import open_writer
 from outside import Log, refuse_poison, stored

@@ -35,7 +35,9 @@ from tenacity import RetryCallState, Retrying, retry_if_exception, wait_random_e
 from tenacity.nap import sleep_using_event
 from tenacity.stop import stop_when_event_set
 
-from mnemobus.connection import Call, Script, ThreadedLink, script
+from mnemobus.connection.link import Call, Script, ThreadedLink, script
+from mnemobus.connection.server_errors import AWAY, code_of, meaning
+from mnemobus.connection.transport import Command
 from mnemobus.errors import (
     BadEvent,
     IdentityMismatch,
@@ -45,14 +47,12 @@ from mnemobus.errors import (
     SettingsError,
     StoreTooSlow,
 )
-from mnemobus.events import DELETE_ROOM, Event, decode, version_of
 from mnemobus.keys import Dimensions, Version, id_scope
-from mnemobus.marks import INDEXED
-from mnemobus.redis_errors import AWAY, code_of, meaning
+from mnemobus.log.events import DELETE_ROOM, Event, decode, version_of
+from mnemobus.log.pending import INDEXED
 from mnemobus.settings import Settings
 from mnemobus.store import Applied, Cursor, Deletion, Refused, Writer
 from mnemobus.store.merge import BEGINNING, STEP
-from mnemobus.wire import Command
 
 from .broker import Batch, Entry, Stopping
 from .report import State

@@ -41,10 +41,10 @@ from dramatiq.middleware import Middleware
 from redis.exceptions import RedisError
 from tenacity import Retrying, retry_if_exception, stop_after_delay, wait_random_exponential
 
-from mnemobus.connection import ThreadedLink
+from mnemobus.connection.link import ThreadedLink
+from mnemobus.connection.server_errors import AWAY, code_of, is_away, meaning
 from mnemobus.errors import MnemobusError
 from mnemobus.keys import APPLY_GROUP
-from mnemobus.redis_errors import AWAY, code_of, is_away, meaning
 from mnemobus.settings import Settings
 
 from .report import State

@@ -30,10 +30,10 @@ from typing import NamedTuple
 
 from redis.exceptions import RedisError
 
-from mnemobus.connection import ThreadedLink
+from mnemobus.connection.link import ThreadedLink
+from mnemobus.connection.server_errors import AWAY, code_of
 from mnemobus.errors import LogTrimmed, MnemobusError, SettingsError
 from mnemobus.keys import COPY_GROUP, REPLAY_GROUP, ZERO, Version
-from mnemobus.redis_errors import AWAY, code_of
 from mnemobus.settings import Settings
 from mnemobus.store import open_writer
 

@@ -11,10 +11,10 @@ from contextlib import contextmanager
 from redis.exceptions import RedisError
 
 import mnemobus
-from mnemobus.connection import ThreadedLink
+from mnemobus.connection.link import ThreadedLink
+from mnemobus.connection.server_errors import AWAY, code_of
 from mnemobus.errors import MnemobusError
-from mnemobus.redis_errors import AWAY, code_of
-from mnemobus.vitals import REPORT_EVERY, Report, read
+from mnemobus.health.vitals import REPORT_EVERY, Report, read
 
 logger = logging.getLogger("mnemobus.report")
 

@@ -20,12 +20,12 @@ from typing import Any
 import orjson
 from redis.exceptions import OutOfMemoryError, RedisError
 
-from mnemobus.connection import ThreadedLink, script
+from mnemobus.connection.link import ThreadedLink, script
+from mnemobus.connection.server_errors import AWAY
 from mnemobus.errors import IdentityMismatch, MnemobusError
-from mnemobus.events import DELETE_ROOM, Event
 from mnemobus.identity import Registered, arguments, check, check_owner
 from mnemobus.keys import APPLY_GROUP, Version
-from mnemobus.redis_errors import AWAY
+from mnemobus.log.events import DELETE_ROOM, Event
 from mnemobus.settings import Settings
 from mnemobus.store import Identity, Writer
 

@@ -21,7 +21,7 @@ import time
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
-from mnemobus.connection import ThreadedLink
+from mnemobus.connection.link import ThreadedLink
 from mnemobus.keys import APPLY_GROUP
 
 logger = logging.getLogger("mnemobus.broker")

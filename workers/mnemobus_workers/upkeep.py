@@ -19,9 +19,9 @@ import orjson
 from dramatiq.middleware import Middleware
 from redis.exceptions import RedisError
 
+from mnemobus.connection.server_errors import AWAY, meaning
 from mnemobus.errors import IdentityMismatch, MnemobusError
 from mnemobus.keys import APPLY_GROUP, COPY_GROUP, REPLAY_GROUP, Version
-from mnemobus.redis_errors import AWAY, meaning
 
 from .apply import Applier
 from .broker import Stopping, StreamBroker

@@ -37,11 +37,11 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar, Final
 from weakref import WeakValueDictionary
 
-from .keys import Version
+from ..keys import Version
 
 if TYPE_CHECKING:
-    from .live.channel import Channel
-    from .live.window import Window
+    from ..live.channel import Channel
+    from ..live.window import Window
 
 clock: Callable[[], float] = (
     partial(time.clock_gettime, time.CLOCK_BOOTTIME)

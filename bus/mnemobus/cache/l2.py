@@ -23,10 +23,10 @@ from itertools import count
 
 from redis.exceptions import RedisError, ResponseError
 
-from .connection import Link
-from .errors import SettingsError
-from .local import clock
-from .redis_errors import AWAY, REPLACED, code_of, meaning
+from ..connection.link import Link
+from ..connection.server_errors import AWAY, REPLACED, code_of, meaning
+from ..errors import SettingsError
+from .l1 import clock
 
 logger = logging.getLogger("mnemobus.shared")
 

@@ -17,9 +17,9 @@ from typing import Any, Final
 
 import orjson
 
-from .errors import InvalidMemory, InvalidQuery
-from .keys import Version
-from .memory import (
+from ..errors import InvalidMemory, InvalidQuery
+from ..keys import Version
+from ..memory import (
     Memories,
     Memory,
     Row,
@@ -30,7 +30,7 @@ from .memory import (
     pack_memories,
     unpack_memories,
 )
-from .store import Cursor, Query, Reader
+from ..store import Cursor, Query, Reader
 
 Place = Memory | datetime | tuple[datetime, str]
 """A place in a listing: a memory, or a date, or a date and the id of the memory that has it."""

@@ -25,16 +25,16 @@ from typing import Any
 
 from redis.exceptions import RedisError
 
-from .errors import SettingsError, StoreUnavailable
-from .feed import Feed
-from .keys import Keyspace
-from .live.scopes import LiveScopes
-from .local import EACH, MISS, Bucket, LocalCache, clock
-from .marks import Marks
+from ..connection.server_errors import AWAY
+from ..errors import SettingsError, StoreUnavailable
+from ..feed.subscription import Feed
+from ..keys import Keyspace
+from ..live.scopes import LiveScopes
+from ..log.pending import Marks
+from ..settings import Settings
+from .l1 import EACH, MISS, Bucket, LocalCache, clock
+from .l2 import Lease, SharedCache
 from .query import Plan
-from .redis_errors import AWAY
-from .settings import Settings
-from .shared import Lease, SharedCache
 
 logger = logging.getLogger("mnemobus.tiers")
 

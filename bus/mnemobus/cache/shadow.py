@@ -26,15 +26,15 @@ from typing import Any
 
 from redis.exceptions import RedisError
 
-from .errors import MnemobusError
-from .local import MISS, Bucket, LocalCache, clock
-from .marks import Marks
-from .memory import Row, unpack_memories
+from ..connection.server_errors import AWAY
+from ..errors import MnemobusError
+from ..log.pending import Marks
+from ..memory import Row, unpack_memories
+from ..settings import Settings
+from ..tasks import end
+from .l1 import MISS, Bucket, LocalCache, clock
+from .l2 import SharedCache
 from .query import Question, Versions, versions_of
-from .redis_errors import AWAY
-from .settings import Settings
-from .shared import SharedCache
-from .tasks import end
 
 logger = logging.getLogger("mnemobus.shadow")
 

@@ -8,11 +8,11 @@ import orjson
 import typer
 from redis.exceptions import RedisError
 
-from ..connection import ThreadedLink
+from ..connection.link import ThreadedLink
+from ..connection.server_errors import AWAY
 from ..errors import LogUnavailable, SettingsError
 from ..identity import Registered, arguments
 from ..keys import Version
-from ..redis_errors import AWAY
 from ..settings import Settings
 from ..store import Identity, open_writer
 from .console import emit, out

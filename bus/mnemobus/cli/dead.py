@@ -16,11 +16,11 @@ import orjson
 import typer
 from redis.exceptions import RedisError, ResponseError
 
-from ..connection import Link
+from ..connection.link import Link
+from ..connection.server_errors import AWAY, code_of, meaning
 from ..errors import LogFull, LogUnavailable, MnemobusError, SettingsError
 from ..keys import ZERO, Version
-from ..marks import INDEXED
-from ..redis_errors import AWAY, code_of, meaning
+from ..log.pending import INDEXED
 from ..settings import Settings
 from .console import emit, err, out, run_until_signal
 from .moments import moment_of

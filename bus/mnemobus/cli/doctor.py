@@ -14,16 +14,16 @@ from typing import Any
 import redis.asyncio
 from redis.exceptions import RedisError, ResponseError
 
-from ..connection import evaluate
-from ..diagnosis import Trouble, of_redis, of_server, of_store
+from ..connection.link import evaluate
+from ..connection.server_errors import AWAY
 from ..errors import IdentityMismatch, MnemobusError, SettingsError
-from ..health import AGENT_RIGHTS, NOBODY, WORKER_RIGHTS, forbidden, rights, write_probe
+from ..health.checkup import AGENT_RIGHTS, NOBODY, WORKER_RIGHTS, forbidden, rights, write_probe
+from ..health.diagnosis import Trouble, of_redis, of_server, of_store
+from ..health.vitals import LATE, Log, Worker, judge, read
 from ..identity import Registered, check, check_owner, misgivings
 from ..keys import Keyspace
-from ..redis_errors import AWAY
 from ..settings import POLICIES, Settings, hide_password
 from ..store import SCHEMA, open_reader
-from ..vitals import LATE, Log, Worker, judge, read
 from .console import emit, out, size
 from .finding import FAIL, OK, WARN, Finding
 from .inspection import ask, info, keyspace, looking_at, now, text

@@ -12,11 +12,11 @@ from redis.asyncio.connection import ConnectionPool
 from redis.exceptions import NoPermissionError, RedisError
 from redis.maint_notifications import MaintNotificationsConfig
 
-from ..connection import Link, parse_info
+from ..connection.link import Link, parse_info
+from ..connection.transport import Command
+from ..health.vitals import table, text
 from ..keys import Keyspace
 from ..settings import Settings
-from ..vitals import table, text
-from ..wire import Command
 
 
 @asynccontextmanager

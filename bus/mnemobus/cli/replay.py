@@ -13,9 +13,9 @@ from urllib.parse import unquote, urlsplit
 
 from redis.exceptions import RedisError
 
+from ..connection.server_errors import AWAY, meaning
 from ..errors import LogUnavailable, SettingsError
 from ..keys import Version
-from ..redis_errors import AWAY, meaning
 from ..settings import Settings, hide_password
 from ..tasks import end
 from .console import emit, err, out, run_until_signal

@@ -11,13 +11,13 @@ from typing import Any
 import redis.asyncio
 from redis.exceptions import RedisError
 
-from ..diagnosis import of_redis
+from ..connection.server_errors import AWAY
 from ..errors import MnemobusError, SettingsError
+from ..health.diagnosis import of_redis
+from ..health.vitals import read, reading_clients
 from ..keys import APPLY_GROUP, COPY_GROUP, REPLAY_GROUP, Version
-from ..redis_errors import AWAY
 from ..settings import Settings, hide_password
 from ..store import open_reader
-from ..vitals import read, reading_clients
 from .console import emit, out, run_until_signal, size
 from .inspection import ask, info, keyspace, looking_at, now, table, text
 

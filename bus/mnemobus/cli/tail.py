@@ -15,11 +15,11 @@ import redis.asyncio
 from redis.exceptions import RedisError
 from rich.text import Text
 
+from ..connection.server_errors import AWAY, DENIED, code_of, is_away, meaning
 from ..errors import BadEvent
-from ..events import DELETE_ROOM, Event, decode
-from ..feed import Invalidation, decode_entry
+from ..feed.subscription import Invalidation, decode_entry
 from ..keys import Version
-from ..redis_errors import AWAY, DENIED, code_of, is_away, meaning
+from ..log.events import DELETE_ROOM, Event, decode
 from ..settings import Settings, hide_password
 from .console import emit, err, out, run_until_signal
 from .inspection import ask, keyspace, looking_at, now, text

@@ -25,13 +25,13 @@ from typing import Any
 import redis.asyncio
 from redis.exceptions import RedisError
 
+from ..cache.query import Question, Versions, versions_of
+from ..connection.server_errors import AWAY, DENIED, code_of, meaning
 from ..errors import LogUnavailable, StoreUnavailable
-from ..feed import Invalidation
-from ..inquiry import Holding, Inquiry, decode_holding, encode_inquiry
+from ..feed.audit import Holding, Inquiry, decode_holding, encode_inquiry
+from ..feed.subscription import Invalidation
 from ..keys import Keyspace, Version
 from ..memory import Row
-from ..query import Question, Versions, versions_of
-from ..redis_errors import AWAY, DENIED, code_of, meaning
 from ..settings import Settings, hide_password
 from ..store import Cursor, Query, Reader, open_reader
 from ..tasks import end

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
-from ..connection import Link
+from ..connection.link import Link
 from ..errors import SettingsError
 from ..settings import Settings
 

@@ -3,7 +3,7 @@
 Every connection, of every pool, begins with the same handshake. It asks the server for its role and its run id: one
 round trip. A replica is refused: it doesn't know what happens, and takes no writes; as it may become the master, or the
 address may lead to another server soon, it counts as away. A connection that is open when its server becomes one is
-given up with the first answer that says so (redis_errors.py), and with it all others: new ones find the new master.
+given up with the first answer that says so (connection/server_errors.py), and with it all others: new ones find the new master.
 
 A run id that this process has not met means that the server restarted, failed over or was restored, and may have lost
 its last second. A server that was a replica meanwhile may have lost more: it took over what its master had. Then, on
@@ -42,13 +42,13 @@ from redis.backoff import NoBackoff
 from redis.exceptions import NoScriptError, RedisError, ResponseError
 from redis.maint_notifications import MaintNotificationsConfig
 
-from . import password
-from .errors import AccessDenied, SettingsError, UnsafeRedis
-from .keys import Keyspace
-from .redis_errors import AWAY, PASSING, REPLACED, Unfit, code_of, meaning
-from .settings import POLICIES, Settings, hide_password
-from .tasks import end
-from .wire import Argument, Command, Pool, Wire
+from .. import password
+from ..errors import AccessDenied, SettingsError, UnsafeRedis
+from ..keys import Keyspace
+from ..settings import POLICIES, Settings, hide_password
+from ..tasks import end
+from .server_errors import AWAY, PASSING, REPLACED, Unfit, code_of, meaning
+from .transport import Argument, Command, Pool, Wire
 
 logger = logging.getLogger("mnemobus.connection")
 

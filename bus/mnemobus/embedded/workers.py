@@ -16,11 +16,11 @@ from pathlib import Path
 from redis.exceptions import RedisError
 
 from .. import private
-from ..connection import Link
+from ..connection.link import Link
+from ..connection.server_errors import AWAY
+from ..health.vitals import reading_clients
 from ..keys import Keyspace
-from ..redis_errors import AWAY
 from ..settings import Settings
-from ..vitals import reading_clients
 from . import tethered
 from .processes import STOP_TIMEOUT, end, spawn
 from .tethered import PID_FILE

@@ -22,8 +22,8 @@ from typing import Any, NamedTuple
 
 import orjson
 
-from .keys import Keyspace, Version
-from .query import Question, Versions, versions_of
+from ..cache.query import Question, Versions, versions_of
+from ..keys import Keyspace, Version
 
 MAX_QUESTION = 4096
 """Bytes of a question; more is none."""

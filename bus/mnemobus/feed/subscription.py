@@ -29,7 +29,7 @@ Joining a partition: SUBSCRIBE, its confirmation, then the head as the position;
 and goes through the rules above once the position is known. Partitions that hold no bucket for a while are left.
 
 Each heartbeat also publishes a probe on the bus's own channel. A link on which not even the probes arrive is half
-open, and is replaced. The same channel brings what `mnemobus verify` asks (see inquiry.py).
+open, and is replaced. The same channel brings what `mnemobus verify` asks (see feed/audit.py).
 """
 
 from __future__ import annotations
@@ -45,18 +45,18 @@ import orjson
 from redis.asyncio.connection import AbstractConnection
 from redis.exceptions import RedisError
 
-from .connection import Call, Link, parse_info, script
-from .errors import AccessDenied, BusClosed, SettingsError
-from .inquiry import Inquiry, decode_inquiry, encode_holding
-from .keys import Version
-from .local import LocalCache, clock
-from .marks import Marks
-from .redis_errors import AWAY, Unfit, code_of, meaning
-from .tasks import end
-from .wire import Busy, Command
+from ..cache.l1 import LocalCache, clock
+from ..connection.link import Call, Link, parse_info, script
+from ..connection.server_errors import AWAY, Unfit, code_of, meaning
+from ..connection.transport import Busy, Command
+from ..errors import AccessDenied, BusClosed, SettingsError
+from ..keys import Version
+from ..log.pending import Marks
+from ..tasks import end
+from .audit import Inquiry, decode_inquiry, encode_holding
 
 if TYPE_CHECKING:
-    from .live.scopes import LiveScopes
+    from ..live.scopes import LiveScopes
 
 logger = logging.getLogger("mnemobus.feed")
 

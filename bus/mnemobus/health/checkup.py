@@ -5,7 +5,7 @@ As far as that can be known without writing. Redis is asked in one round trip, t
 - whether it takes writes, by a write that would change only what is there, to a key that never is: Redis refuses it for
   what it would refuse any other for (a replica, full, a disk that fails, too few replicas, no permission);
 - what this user may do, where the server can tell (Redis 7);
-- what waits in the log, and what workers tell of themselves (vitals.py);
+- what waits in the log, and what workers tell of themselves (health/vitals.py);
 - a read of a memory that is not there.
 
 A second round trip follows only where workers tell nothing, or something waits. What a managed server hides is no
@@ -22,24 +22,24 @@ from typing import TYPE_CHECKING, Any
 
 from redis.exceptions import RedisError
 
-from .connection import Call, Link, parse_info, script
+from ..cache.l1 import LocalCache, clock
+from ..connection.link import Call, Link, parse_info, script
+from ..connection.server_errors import AWAY, code_of
+from ..connection.transport import Argument, Command
+from ..errors import MnemobusError, SettingsError
+from ..keys import APPLY_GROUP, Keyspace, Version
+from ..settings import Settings
+from ..stats import Health
+from ..store import Reader
 from .diagnosis import SLOW, Trouble, of_redis, of_server, of_store
-from .errors import MnemobusError, SettingsError
-from .keys import APPLY_GROUP, Keyspace, Version
-from .local import LocalCache, clock
-from .redis_errors import AWAY, code_of
-from .settings import Settings
-from .stats import Health
-from .store import Reader
 from .vitals import Log, Worker, describe, judge, read, reading_clients, tables, text
-from .wire import Argument, Command
 
 if TYPE_CHECKING:
-    from .feed import Feed
-    from .identity import Acquaintance
-    from .outbox import Outbox
-    from .shadow import Shadow
-    from .shared import SharedCache
+    from ..cache.l2 import SharedCache
+    from ..cache.shadow import Shadow
+    from ..feed.subscription import Feed
+    from ..identity import Acquaintance
+    from ..log.outbox import Outbox
 
 logger = logging.getLogger("mnemobus.health")
 

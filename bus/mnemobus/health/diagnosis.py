@@ -12,8 +12,8 @@ from typing import Any, NamedTuple
 
 import redis.exceptions as redis
 
-from .errors import SchemaError, SettingsError
-from .redis_errors import code_of
+from ..connection.server_errors import code_of
+from ..errors import SchemaError, SettingsError
 
 SLOW = "is it the right address? Is the server overloaded, or paused?"
 PLAIN = "does it speak TLS? If not, write redis:// in REDIS_URL, not rediss://"

@@ -19,8 +19,8 @@ from typing import Any
 import orjson
 from redis.exceptions import ResponseError
 
+from ..settings import Settings
 from .diagnosis import Trouble, of_redis, of_store
-from .settings import Settings
 
 LATE = 30.0
 """Seconds after which an event that is not applied is overdue, if nothing else is applied either."""

@@ -24,8 +24,8 @@ from collections.abc import Callable, Sequence
 from enum import Enum
 from typing import NamedTuple
 
-from ..events import Event, decode
 from ..keys import Version
+from ..log.events import Event, decode
 
 EARLY = 1_000
 """Messages that wait for a position at most; beyond them the position is found by repair."""

@@ -1,6 +1,6 @@
 """Listening to the log's channels: joining them, repairing gaps from the log, and proving that nothing is missing.
 
-The messages come on the feed's connection (feed.py), and the feed's heartbeat calls `verify`. So local copies, live or
+The messages come on the feed's connection (feed/subscription.py), and the feed's heartbeat calls `verify`. So local copies, live or
 not, are served only while both know that they have heard everything.
 
 An event that an agent of an older version logs is not announced, and would be a silent hole. So the heartbeat also
@@ -16,12 +16,12 @@ from contextlib import suppress
 from itertools import repeat
 from typing import NamedTuple
 
-from ..connection import Call, Link, script
+from ..cache.l1 import clock
+from ..connection.link import Call, Link, script
+from ..connection.transport import Command
 from ..errors import BadEvent
-from ..events import DELETE_ROOM, Event, decode
 from ..keys import Dimensions, Version, slot_of, slots_of
-from ..local import clock
-from ..wire import Command
+from ..log.events import DELETE_ROOM, Event, decode
 from .channel import Announced, Channel, Heard, decode_announced
 
 logger = logging.getLogger("mnemobus.live")

@@ -26,20 +26,20 @@ from typing import Any
 
 from redis.exceptions import RedisError
 
-from ..connection import Call, Link, script
+from ..cache.l1 import MISS, LiveBucket, LocalCache, clock
+from ..cache.l2 import Lease, SharedCache
+from ..cache.query import GET, Plan, Question
+from ..connection.link import Call, Link, script
+from ..connection.server_errors import AWAY
+from ..connection.transport import Command
 from ..errors import BadEvent, MnemobusError
-from ..events import DELETE_ROOM, Event, decode
-from ..feed import Invalidation
+from ..feed.subscription import Invalidation
 from ..keys import ZERO, Dimensions, Version, slot_of
-from ..local import MISS, LiveBucket, LocalCache, clock
-from ..marks import INDEXED, Applied, Marks
+from ..log.events import DELETE_ROOM, Event, decode
+from ..log.pending import INDEXED, Applied, Marks
 from ..memory import Memory, Row, pack_memories, unpack_memories
-from ..query import GET, Plan, Question
-from ..redis_errors import AWAY
 from ..settings import Settings
-from ..shared import Lease, SharedCache
 from ..store import Query
-from ..wire import Command
 from .channel import Channel
 from .listener import Listener, Place
 from .window import Window

@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from itertools import islice
 
-from ..events import DELETE, DELETE_ROOM, PUT, Event
+from ..log.events import DELETE, DELETE_ROOM, PUT, Event
 from ..memory import Memory, Row, changed, place_of, size_of
 from ..store import Query
 

@@ -24,9 +24,9 @@ from typing import NamedTuple
 
 import orjson
 
-from .errors import BadEvent, InvalidMemory
-from .keys import ZERO, Dimensions, Version, room_scope
-from .memory import MAX_DEPTH, Row, check_dimensions
+from ..errors import BadEvent, InvalidMemory
+from ..keys import ZERO, Dimensions, Version, room_scope
+from ..memory import MAX_DEPTH, Row, check_dimensions
 
 PUT, UPDATE, DELETE, DELETE_ROOM = "put", "update", "delete", "delete_room"
 

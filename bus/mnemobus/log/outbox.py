@@ -4,7 +4,7 @@ The file is an SQLite database with one table of writes, in the order in which t
 reach the log once, whoever dies when:
 
 - A write is in the file, synced to disk, before its writer hears of it.
-- Writes are published in calls, as any others (log.py). Which writes go in which call, under which producer and
+- Writes are published in calls, as any others (log/publisher.py). Which writes go in which call, under which producer and
   sequence number, is in the file *before* the call is made, and stays as it is until the call was answered. So after a
   crash the same call is made again, and `publish.lua` answers it without doing it twice.
 - A call that was on its way when the log went away, its outcome unknown, enters the file with the number it had.
@@ -38,15 +38,15 @@ from weakref import WeakValueDictionary
 
 import aiosqlite
 
-from . import private
-from .connection import Link
-from .errors import BacklogFull, BadEvent, LogFull, MnemobusError, OutboxError, OutboxFull, OutboxInUse
+from .. import private
+from ..connection.link import Link
+from ..connection.server_errors import AWAY
+from ..errors import BacklogFull, BadEvent, LogFull, MnemobusError, OutboxError, OutboxFull, OutboxInUse
+from ..keys import ZERO, Version
+from ..tasks import end, in_background
 from .events import Event, decode
-from .keys import ZERO, Version
-from .log import CALL_BYTES, CALL_EVENTS, Field, Overtaken, append
-from .marks import Write
-from .redis_errors import AWAY
-from .tasks import end, in_background
+from .pending import Write
+from .publisher import CALL_BYTES, CALL_EVENTS, Field, Overtaken, append
 
 logger = logging.getLogger("mnemobus.outbox")
 

@@ -33,12 +33,12 @@ from typing import Any, NamedTuple, TypeVar
 
 from redis.exceptions import RedisError
 
-from .connection import Call, Link, script
-from .errors import BusClosed, NotCommitted, SettingsError, WriteRejected
-from .keys import APPLY_GROUP, ZERO, Version
-from .redis_errors import AWAY
-from .tasks import end
-from .wire import Command
+from ..connection.link import Call, Link, script
+from ..connection.server_errors import AWAY
+from ..connection.transport import Command
+from ..errors import BusClosed, NotCommitted, SettingsError, WriteRejected
+from ..keys import APPLY_GROUP, ZERO, Version
+from ..tasks import end
 
 logger = logging.getLogger("mnemobus.marks")
 

@@ -14,7 +14,7 @@ that go by one producer id (a copied outbox, a process that was forked) must not
 own: a repetition is known by a digest of its events, too.
 
 A log that can't be reached for a moment is waited for. Where that goes on, what the call carries, and everything after
-it, goes to the outbox (outbox.py) if there is one, which makes the same call once the log is back.
+it, goes to the outbox (log/outbox.py) if there is one, which makes the same call once the log is back.
 
 Publishing is no part of the caller's task: cancelling a write gives up the answer, not the write, and everything that
 has to follow a logged write (`on_logged`) follows.
@@ -36,8 +36,11 @@ from typing import Any, NamedTuple, Protocol
 from redis.exceptions import RedisError, ResponseError
 from tenacity import AsyncRetrying, RetryCallState, retry_if_exception_type, wait_random_exponential
 
-from .connection import Link, ThreadedLink, evalsha, script
-from .errors import (
+from ..cache.l2 import give_way
+from ..connection.link import Link, ThreadedLink, evalsha, script
+from ..connection.server_errors import AWAY, PASSING, Unfit, code_of, meaning
+from ..connection.transport import Wire, pack
+from ..errors import (
     BacklogFull,
     BadEvent,
     DurabilityUnavailable,
@@ -47,13 +50,10 @@ from .errors import (
     SettingsError,
     WriteFailed,
 )
+from ..keys import ZERO, Dimensions, Version, slot_of, slots_of
+from ..settings import Settings
 from .events import DELETE, DELETE_ROOM, Event, decode
-from .keys import ZERO, Dimensions, Version, slot_of, slots_of
-from .marks import Marks, Write
-from .redis_errors import AWAY, PASSING, Unfit, code_of, meaning
-from .settings import Settings
-from .shared import give_way
-from .wire import Wire, pack
+from .pending import Marks, Write
 
 logger = logging.getLogger("mnemobus.log")
 

@@ -11,8 +11,8 @@ from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
 from ..errors import SettingsError
-from ..events import Event
 from ..keys import Dimensions, Version
+from ..log.events import Event
 from ..memory import Row
 from ..settings import Settings
 

@@ -53,8 +53,8 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
-from ..events import DELETE, DELETE_ROOM, PUT, UPDATE, Event
 from ..keys import Dimensions
+from ..log.events import DELETE, DELETE_ROOM, PUT, UPDATE, Event
 from . import Applied, Cursor, Deletion, Refused
 
 Room = tuple[str, str]

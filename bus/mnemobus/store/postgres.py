@@ -42,8 +42,8 @@ from psycopg.pq import Format, TransactionStatus
 from psycopg.types.string import ByteaBinaryLoader
 
 from ..errors import MnemobusError, Rejected, SchemaError, SettingsError, StoreTooSlow, StoreUnavailable
-from ..events import Event
 from ..keys import Dimensions, Version
+from ..log.events import Event
 from ..settings import Settings
 from . import Applied, Cursor, Deletion, Identity, Totals, merge, migrations
 from .connections import AsyncConnections, Connections, Link, Server, Target

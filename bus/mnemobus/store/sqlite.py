@@ -25,8 +25,8 @@ import aiosqlite
 
 from .. import private
 from ..errors import Rejected, SchemaError, SettingsError, StoreError, StoreTooSlow, StoreUnavailable
-from ..events import Event
 from ..keys import Dimensions, Version
+from ..log.events import Event
 from ..settings import Settings
 from ..tasks import in_background
 from . import SCHEMA, Applied, Cursor, Deletion, Identity, merge, migrations

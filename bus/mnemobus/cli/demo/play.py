@@ -32,6 +32,7 @@ from typing import Any
 import orjson
 from redis.exceptions import RedisError
 
+from ...connection.server_errors import AWAY
 from ...embedded import (
     Embedded,
     absolute,
@@ -44,7 +45,6 @@ from ...embedded import (
     with_port,
 )
 from ...errors import MnemobusError, StoreUnavailable
-from ...redis_errors import AWAY
 from ...settings import Settings
 from ...store import open_reader
 from ..console import emit, err, run_until_signal
