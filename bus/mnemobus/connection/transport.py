@@ -21,7 +21,7 @@ import hiredis
 import redis.exceptions
 from redis.asyncio.connection import AbstractConnection
 
-from ..server_errors import REPLACED, code_of
+from .server_errors import REPLACED, code_of
 
 Argument = str | bytes | int | float
 Command = tuple[Argument, ...]
