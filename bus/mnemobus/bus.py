@@ -1,7 +1,8 @@
 """The public face: one `Bus` per process, opened by `connect`.
 
-A write goes to the log (log/publisher.py) and leaves marks on what it touches (log/pending.py). A read looks in this process
-(cache/l1.py), then goes on to Redis and the store (cache/read_path.py). The feed (feed/subscription.py) drops what went stale.
+A write goes to the log (log/publisher.py) and leaves marks on what it touches (log/pending.py). A read looks in this
+process (cache/l1.py), then goes on to Redis and the store (cache/read_path.py). What is read again is kept current from
+the log (live/), and the feed (feed/subscription.py) drops what went stale.
 """
 
 from __future__ import annotations
@@ -326,6 +327,10 @@ class Bus:
             await self._reader.open()
         except StoreUnavailable as error:
             return error
+        try:
+            await self._acquaintance.look()
+        except StoreError as error:
+            logger.debug("who the store is will be asked again: %s", error)
         return None
 
     async def close(self) -> None:
@@ -826,6 +831,14 @@ class Bus:
             return found  # type: ignore[no-any-return]
         return await self._recent(scope, key, table, room, entity, agent, world, limit, before, after)
 
+    def _hit(self, table: str, *, room: str | None = None, entity: str | None = None, limit: int) -> Any:
+        """What L1 answers to `recent` of a room or of an entity; MISS if it can't."""
+        if type(limit) is not int:
+            return MISS
+        if entity is not None:
+            return self._local.hit(scope_of(table, None, entity, None, None), (limit, entity, None, None))
+        return self._local.hit(scope_of(table, room, None, None, None), limit)
+
     async def _recent(
         self,
         scope: str,
@@ -884,10 +897,18 @@ class Bus:
         The newest of table "messages" in the room, and of table "facts" about the entity (in the room, where no
         entity is given).
         """
-        said, known = await asyncio.gather(
-            self.recent("messages", room=room, limit=messages),
-            self.recent("facts", room=room if entity is None else None, entity=entity, limit=facts),
-        )
+        about: dict[str, Any] = {"room": room} if entity is None else {"entity": entity}
+        said = self._hit("messages", room=room, limit=messages)
+        known = self._hit("facts", **about, limit=facts)
+        if said is MISS and known is MISS:
+            said, known = await asyncio.gather(
+                self.recent("messages", room=room, limit=messages),
+                self.recent("facts", **about, limit=facts),
+            )
+        elif said is MISS:
+            said = await self.recent("messages", room=room, limit=messages)
+        elif known is MISS:
+            known = await self.recent("facts", **about, limit=facts)
         return Context(said, known)
 
     async def _read(self, plan: Plan) -> Any:

@@ -181,9 +181,15 @@ class Acquaintance:
         """Bus, store and life, and the reader's openings, when it was last looked at both sides. None while the store
         has heard of no bus yet: another one may still get it."""
         self._known = False
+        self._ahead: Identity | None = None
+        """Who the store is, read while Redis was being connected to."""
         self._task: asyncio.Task[None] | None = None
         self.refused = ""
         """Why this bus and this store must not be used together."""
+
+    async def look(self) -> None:
+        """Ask the store who it is, for `start`, while Redis is not there yet. Raises StoreError."""
+        self._ahead = await self._reader.identity()
 
     async def start(self) -> None:
         """Agree, and go on looking. IdentityMismatch if they don't belong together."""
@@ -214,7 +220,9 @@ class Acquaintance:
 
     async def _agree(self) -> tuple[Identity, Registered]:
         link, openings = self._link, self._reader.openings
-        identity = await self._reader.identity()
+        identity, self._ahead = self._ahead, None
+        if identity is None:
+            identity = await self._reader.identity()
         try:
             check_owner(link.keys, link.address, identity)
             reply = await link.run("identity", [link.keys.identity], arguments(identity))

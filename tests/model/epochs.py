@@ -8,7 +8,8 @@ may lose everything, and what the heartbeat does then has to be enough.
 Time is counted from the moment at which nobody owes the fan-out any more: it was sent, and the epoch compared; or Redis
 has lost the event, so that nobody ever will. `MARKED` and `PASSED` are as in the world "join".
 
-Modelled after connection/link.py (handshake, `agree`), lua/epoch.lua, cache/l2.py, `Applier._fan_out` and feed/subscription.py.
+Modelled after connection/link.py (handshake, `agree`), lua/epoch.lua, cache/l2.py, `Applier._fan_out` and
+feed/subscription.py.
 """
 
 from __future__ import annotations

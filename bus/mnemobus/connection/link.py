@@ -3,7 +3,7 @@
 Every connection, of every pool, begins with the same handshake. It asks the server for its role and its run id: one
 round trip. A replica is refused: it doesn't know what happens, and takes no writes; as it may become the master, or the
 address may lead to another server soon, it counts as away. A connection that is open when its server becomes one is
-given up with the first answer that says so (connection/server_errors.py), and with it all others: new ones find the new master.
+given up with the first answer that says so (server_errors.py), and with it all others: new ones find the new master.
 
 A run id that this process has not met means that the server restarted, failed over or was restored, and may have lost
 its last second. A server that was a replica meanwhile may have lost more: it took over what its master had. Then, on
@@ -140,7 +140,7 @@ def _address(url: str) -> tuple[tuple[type[Any], type[Any]], dict[str, Any]]:
         options = dict(redis.asyncio.connection.parse_url(url))
         options.pop("connection_class", None)
         for cls in classes:
-            cls(**options)
+            cls(**options, driver_info=None)  # else its version is read from a file, each time
     except (TypeError, ValueError, AttributeError, RedisError) as error:
         named = [name for name in options if f"'{name}'" in str(error)]
         what = f"?{named[0]}= is no option of such a connection; leave it out" if named else error

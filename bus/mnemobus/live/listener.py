@@ -1,7 +1,7 @@
 """Listening to the log's channels: joining them, repairing gaps from the log, and proving that nothing is missing.
 
-The messages come on the feed's connection (feed/subscription.py), and the feed's heartbeat calls `verify`. So local copies, live or
-not, are served only while both know that they have heard everything.
+The messages come on the feed's connection (feed/subscription.py), and the feed's heartbeat calls `verify`. So local
+copies, live or not, are served only while both know that they have heard everything.
 
 An event that an agent of an older version logs is not announced, and would be a silent hole. So the heartbeat also
 compares how many events each partition has had with how many were announced.

@@ -4,7 +4,7 @@ The file is an SQLite database with one table of writes, in the order in which t
 reach the log once, whoever dies when:
 
 - A write is in the file, synced to disk, before its writer hears of it.
-- Writes are published in calls, as any others (log/publisher.py). Which writes go in which call, under which producer and
+- Writes are published in calls, as any others (publisher.py). Which writes go in which call, under which producer and
   sequence number, is in the file *before* the call is made, and stays as it is until the call was answered. So after a
   crash the same call is made again, and `publish.lua` answers it without doing it twice.
 - A call that was on its way when the log went away, its outcome unknown, enters the file with the number it had.
