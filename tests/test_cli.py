@@ -19,9 +19,9 @@ from mnemobus import Memory, Settings
 from mnemobus.cli import app
 from mnemobus.cli.moments import parse_moment
 from mnemobus.errors import SettingsError
-from mnemobus.keys import Keyspace, Version
+from mnemobus.keys import SLOTS, Keyspace, Version, slot_of
 from mnemobus.store import open_writer
-from servers import RedisServer, free_port, wait_until
+from servers import RedisServer, eventually, free_port, wait_until
 
 Start = Callable[..., Command]
 Connect = Callable[..., mnemobus.Bus]
@@ -220,6 +220,72 @@ def _wait_for_readers(settings: Settings, count: int) -> None:
     """Until so many wait for the log outside of the consumer group."""
     with redis.Redis.from_url(settings.redis_url) as client:
         wait_until(lambda: sum(c["cmd"] == "xread" for c in client.client_list()) >= count, 20)
+
+
+async def test_tail_shows_what_is_announced_to_agents_that_hold_it_live(
+    settings: Settings, connect: Connect, command: Start, client: redis.Redis
+) -> None:
+    # Given one who listens where agents do
+    watching = command("tail", "--live", "--json", "-n", "4", settings=settings)
+    plain = command("tail", "--live", "-n", "4", settings=settings)
+    channel = keys(settings).live_channel(0, SLOTS - 1)
+    await eventually(lambda: client.pubsub_numsub(channel)[0][1] == 2, 20)
+    # If something is written, too much to be sent along, or without sense
+    async with connect() as bus:
+        memory = said("salty", entity="alice")
+        first = await bus.write(memory)
+        large = await bus.write(said("x" * 100_000))
+        await bus.delete_room("messages", room="kitchen")
+        client.publish(channel, "nonsense")
+    # Then each is one line, with the slots whose listeners hear it
+    assert watching.status == plain.status == 0
+    by_version = {record["version"]: record for record in watching.lines}
+    put = by_version[str(first.version)]
+    partition = keys(settings).log_partition("kitchen")
+    assert (put["type"], put["op"], put["id"], put["partition"]) == (
+        "announcement",
+        "put",
+        memory.id,
+        partition,
+    )
+    assert set(put["slots"]) == {slot_of("room", "kitchen"), slot_of("entity", "alice")}
+    assert "op" not in by_version[str(large.version)]
+    assert next(r["error"] for r in watching.lines if r["type"] == "error").startswith(
+        f"slot {SLOTS - 1}: can't"
+    )
+    assert re.search(rf"live [\d/]+ +put +table=messages room=kitchen entity=alice {memory.id}", plain.out)
+    assert f"{large.version}, too large to be sent along" in plain.out
+
+
+@pytest.mark.parametrize("option", ["--events", "--invalidations", "--since=1h"])
+def test_what_is_announced_is_not_kept(settings: Settings, command: Start, option: str) -> None:
+    tail = command("tail", "--live", option, settings=settings)
+    assert tail.status == 2
+    assert "announcements are not kept" in " ".join(tail.err.replace("│", " ").split())
+
+
+async def test_stats_tell_of_live_scopes(
+    settings: Settings, connect: Connect, command: Start, client: redis.Redis
+) -> None:
+    # Given two agents that hold a room live, and an event that an agent of an older version logged
+    async with connect() as one, connect() as other:
+        for bus in (one, other):
+            limits = iter(range(1, 60))
+
+            async def is_live(bus: mnemobus.Bus = bus, limits: Iterator[int] = limits) -> bool:
+                await bus.recent("messages", room="kitchen", limit=next(limits))
+                return bus.stats().live_windows == 1
+
+            await eventually(is_live)
+        partition = keys(settings).log_partition("elsewhere")
+        client.xadd(keys(settings).log(partition), {"op": "delete_room", "table": "t", "room": "elsewhere"})
+        client.hincrby(keys(settings).meter(partition), "added", 1)
+        # Then both figures are there
+        figures, shown = command("stats", "--json", settings=settings), command("stats", settings=settings)
+        assert figures.status == shown.status == 0
+        assert figures.lines[0]["live"] == {"channels": 1, "subscriptions": 2, "unannounced": 1}
+        text = " ".join(shown.out.replace("│", " ").split())
+        assert "1 channels of the log are listened to, 2 subscriptions of agents; 1 events were not" in text
 
 
 async def test_tail_begins_where_it_is_told_and_shows_what_can_not_be_read(

@@ -222,6 +222,9 @@ def _stats(
 def _tail(
     events: Annotated[bool, typer.Option("--events", help="Only writes.")] = False,
     invalidations: Annotated[bool, typer.Option("--invalidations", help="Only invalidations.")] = False,
+    live: Annotated[
+        bool, typer.Option("--live", help="Writes as they are announced to agents that hold them live.")
+    ] = False,
     since: Annotated[
         str | None,
         typer.Option(
@@ -238,12 +241,25 @@ def _tail(
       mnemobus tail
       mnemobus tail --events --since 10m
       mnemobus tail --invalidations --json --count 100
+      mnemobus tail --live
     """
     from .tail import run
 
+    if live and (events or invalidations or since is not None):
+        raise typer.BadParameter(
+            "announcements are not kept, so --live begins now, and shows nothing else: leave out --events,"
+            " --invalidations and --since"
+        )
     both = events == invalidations
     raise typer.Exit(
-        run(events=events or both, invalidations=invalidations or both, since=since, count=count, json=json)
+        run(
+            events=events or both,
+            invalidations=invalidations or both,
+            live=live,
+            since=since,
+            count=count,
+            json=json,
+        )
     )
 
 

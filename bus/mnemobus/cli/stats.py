@@ -15,7 +15,7 @@ from ..connection.server_errors import AWAY
 from ..errors import MnemobusError, SettingsError
 from ..health.diagnosis import of_redis
 from ..health.vitals import read, reading_clients
-from ..keys import APPLY_GROUP, COPY_GROUP, REPLAY_GROUP, Version
+from ..keys import APPLY_GROUP, COPY_GROUP, REPLAY_GROUP, SLOTS, Version
 from ..settings import Settings, hide_password
 from ..store import open_reader
 from .console import emit, out, run_until_signal, size
@@ -62,6 +62,7 @@ async def gather(settings: Settings) -> dict[str, Any]:
         "log": partitions,
         "workers": redis.pop("workers", []),
         "feed": redis.pop("feed", {}),
+        "live": redis.pop("live", {}),
         "redis": redis,
         "store": store,
     }
@@ -88,14 +89,18 @@ async def redis_figures(settings: Settings) -> dict[str, Any]:
                         ("XLEN", keys.dead(p)),
                         ("XRANGE", keys.log(p), "-", "+", "COUNT", 1),
                         ("XPENDING", keys.log(p), APPLY_GROUP),
+                        ("PUBSUB", "NUMSUB", *(keys.live_channel(p, slot) for slot in range(SLOTS))),
+                        ("HGET", keys.heads(p), "n"),
                     )
                 ],
             )
-            given = [_last_delivered(replies[7 * p + 2]) for p in partitions]
+            each = len(replies) // len(partitions)
+            of = [replies[each * p : each * (p + 1)] for p in partitions]
+            given = [_last_delivered(of[p][2]) for p in partitions]
             next_up = await ask(
                 client, [("XRANGE", keys.log(p), f"({given[p]}", "+", "COUNT", 1) for p in partitions]
             )
-            replays = [await _replays(client, keys.log(p), replies[7 * p + 2]) for p in partitions]
+            replays = [await _replays(client, keys.log(p), of[p][2]) for p in partitions]
             feeds = [keys.feed(f) for f in range(keys.feed_partitions)]
             listeners, epoch, clients, reports, *lengths = await ask(
                 client,
@@ -121,9 +126,8 @@ async def redis_figures(settings: Settings) -> dict[str, Any]:
         "policy": server.get("maxmemory_policy"),
         "clients": int(server.get("connected_clients", 0)),
         "reading": None if isinstance(clients, Exception) else reading_clients(clients),
-        "log": [
-            _partition(p, [*replies[7 * p : 7 * p + 7], next_up[p]], replays[p], clock) for p in partitions
-        ],
+        "log": [_partition(p, [*of[p][:7], next_up[p]], replays[p], clock) for p in partitions],
+        "live": _live(of),
         "feed": {
             "partitions": keys.feed_partitions,
             "messages": sum(n for n in lengths if isinstance(n, int)),
@@ -192,6 +196,25 @@ def _partition(number: int, replies: list[Any], replays: list[Any], clock: float
     }
 
 
+def _live(partitions: list[list[Any]]) -> dict[str, Any]:
+    """Of the channels on which the log announces its events: how many are listened to, and by how many agents each, in
+    all; and how many events were logged without being announced, ever, by agents of an older version."""
+    listeners: list[int] | None = []
+    unannounced = 0
+    for _, meter, *_, numsub, announced in partitions:
+        if isinstance(numsub, Exception):
+            listeners = None  # some servers, and some users' permissions, hide who listens
+        elif listeners is not None:
+            listeners += [int(n) for n in table(numsub).values() if int(n)]
+        if not isinstance(meter, Exception) and not isinstance(announced, Exception):
+            unannounced += max(int(meter[0] or 0) - int(announced or 0), 0)
+    return {
+        "channels": None if listeners is None else len(listeners),
+        "subscriptions": None if listeners is None else sum(listeners),
+        "unannounced": unannounced,
+    }
+
+
 def _age(id: bytes, clock: float) -> float:
     """Seconds since an entry was added, by the server's clock."""
     return max(round(clock - Version.parse(id).ms / 1000, 3), 0.0)
@@ -237,7 +260,7 @@ def render(figures: dict[str, Any]) -> Any:
     rest = Table(show_header=False)
     rest.add_column()
     rest.add_column()
-    redis, feed, store = figures["redis"], figures["feed"], figures["store"]
+    redis, feed, live, store = figures["redis"], figures["feed"], figures["live"], figures["store"]
     if "error" in redis:
         rest.add_row("Redis", f"[red]{redis['error']}[/red]")
     else:
@@ -256,6 +279,16 @@ def render(figures: dict[str, Any]) -> Any:
                 else f" {feed['subscriptions']:,} subscriptions of agents"
             ),
         )
+        heard = (
+            "subscriptions can't be told"
+            if live["channels"] is None
+            else f"{live['channels']:,} channels of the log are listened to,"
+            f" {live['subscriptions']:,} subscriptions of agents"
+        )
+        silent = live["unannounced"]
+        if silent:
+            heard += f"; {silent:,} events were not announced, by agents of an older version"
+        rest.add_row("live", heard)
     if "error" in store:
         rest.add_row("store", f"[red]{store['error']}[/red]")
     else:

@@ -2,13 +2,16 @@
 
 It reads the streams from a position of its own, not through the consumer group, so the workers don't notice.
 A Redis that goes away is waited for; its streams are read on from where they were.
+
+``--live`` listens to the channels on which events are announced as they are logged, as agents with live scopes do.
+What passes while Redis or the connection is away is not shown then: pub/sub keeps nothing.
 """
 
 from __future__ import annotations
 
 import asyncio
 from datetime import UTC, datetime
-from typing import Any
+from typing import Any, NamedTuple, Protocol
 
 import orjson
 import redis.asyncio
@@ -18,7 +21,8 @@ from rich.text import Text
 from ..connection.server_errors import AWAY, DENIED, code_of, is_away, meaning
 from ..errors import BadEvent
 from ..feed.subscription import Invalidation, decode_entry
-from ..keys import Version
+from ..keys import SLOTS, Keyspace, Version
+from ..live.channel import decode_announced
 from ..log.events import DELETE_ROOM, Event, decode
 from ..settings import Settings, hide_password
 from .console import emit, err, out, run_until_signal
@@ -28,14 +32,38 @@ from .moments import parse_moment
 _READ = 500
 
 
-def run(*, events: bool, invalidations: bool, since: str | None, count: int | None, json: bool) -> int:
+def run(
+    *, events: bool, invalidations: bool, live: bool, since: str | None, count: int | None, json: bool
+) -> int:
     settings = Settings.load()
     begin = None if since is None else parse_moment(since, "--since")
-    return run_until_signal(_main(settings, events, invalidations, begin, count, json))
+    tail = LiveTail(settings) if live else Tail(settings, events, invalidations)
+    return run_until_signal(_main(settings, tail, begin, count, json))
 
 
-Item = Event | Invalidation | str
-"""What an entry says; or why it can't be read."""
+class Announcement(NamedTuple):
+    """An event as it is announced on channels of the log.
+
+    event  None if it was too large to be sent along
+    slots  those on whose channels it was
+    """
+
+    event: Event | None
+    slots: tuple[int, ...]
+
+
+Item = Event | Invalidation | Announcement | str
+"""What an entry or a message says; or why it can't be read."""
+
+
+class Source(Protocol):
+    """Where what is shown comes from."""
+
+    async def begin(self, client: redis.asyncio.Redis, since: float | Version | None) -> None:
+        """Begin there; now, if that is None."""
+
+    async def next(self, client: redis.asyncio.Redis) -> list[tuple[Version, Item, int]]:
+        """What came since the last call, in order, with its partition; after a moment, nothing."""
 
 
 class Tail:
@@ -93,15 +121,55 @@ class Tail:
             return f"can't be decoded: {error}"
 
 
+class LiveTail:
+    """The channels on which events are announced. Each event comes once for each slot that it touches."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+        self._places: dict[str, tuple[int, int]] = {}
+        self._pubsub: redis.asyncio.client.PubSub | None = None
+
+    async def begin(self, client: redis.asyncio.Redis, since: float | Version | None) -> None:
+        keys = await keyspace(client, self._settings)
+        self._places = _places(keys)
+        pubsub = client.pubsub()
+        await pubsub.subscribe(*self._places)
+        for _ in self._places:
+            await pubsub.get_message(timeout=self._settings.redis_timeout)
+        self._pubsub = pubsub
+
+    async def next(self, client: redis.asyncio.Redis) -> list[tuple[Version, Item, int]]:
+        assert self._pubsub is not None
+        found: dict[tuple[int, Version], Announcement] = {}
+        bad: list[tuple[Version, Item, int]] = []
+        wait = self._settings.redis_timeout / 2
+        while len(found) < _READ:
+            message = await self._pubsub.get_message(ignore_subscribe_messages=True, timeout=wait)
+            if message is None:
+                break
+            wait = 0.02  # an event's messages come one after the other
+            partition, slot = self._places[text(message["channel"])]
+            try:
+                told = decode_announced(message["data"])
+            except ValueError as error:
+                bad.append((Version(0, 0), f"slot {slot}: can't be decoded: {error}", partition))
+                continue
+            before = found.get((partition, told.version))
+            slots = (*(before.slots if before else ()), slot)
+            found[partition, told.version] = Announcement(told.event, slots)
+        return bad + [(version, item, partition) for (partition, version), item in sorted(found.items())]
+
+
+def _places(keys: Keyspace) -> dict[str, tuple[int, int]]:
+    """Log partition and slot of each channel."""
+    return {
+        keys.live_channel(p, slot): (p, slot) for p in range(keys.log_partitions) for slot in range(SLOTS)
+    }
+
+
 async def _main(
-    settings: Settings,
-    events: bool,
-    invalidations: bool,
-    since: float | Version | None,
-    count: int | None,
-    json: bool,
+    settings: Settings, tail: Source, since: float | Version | None, count: int | None, json: bool
 ) -> int:
-    tail = Tail(settings, events, invalidations)
     begun = away = False
     shown = 0
     async with looking_at(settings) as client:
@@ -114,6 +182,7 @@ async def _main(
             except (*AWAY, RedisError) as error:
                 if code_of(error) in DENIED or not is_away(error):
                     raise  # waiting would not help
+                begun = begun and not isinstance(tail, LiveTail)  # it has to subscribe again
                 if not away:
                     away = True
                     where = hide_password(settings.redis_url)
@@ -150,10 +219,13 @@ def _record(version: Version, item: Item, partition: int) -> dict[str, Any]:
             "scopes": list(item.scopes),
             "rejected": {str(v): reason for v, reason in item.dead.items()},
         }
-    record: dict[str, Any] = {
-        "type": "event",
-        "partition": partition,
-        "version": str(version),
+    record: dict[str, Any] = {"type": "event", "partition": partition, "version": str(version)}
+    if isinstance(item, Announcement):
+        record |= {"type": "announcement", "slots": list(item.slots)}
+        if item.event is None:
+            return record
+        item = item.event
+    record |= {
         "op": item.op,
         **item.dimensions._asdict(),
     }
@@ -184,6 +256,11 @@ def _line(version: Version, item: Item) -> Text:
         if item.dead:
             line.append(f"  rejected: {'; '.join(item.dead.values())}", style="red")
         return line
+    if isinstance(item, Announcement):
+        line.append(f"live {'/'.join(map(str, item.slots)):<16}", style="cyan")
+        if item.event is None:
+            return line.append(f"{version}, too large to be sent along", style="dim")
+        item = item.event
     line.append(f"{item.op:<12}", style=_COLORS[item.op])
     names = " ".join(f"{k}={_plain(v)}" for k, v in item.dimensions._asdict().items() if v is not None)
     line.append(f"{names} {item.id}".rstrip(), style="default")
