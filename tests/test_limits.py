@@ -21,7 +21,8 @@ import redis.asyncio
 import mnemobus
 from chaos.proxy import Proxy
 from commands import Command
-from mnemobus import LogFull, Memory, Settings, memory, shared
+from mnemobus import LogFull, Memory, Settings, memory
+from mnemobus.cache import l2
 from mnemobus.connection.link import Link, ThreadedLink
 from mnemobus.keys import Keyspace, Version
 from mnemobus.log.pending import MARKS, Marks
@@ -235,7 +236,7 @@ def test_a_memory_that_is_gone_is_not_kept_for_its_content(monkeypatch: pytest.M
 async def test_a_bucket_that_is_full_gives_way_to_newer_results(
     settings: Settings, connect: Connect, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(shared, "MAX_FIELDS", 8)
+    monkeypatch.setattr(l2, "MAX_FIELDS", 8)
     with worker_threads(settings):
         async with connect(shadow_reads=0, live="off") as one, connect(shadow_reads=0, live="off") as two:
             await one.write(said("x"), durability="committed")

@@ -100,6 +100,33 @@ async def test_g6_g9_an_own_write_is_in_the_next_answer_though_no_worker_runs(
         assert await texts(alice) == []
 
 
+async def test_g6_a_window_that_is_behind_an_own_write_catches_up_before_it_answers(
+    settings: Settings, connect: Connect, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with connect() as alice, connect() as bob:
+        await hold(bob)
+        # Given a write of another agent that did not arrive
+        monkeypatch.setattr(bob._live.listener, "hear", lambda name, data: True)
+        for n in range(5):
+            await alice.write(said(f"{n} of others"))
+            # If the agent writes itself, then the next answer has both
+            await bob.write(said(f"{n} of mine"))
+            assert (await texts(bob))[:2] == [f"{n} of mine", f"{n} of others"]
+
+
+async def test_g9_a_window_that_is_opened_has_what_is_logged_and_not_committed(
+    settings: Settings, connect: Connect
+) -> None:
+    # Given writes that no worker has come to
+    async with connect() as alice, connect() as bob:
+        memory = said("1")
+        await alice.write_many([memory, said("2")])
+        await alice.update(memory.id, content={"text": "changed"})
+        # If another agent opens their room, then it has them
+        await hold(bob)
+        assert await texts(bob) == ["2", "changed"]
+
+
 async def test_g9_another_agent_sees_each_write_without_waiting_for_the_commit(
     settings: Settings, connect: Connect
 ) -> None:
@@ -353,6 +380,27 @@ async def test_g7_a_write_that_waits_in_the_outbox_is_waited_for_and_then_there(
             await becomes(["kept"], bus)
 
 
+async def test_g6_a_write_that_goes_to_the_outbox_while_redis_answers_is_not_missing_from_an_answer(
+    own_redis: Any, settings: Settings
+) -> None:
+    server: RedisServer = own_redis()
+    settings = settings.model_copy(update={"redis_url": server.url})
+    async with (
+        mnemobus.connect(**{**settings.model_dump(), "own_write_timeout": 0.05}) as bus,
+        redis.asyncio.Redis.from_url(server.url) as client,
+    ):
+        await hold(bus)
+        assert (await bus.recent("messages", room="r1", limit=4)).source == "local"
+        # Given a Redis that answers, and takes no writes
+        await client.config_set("min-replicas-to-write", "1")
+        # If something is written, then the very next answer does not pass for one that has it
+        receipt = await bus.write(said("kept"))
+        assert receipt.outboxed
+        assert (await bus.recent("messages", room="r1", limit=4)).stale
+        await client.config_set("min-replicas-to-write", "0")
+        await becomes(["kept"], bus)
+
+
 async def test_g9_what_was_shown_live_is_not_missing_from_a_classic_answer_after_it(
     settings: Settings, connect: Connect
 ) -> None:
@@ -440,6 +488,31 @@ async def test_g5_a_feed_that_was_lost_takes_windows_along(
         )
         # Then what it may have told is not known: the window goes
         await eventually(lambda: bus.stats().resets == 1)
+        assert bus._local.live("room:messages:r1") is None
+
+
+async def test_g5_a_feed_that_is_lost_while_a_window_is_opened_takes_it_along(
+    settings: Settings, connect: Connect, client: redis.asyncio.Redis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    keys = keys_of(settings)
+    async with connect() as bus:
+        await hold(bus)
+        bus._local.clear()
+        # Given a room that is being opened, and its partition of the feed does not reach back meanwhile
+        base = bus._live._base
+
+        async def lost_meanwhile(plan: object) -> object:
+            found = await base(plan)  # type: ignore[arg-type]
+            message = {"prev": "5-5", "m": b'{"p":0,"v":[],"s":[]}'}
+            await client.xadd(
+                keys.feed(keys.feed_partition("room:messages:r1")), message, id="9999999999999-1"
+            )
+            await eventually(lambda: bus.stats().resets == 1)
+            return found
+
+        monkeypatch.setattr(bus._live, "_base", lost_meanwhile)
+        assert await texts(bus) == []
+        # Then nothing is held of it
         assert bus._local.live("room:messages:r1") is None
 
 

@@ -12,8 +12,9 @@ import pytest
 import redis
 
 import mnemobus
-from mnemobus import Health, Memory, Settings, Stats, errors, log
+from mnemobus import Health, Memory, Settings, Stats, errors
 from mnemobus.keys import APPLY_GROUP, Keyspace
+from mnemobus.log import publisher
 from mnemobus_workers import upkeep
 from mnemobus_workers.broker import DEAD_AFTER
 from mnemobus_workers.pool import make_broker
@@ -80,6 +81,8 @@ def test_the_table_of_keys_has_every_key() -> None:
         keys.log(0),
         keys.producers(0),
         keys.meter(0),
+        keys.heads(0),
+        keys.live_channel(0, 7).removesuffix("7") + "<slot>",
         keys.dead(0),
         keys.reasons(0),
         keys.feed(0),
@@ -107,7 +110,7 @@ def test_times_and_counts_are_those_of_the_code() -> None:
     assert (
         settings["outbox_max_bytes"].default == 64 << 20 and "`MNEMOBUS_OUTBOX_MAX_BYTES` (64 MiB)" in words
     )
-    assert log._PATIENCE == 0.5 and "outbox after half a second" in words
+    assert publisher._PATIENCE == 0.5 and "outbox after half a second" in words
     assert settings["feed_partitions"].default == 64 and settings["feed_length"].default == 4_096
     assert "each of 64 partitions holds its 4,096 messages" in words
 

@@ -125,6 +125,19 @@ def test_g9_a_window_that_takes_events_one_by_one_never_shows_what_the_log_has_n
             assert answer is None or shown(answer) == shown(truth[:limit])
 
 
+def test_g9_what_is_older_than_all_that_a_window_knows_does_not_enter_it() -> None:
+    # Given a window of the two newest of three
+    window = Window([], True, 2, 1 << 20)
+    for n in range(1, 4):
+        window.take(put(IDS[n], n, n))
+    # If one of the two goes, and something older comes
+    window.take(Event(DELETE, ROOM, IDS[3], version=Version(4, 0)))
+    window.take(put(IDS[0], 0, 5))
+    # Then the window does not take it for the next: there is another between them
+    assert window.newest(Query("messages", "r1"), 2) is None
+    assert [m.id for m in window.newest(Query("messages", "r1"), 1) or ()] == [IDS[2]]
+
+
 def test_a_window_is_bounded_in_bytes_and_is_not_complete_then() -> None:
     window = Window([], True, 64, 2_000)
     for n in range(10):

@@ -389,8 +389,11 @@ class LocalCache:
 
     def changed(self, bucket: LiveBucket) -> None:
         """A window has taken an event: answers from before it are no longer given."""
-        self.entries -= bucket.count
+        answered = bucket.count
+        self.entries -= answered
         bucket.query, bucket.value, bucket.more = MISS, None, None
+        if answered and self.on_drop is not None:
+            self.on_drop(bucket.scope)
         self.entries += bucket.count
         self._resize(bucket)
 

@@ -53,7 +53,7 @@ _SPARE = 16
 _TAIL = 1_000
 """Events above the applied mark that an opening reads at most of a partition; with more, a scope is not held live."""
 _JOIN_PATIENCE = 0.25
-"""Seconds that an opening waits for its channels."""
+"""Seconds that an opening waits for its channels; none while another has waited for so long in vain."""
 _POLL = (0.001, 0.05)
 """Seconds between questions whether what was shown is committed: the first, and the longest."""
 
@@ -114,6 +114,8 @@ class LiveScopes:
         self._applied: dict[int, Applied] = {}
         """By log partition, what was applied when that was last asked."""
         self._windows = 0
+        self._slow = False
+        """Whether channels were not confirmed in time, when one waited for some last."""
         self.reads = 0
         self.opened = 0
         self.misses = 0
@@ -246,9 +248,11 @@ class LiveScopes:
         if not all(self.listener.is_announced(partition) for partition, _ in places):
             return None, ""
         partition = self._link.keys.feed_partition(plan.scope)
-        channels = await self.listener.join(places, _JOIN_PATIENCE)
+        patience = 0.0 if self._slow else _JOIN_PATIENCE
+        channels = await self.listener.join(places, patience)
         # The feed tells what the store refuses, and what is applied without being in the log.
-        if channels is None or not await self._join(partition, _JOIN_PATIENCE):
+        self._slow = channels is None or not await self._join(partition, patience)
+        if channels is None or self._slow:
             return None, ""
         opening = self._openings[plan.scope] = Opening(plan.scope, partition, channels)
         for channel in channels:
