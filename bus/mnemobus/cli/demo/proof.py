@@ -53,13 +53,13 @@ def lost(writes: Sequence[dict[str, Any]], stored: dict[str, Row]) -> list[str]:
 
 
 def measure(summary: Summary, reports: list[dict[str, Any]], rooms: Sequence[Room]) -> None:
-    """Propagation: for each turn, how long after its acknowledgement each other agent dropped its copy."""
-    turns: dict[str, list[tuple[float, float, int]]] = defaultdict(list)
+    """Propagation: for each turn, how long after it was begun to be written each other agent gave up its old copy."""
+    turns: dict[str, list[tuple[float, int]]] = defaultdict(list)
     drops: list[dict[str, list[float]]] = []
     for number, report in enumerate(reports):
         for write in report["acknowledged"]:
             if write["table"] == "messages":
-                turns[write["room"]].append((write["began"], write["acknowledged"], number))
+                turns[write["room"]].append((write["began"], number))
         mine: dict[str, list[float]] = defaultdict(list)
         for scope, moment in report["drops"]:
             mine[scope].append(moment)
@@ -68,12 +68,12 @@ def measure(summary: Summary, reports: list[dict[str, Any]], rooms: Sequence[Roo
     for room in rooms:
         scope = room_scope("messages", room.name)
         said = sorted(turns[room.name])
-        for (began, acknowledged, writer), following in pairwise([*said, (float("inf"), 0.0, -1)]):
+        for (began, writer), following in pairwise([*said, (float("inf"), -1)]):
             for number, mine in enumerate(drops):
                 if number != writer:
                     # Before the next turn begins, the only drops of the room are those of this one.
                     dropped = [t for t in mine[scope] if began <= t < following[0]]
-                    samples += [max(dropped[0] - acknowledged, 0.0)] if dropped else []
+                    samples += [dropped[0] - began] if dropped else []
     samples.sort()
     summary.propagation_samples = len(samples)
     if samples:

@@ -61,7 +61,7 @@ def show(summary: Summary) -> None:
         (
             "propagation p50",
             f"{summary.propagation_p50_ms:.1f} ms",
-            "write acknowledged to copy dropped elsewhere",
+            "write begun to old copy gone elsewhere",
         ),
         ("propagation p99", f"{summary.propagation_p99_ms:.1f} ms", killed),
         (
