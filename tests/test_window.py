@@ -181,13 +181,13 @@ def test_g6_an_own_write_is_taken_where_it_follows_and_else_remembered() -> None
     channel.place(Version(1, 0))
     assert channel.answered(put(IDS[0], 1, 2), Version(2, 0), Version(1, 0))
     assert taken == [2]
-    assert channel.own is None
+    assert channel.due is None
     # One that another's write came before waits for that
     assert not channel.answered(put(IDS[0], 1, 4), Version(4, 0), Version(3, 0))
-    assert channel.own == Version(4, 0)
+    assert channel.due == Version(4, 0)
     channel.hear(announced(3, 2, put(IDS[0], 1, 3)))
     channel.hear(announced(4, 3, put(IDS[0], 1, 4)))
-    assert channel.own is None
+    assert channel.due is None
     assert taken == [2, 3, 4]
 
 

@@ -77,8 +77,8 @@ _MOST_PATIENCE = 64.0
 
 T = TypeVar("T")
 
-Touched = defaultdict[int, tuple[dict[str, None], dict[str, None]]]
-"""By feed partition: scopes and versions, each once and in order."""
+Touched = defaultdict[int, tuple[dict[str, str], dict[str, None]]]
+"""By feed partition: scopes, each with the last version that touched it, if any; and versions. Each once, in order."""
 
 
 def _passes(error: BaseException) -> bool:
@@ -442,17 +442,17 @@ class Applier:
             if event.op == DELETE_ROOM:
                 [scope] = event.scopes()
                 scopes, versions = rooms[partition_of(scope)]
-                scopes[scope] = versions[version] = None
+                scopes[scope], versions[version] = version, None
                 continue
             for scope, partition in self._places(event.id, event.dimensions):
                 scopes, versions = touched[partition]
-                scopes[scope] = versions[version] = None
+                scopes[scope], versions[version] = version, None
         for id, dimensions in cleared:
             for scope, partition in self._places(id, dimensions):
-                touched[partition][0][scope] = None
+                touched[partition][0].setdefault(scope, "")
         for dimensions in emptied:
             for scope, partition in self._shared_places(dimensions):
-                touched[partition][0][scope] = None
+                touched[partition][0].setdefault(scope, "")
         reasons = {str(version): reason for version, reason in dead.items()}
         for group in (touched, rooms):
             for partition, (scopes, versions) in group.items():
@@ -472,6 +472,9 @@ class Applier:
                         body["d"] = letters
                     if first_hand:
                         body["l"] = 1
+                        if last and len(versions) > 1:
+                            places = {version: place for place, version in enumerate(versions)}
+                            body["t"] = [places.get(scopes[scope], 0) for scope in part]
                     yield partition, part, orjson.dumps(body)
 
     def _places(self, id: str, dimensions: Dimensions) -> list[tuple[str, int]]:

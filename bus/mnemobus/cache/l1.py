@@ -365,6 +365,10 @@ class LocalCache:
         bucket = self._buckets.get(name)
         return bucket if isinstance(bucket, LiveBucket) else None
 
+    def live_of(self, scope: str) -> LiveBucket | None:
+        """The live bucket of a scope, by the scope's whole name."""
+        return self.live(_name(scope))
+
     def hold(self, bucket: LiveBucket, ttl: float) -> None:
         """Keep a live bucket, in place of what was cached under its scope."""
         before = self._buckets.get(bucket.name)

@@ -85,6 +85,7 @@ class Invalidation:
     first_hand
               whether all of them came from this epoch's log, under the versions that it gave them: who follows the log
               knows them. Not of a replay, of requeued letters, nor of workers of an older version.
+    last      for each scope the last of the versions that touched it; empty where that is not told
     """
 
     id: Version
@@ -95,13 +96,15 @@ class Invalidation:
     dead: dict[Version, str]
     epoch: str
     first_hand: bool = False
+    last: tuple[Version, ...] = ()
 
 
 def decode(id: bytes | str, previous: bytes | str, payload: bytes) -> Invalidation:
     """The message of an ID, its predecessor's ID and a JSON payload; ValueError if it is none.
 
-    Payload: {"p": log partition, "e": epoch, "v": [versions], "s": [scopes], "d": {version: reason}, "l": 1}, "d" and
-    "l" only where needed.
+    Payload: {"p": log partition, "e": epoch, "v": [versions], "s": [scopes], "d": {version: reason}, "l": 1, "t": [place]},
+    "d" and "l" only where needed. "t" is there where there is more than one version: for each scope the place in "v" of
+    the last version that touched it.
     """
     body = orjson.loads(payload)
     if not isinstance(body, dict):
@@ -114,16 +117,29 @@ def decode(id: bytes | str, previous: bytes | str, payload: bytes) -> Invalidati
     epoch = body.get("e", "")
     if not isinstance(epoch, str):
         raise ValueError("e is no epoch")
+    named = tuple(Version.parse(str(v)) for v in versions)
     return Invalidation(
         Version.parse(id),
         Version.parse(previous),
         partition,
-        tuple(Version.parse(str(v)) for v in versions),
+        named,
         tuple(scopes),
         {Version.parse(str(v)): str(reason) for v, reason in dead.items()},
         epoch,
         body.get("l") == 1,
+        named * len(scopes) if len(named) == 1 else _last_of(body.get("t", []), named, len(scopes)),
     )
+
+
+def _last_of(places: object, versions: tuple[Version, ...], count: int) -> tuple[Version, ...]:
+    """The versions at these places, one for each scope; none if it is not told."""
+    if not places:
+        return ()
+    if not isinstance(places, list) or len(places) != count:
+        raise ValueError("t is no list with a place for each scope")
+    if not all(type(place) is int and 0 <= place < len(versions) for place in places):
+        raise ValueError("t names a version that is not in v")
+    return tuple(versions[place] for place in places)
 
 
 def decode_message(data: bytes) -> Invalidation:

@@ -84,9 +84,9 @@ class Channel:
         "_early",
         "_take",
         "confirmed",
+        "due",
         "name",
         "number",
-        "own",
         "partition",
         "position",
         "ready",
@@ -103,8 +103,9 @@ class Channel:
         self.position: Version | None = None
         self.confirmed = False
         """Whether Redis has confirmed the subscription."""
-        self.own: Version | None = None
-        """The last own write of the slot that was answered and is beyond the position."""
+        self.due: Version | None = None
+        """The last version that is known to be logged and is beyond the position: of an own write, or told by the feed.
+        What is held may not be served until the position has come to it, or to the head."""
         self.ready = asyncio.Event()
         self.unused_since: float | None = None
         self._early: list[Announced] = []
@@ -130,23 +131,36 @@ class Channel:
             if previous == self.position:
                 self.move(event, version)
                 return True
-        if self.own is None or version > self.own:
-            self.own = version
+        self.tell(version)
         return False
+
+    def tell(self, version: Version) -> bool:
+        """An event of the slot is known to be logged; whether it is beyond the position."""
+        if self.position is not None and version <= self.position:
+            return False
+        if self.due is None or version > self.due:
+            self.due = version
+        return True
 
     def move(self, event: Event | None, version: Version) -> None:
         """The next event of the slot; None for one that changes nothing here, such as an entry that is no event."""
         self.position = version
-        if self.own is not None and version >= self.own:
-            self.own = None
+        if self.due is not None and version >= self.due:
+            self.due = None
         if event is not None:
             self._take(self, event)
+
+    def reached(self, head: Version, due: Version | None) -> None:
+        """The position has come to the head, which was asked for after it was known that ``due`` is logged: if that is
+        beyond the head, it is not of this slot."""
+        if self.position is not None and self.position >= head and self.due == due:
+            self.due = None
 
     def place(self, position: Version) -> bool:
         """The position is known now, or anew; whether what waited for it went through without a gap."""
         self.position = position
-        if self.own is not None and position >= self.own:
-            self.own = None
+        if self.due is not None and position >= self.due:
+            self.due = None
         early, self._early = self._early, []
         heard = [self.hear(message) for message in early]
         self.ready.set()
@@ -155,6 +169,6 @@ class Channel:
     def forget(self) -> None:
         """The position is not known any more."""
         self.position = None
-        self.own = None
+        self.due = None
         self._early.clear()
         self.ready.clear()

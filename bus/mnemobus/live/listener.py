@@ -236,6 +236,7 @@ class Listener:
 
     async def catch_up(self, channels: Sequence[Channel]) -> None:
         """Bring channels to their heads now, without waiting for pub/sub. Raises if that can't be done."""
+        due = {channel: channel.due for channel in channels}
         asked: dict[int, list[Channel]] = {}
         for channel in channels:
             asked.setdefault(channel.partition, []).append(channel)
@@ -248,6 +249,9 @@ class Listener:
                 for pair in zip(each, heads, strict=True)
             ]
             await self._repair([each for each in told if _is_behind(*each)])
+            for channel, head in told:
+                if not _is_behind(channel, head) and epoch == self._link.epoch:
+                    channel.reached(head, due.get(channel))
 
     async def _heads(self, asked: dict[int, list[Channel]]) -> list[Heads]:
         keys = self._link.keys

@@ -113,6 +113,8 @@ class LiveScopes:
         """By scope whose window is gone: what was shown live up to, by log partition, and may not be committed yet."""
         self._applied: dict[int, Applied] = {}
         """By log partition, what was applied when that was last asked."""
+        self._doubted: set[int] = set()
+        """Log partitions of which Redis may have lost what was shown, in a new epoch."""
         self._windows = 0
         self._slow = False
         """Whether channels were not confirmed in time, when one waited for some last."""
@@ -207,16 +209,16 @@ class LiveScopes:
         return self._missed.get(scope)
 
     async def _caught_up(self, bucket: LiveBucket) -> bool:
-        """Whether a window has the own writes that were answered; repairs its channels if need be."""
-        behind = [c for c in bucket.channels if c.own is not None and c.own > bucket.floors[c]]
+        """Whether a window has all that its channels are known to have been sent; repairs them if need be."""
+        behind = [c for c in bucket.channels if c.due is not None and c.due > bucket.floors[c]]
         if not behind:
             return True
         try:
             await self.listener.catch_up(behind)
         except (*AWAY, RedisError, MnemobusError) as error:
-            logger.debug("own writes can't be fetched from the log: %s", error)
+            logger.debug("what was not heard can't be fetched from the log: %s", error)
             return False
-        return not any(c.own is not None and c.own > bucket.floors.get(c, ZERO) for c in bucket.channels)
+        return not any(c.due is not None and c.due > bucket.floors.get(c, ZERO) for c in bucket.channels)
 
     # Opening
 
@@ -420,10 +422,24 @@ class LiveScopes:
             self._give_up(scope)
 
     def invalidated(self, message: Invalidation) -> None:
-        """The feed named what was committed. A window has it from the log, unless it was refused or never was there."""
+        """The feed named what was committed. A window has it from the log, or gets it before it answers again. What was
+        refused, or never was in the log, takes windows along."""
         if not message.first_hand or message.dead:
             for scope in message.scopes:
                 self._give_up(scope)
+            return
+        for scope, version in zip(message.scopes, message.last, strict=False):
+            bucket = self._local.live_of(scope)
+            holder = self._openings.get(scope) if bucket is None else bucket
+            if holder is None:
+                continue
+            for channel in holder.channels:
+                if (
+                    channel.partition == message.log_partition
+                    and channel.tell(version)
+                    and bucket is not None
+                ):
+                    self._local.changed(bucket)  # what it answered before lacks that
 
     def feed_lost(self, partition: int) -> None:
         """What a partition of the feed has told is not known. L1 has dropped what depends on it."""
@@ -464,11 +480,11 @@ class LiveScopes:
         self._shown.clear()
 
     def on_epoch(self) -> None:
-        """Redis may have lost what was shown: it is withdrawn."""
+        """Redis may have lost what was shown. What is left of it in the log is committed yet, and not to be missing."""
         for opening in self._openings.values():
             opening.cancelled = True
-        self._shown.clear()
         self._applied.clear()
+        self._doubted = set(range(self._link.keys.log_partitions))
         self.listener.forget()
 
     # What was shown
@@ -512,7 +528,27 @@ class LiveScopes:
 
     async def _ask_what_is_applied(self, partitions: Iterable[int]) -> None:
         asked = sorted(partitions)
+        await self._look_for_shown([partition for partition in asked if partition in self._doubted])
         self._applied.update(zip(asked, await self._marks.state(asked), strict=True))
+
+    async def _look_for_shown(self, partitions: Sequence[int]) -> None:
+        """After a new epoch: what was shown beyond the end of the log is lost, and will never be committed."""
+        if not partitions:
+            return
+        epoch, keys = self._link.epoch, self._link.keys
+        replies = await self._link.pipeline(
+            [("XREVRANGE", keys.log(partition), "+", "-", "COUNT", 1) for partition in partitions]
+        )
+        for partition, reply in zip(partitions, replies, strict=True):
+            if isinstance(reply, Exception):
+                raise reply
+            if epoch != self._link.epoch:
+                return
+            last = Version.parse(reply[0][0]) if reply else ZERO
+            for shown in self._shown.values():
+                if partition in shown:
+                    shown[partition] = min(shown[partition], last)
+            self._doubted.discard(partition)
 
     # The heartbeat
 
