@@ -350,6 +350,20 @@ MUTATIONS = [
         "test_live.py::test_g5_a_feed_that_is_lost_while_a_window_is_opened_takes_it_along",
     ),
     Mutation(
+        "live: what the feed has told is in the next answer (G5)",
+        "bus/mnemobus/live/scopes.py",
+        "channel.tell(version) and bucket is not None",
+        "bucket is not None",
+        "test_live.py::test_g5_what_the_feed_names_is_in_the_next_answer_though_it_was_not_heard_live",
+    ),
+    Mutation(
+        "live: what was shown does not go back over a restart of Redis (G9)",
+        "bus/mnemobus/live/scopes.py",
+        "        self._applied.clear()\n        self._doubted",
+        "        self._applied.clear()\n        self._shown.clear()\n        self._doubted",
+        "test_live.py::test_g9_what_was_shown_does_not_go_back_over_a_restart_of_redis",
+    ),
+    Mutation(
         "live: a classic answer waits for what was shown live (G9)",
         "bus/mnemobus/cache/read_path.py",
         "            stale = not await self._live.committed(plan, self._feed.reachable) or stale\n",

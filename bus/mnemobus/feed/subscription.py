@@ -102,9 +102,9 @@ class Invalidation:
 def decode(id: bytes | str, previous: bytes | str, payload: bytes) -> Invalidation:
     """The message of an ID, its predecessor's ID and a JSON payload; ValueError if it is none.
 
-    Payload: {"p": log partition, "e": epoch, "v": [versions], "s": [scopes], "d": {version: reason}, "l": 1, "t": [place]},
-    "d" and "l" only where needed. "t" is there where there is more than one version: for each scope the place in "v" of
-    the last version that touched it.
+    Payload: {"p": log partition, "e": epoch, "v": [versions], "s": [scopes], "d": {version: reason}, "l": 1,
+    "t": [places]}, "d" and "l" only where needed. "t" is there where there is more than one version: for each scope the
+    place in "v" of the last version that touched it.
     """
     body = orjson.loads(payload)
     if not isinstance(body, dict):
