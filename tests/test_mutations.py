@@ -352,8 +352,8 @@ MUTATIONS = [
     Mutation(
         "live: what the feed has told is in the next answer (G5)",
         "bus/mnemobus/live/scopes.py",
-        "channel.tell(version) and bucket is not None",
-        "bucket is not None",
+        "                    and channel.tell(version)\n",
+        "",
         "test_live.py::test_g5_what_the_feed_names_is_in_the_next_answer_though_it_was_not_heard_live",
     ),
     Mutation(
@@ -425,15 +425,20 @@ def run(mutation: Mutation, redis_url: str, folder: Path) -> subprocess.Complete
     )
 
 
+def _params(item: pytest.Item) -> dict[str, object]:
+    return item.callspec.params if hasattr(item, "callspec") else {}
+
+
 @pytest.fixture(scope="module")
 def outcomes(
-    session_redis: str, tmp_path_factory: pytest.TempPathFactory
+    request: pytest.FixtureRequest, session_redis: str, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[dict[str, Future[subprocess.CompletedProcess[str]]]]:
-    """All of them at work already, two at a time: each spends most of its time on starting, or waiting."""
+    """All that are asked for, at work already, two at a time: each spends most of its time on starting, or waiting."""
+    asked = [mutation for item in request.session.items if (mutation := _params(item).get("mutation"))]
     with ThreadPoolExecutor(2) as pool:
         yield {
             mutation.name: pool.submit(run, mutation, session_redis, tmp_path_factory.mktemp("mutant"))
-            for mutation in MUTATIONS
+            for mutation in asked
         }
         pool.shutdown(cancel_futures=True)
 
