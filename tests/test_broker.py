@@ -86,7 +86,7 @@ class Worker:
         Upkeep(self.broker, None).tidy()  # type: ignore[arg-type]
 
     def call(self, *command: Any) -> Any:
-        return self.link.client.execute_command(*command)
+        return self.link.command(*command)
 
     @property
     def log(self) -> str:

@@ -145,8 +145,6 @@ class StreamBroker(dramatiq.Broker):
         self.settings = settings
         # The consumer has one connection while it waits; worker threads and upkeep have others.
         self.link = ThreadedLink(settings, connections=64)
-        for command in ("XREADGROUP", "XPENDING", "XCLAIM"):
-            self.link.client.set_response_callback(command, _as_it_is)
         self.consumer_name = f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(4)}"
         self.queues: dict[str, None] = {}
         self.held = Held()
@@ -210,10 +208,6 @@ class StreamBroker(dramatiq.Broker):
 
     def close(self) -> None:
         self.link.close()
-
-
-def _as_it_is(reply: Any, **_: Any) -> Any:
-    return reply
 
 
 class Held:
@@ -381,7 +375,7 @@ class StreamConsumer(dramatiq.Consumer):
         # COUNT is for each stream. What a quiet one leaves of it goes to those that have more.
         count = max(1, self._size.count // len(partitions))
         try:
-            parts = self._found(self._link.client.execute_command(*self._command(partitions, count, block)))
+            parts = self._found(self._link.command(*self._command(partitions, count, block)))
         except ResponseError as error:
             if is_away(error):
                 raise
@@ -415,7 +409,7 @@ class StreamConsumer(dramatiq.Consumer):
     def _fill_up(self, parts: Parts, partitions: Sequence[int], count: int) -> None:
         """Ask those that had more than their share for the rest of the batch."""
         try:
-            more = self._found(self._link.client.execute_command(*self._command(partitions, count, None)))
+            more = self._found(self._link.command(*self._command(partitions, count, None)))
         except (MnemobusError, RedisError, *AWAY) as error:
             logger.debug(
                 "no more is read for now: %s", error
@@ -527,7 +521,7 @@ class StreamConsumer(dramatiq.Consumer):
         """Confirm entries that somebody deleted from the stream; those that others claimed are left alone."""
         key = self._link.keys.log(partition)
         for id in ids:
-            if self._link.client.execute_command("XRANGE", key, id, id):
+            if self._link.command("XRANGE", key, id, id):
                 continue
             logger.error("event %s was deleted from the log before it was applied", id.decode())
             # Who waits for it must not take the confirmation for a commit.

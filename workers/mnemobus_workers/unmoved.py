@@ -10,8 +10,9 @@ idle for 0 ms, let alone every look. Entries that every look found idle for 0 ms
 ``claim_idle``, have nobody who renews them. They are given the idle time that they really have, and are claimed as all
 others (broker.py).
 
-A look asks for the first entry of each consumer. Where two looks find the same one idle for 0 ms, the consumer's later
-entries are looked at: the page that is fetched then holds all that a process can have.
+A look asks for the first entry of each consumer. Where two looks find the same one idle for 0 ms, and it still is some
+milliseconds later, the consumer's later entries are looked at: the page that is fetched then holds all that a process
+can have.
 """
 
 from __future__ import annotations
@@ -29,6 +30,8 @@ logger = logging.getLogger("mnemobus.broker")
 
 LOOKS = 4
 """Looks that must have found an entry unmoved before the last; one may have hit the very millisecond of a renewal."""
+_PAUSE = 0.003
+"""Seconds between the two questions of a look; entries that were just renewed have an idle time then."""
 _AT_ONCE = 1_000
 """Entries of one call of renew.lua."""
 
@@ -81,23 +84,32 @@ class Unmoved:
         return freed
 
     def _hidden_first(self, places: Sequence[Place]) -> list[Place]:
-        """Those whose first pending entry has an idle time of 0, as it had at the last look: none that was just
-        delivered."""
+        """Those whose first pending entry has an idle time of 0, as it had at the last look, and some milliseconds
+        later: none that was delivered or renewed just now."""
+        before, self._first = self._first, self._look(places)
+        same = [place for place, id in self._first.items() if before.get(place) == id]
+        if not same:  # nearly always: the consumer is not to be held up
+            return []
+        time.sleep(_PAUSE)
+        return list(self._look(same))
+
+    def _look(self, places: Sequence[Place]) -> dict[Place, bytes]:
+        """Where the first pending entry has an idle time of 0, and which one it is."""
         commands: list[Command] = [
             ("XPENDING", self._link.keys.log(partition), APPLY_GROUP, "-", "+", 1, name)
             for partition, name in places
         ]
-        before, self._first = self._first, {}
+        found = {}
         for place, reply in zip(places, self._link.pipeline(commands) if commands else (), strict=True):
             if isinstance(reply, Exception):
                 raise reply
             if reply and reply[0][2] <= 0:
-                self._first[place] = reply[0][0]
-        return [place for place, id in self._first.items() if before.get(place) == id]
+                found[place] = reply[0][0]
+        return found
 
     def _hidden(self, place: Place, mine: Collection[tuple[int, bytes]]) -> dict[bytes, int]:
         partition, name = place
-        pending = self._link.client.execute_command(
+        pending = self._link.command(
             "XPENDING", self._link.keys.log(partition), APPLY_GROUP, "-", "+", self._page, name
         )
         return {id: n for id, _, idle, n in pending if idle <= 0 and (partition, id) not in mine}
