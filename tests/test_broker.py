@@ -21,7 +21,7 @@ from typing import Any
 
 import dramatiq
 import pytest
-from dramatiq.errors import ConnectionClosed, QueueNotFound
+from dramatiq.errors import QueueNotFound
 
 from chaos.clocks import WallClock
 from mnemobus import Settings
@@ -39,6 +39,7 @@ from mnemobus_workers.broker import (
     StreamBroker,
     StreamConsumer,
 )
+from mnemobus_workers.fanout import FanOut
 from mnemobus_workers.pool import make_broker
 from mnemobus_workers.upkeep import Upkeep
 from servers import RedisServer, wait_until
@@ -58,6 +59,10 @@ class Worker:
     consumer: StreamConsumer
 
     @property
+    def everyone(self) -> FanOut:
+        return FanOut(self.broker.settings, self.link)
+
+    @property
     def link(self) -> ThreadedLink:
         return self.broker.link
 
@@ -72,11 +77,16 @@ class Worker:
                 return False
         return True
 
+    def confirm(self, proxy: BatchProxy) -> None:
+        """As a worker does once a batch is committed; nobody is told."""
+        self.everyone.confirm(self.link.epoch, [], proxy.batch.ids())
+        self.consumer.ack(proxy)
+
     def tidy(self) -> None:
         Upkeep(self.broker, None).tidy()  # type: ignore[arg-type]
 
     def call(self, *command: Any) -> Any:
-        return self.link.client.execute_command(*command)
+        return self.link.command(*command)
 
     @property
     def log(self) -> str:
@@ -113,6 +123,10 @@ def event(text: str) -> Event:
     return Event(PUT, Dimensions("messages", "r1"), new_id(), content, b"{}", created_us=1)
 
 
+def ids_of(batch: Batch) -> list[bytes]:
+    return [id for id, _ in batch.entries]
+
+
 def texts(batch: Batch) -> list[str]:
     """The texts of a batch's events."""
     found = [dict(zip(fields[::2], fields[1::2], strict=True))[b"content"] for _, fields in batch.entries]
@@ -132,7 +146,7 @@ def worker() -> Iterator[Callable[..., Worker]]:
     def start(settings: Settings, timeout: int = 50, **overrides: Any) -> Worker:
         broker = make_broker(settings.model_copy(update=overrides))
         started.append(broker)
-        return Worker(broker, broker.consume("log-0", timeout=timeout))
+        return Worker(broker, broker.consume("log", timeout=timeout))
 
     yield start
     for broker in started:
@@ -162,8 +176,8 @@ def test_importing_the_workers_connects_to_nothing(tmp_path: Any) -> None:
         done = subprocess.run(
             command, env=os.environ | urls, cwd=tmp_path, capture_output=True, text=True, timeout=60
         )
-        # Then there is a broker with a queue for each partition, and nobody was called
-        assert done.stdout.split() == ["['log-0',", "'log-1',", "'log-2',", "'log-3']"], done.stderr
+        # Then there is a broker with a queue for the log, and nobody was called
+        assert done.stdout.split() == ["['log']"], done.stderr
         with pytest.raises(BlockingIOError):
             listener.accept()
     assert list(tmp_path.iterdir()) == []
@@ -174,12 +188,12 @@ def test_nothing_can_be_enqueued(settings: Settings) -> None:
     with pytest.raises(
         TypeError, match="this broker delivers mnemobus's log and nothing else: write through a bus instead"
     ):
-        broker.enqueue(dramatiq.Message("log-0", "apply", (), {}, {}))
+        broker.enqueue(dramatiq.Message("log", "apply", (), {}, {}))
 
 
-def test_a_queue_that_is_no_partition_is_not_found(settings: Settings) -> None:
+def test_a_queue_that_is_not_the_log_is_not_found(settings: Settings) -> None:
     broker = make_broker(settings)
-    for name in ("log-1", "default"):
+    for name in ("log-0", "default"):
         with pytest.raises(QueueNotFound, match=name):
             broker.consume(name)
 
@@ -195,12 +209,13 @@ def test_what_has_gathered_comes_as_one_batch(each_server: Settings, worker: Sta
     me.publish("0")
     batch = me.take().batch
     assert texts(batch) == ["0"]
-    assert repr(batch) == f"<1 events of log partition 0, {batch.ids[0].decode()} to {batch.ids[0].decode()}>"
+    [id] = ids_of(batch)
+    assert repr(batch) == f"<1 events of log partition 0 ({id.decode()} to {id.decode()})>"
     # When more come meanwhile, they are the next one
     ids = me.publish("1", "2", "3")
     proxy = me.take()
     assert texts(proxy.batch) == ["1", "2", "3"]
-    assert proxy.batch.ids == ids
+    assert ids_of(proxy.batch) == ids
     assert proxy.batch.hopeless is None
 
 
@@ -212,13 +227,13 @@ def test_a_confirmed_batch_is_done_with(each_server: Settings, worker: StartWork
     second = me.take()
     assert me.backlog() == 3
     assert len(me.pending()) == 3
-    me.consumer.ack(first)
+    me.confirm(first)
     assert me.backlog() == 1
-    assert list(me.pending()) == second.batch.ids
+    assert list(me.pending()) == ids_of(second.batch)
     # To confirm it again, as another worker that had it too would, changes nothing
-    me.consumer.ack(first)
+    me.confirm(first)
     assert me.backlog() == 1
-    me.consumer.ack(second)
+    me.confirm(second)
     assert me.backlog() == 0
     assert me.pending() == {}
     assert next(me.consumer) is None
@@ -234,7 +249,7 @@ def test_mnemobus_batch_size_is_how_many_events_a_batch_has_at_most(
     for _ in range(3):
         proxy = me.take()
         sizes.append(len(proxy.batch.entries))
-        me.consumer.ack(proxy)
+        me.confirm(proxy)
     assert sizes == [10, 10, 5]
 
 
@@ -248,21 +263,21 @@ def test_mnemobus_batch_bytes_is_how_large_a_batch_is_at_most(
     while sum(sizes) < 40:
         proxy = me.take()
         sizes.append(len(proxy.batch.entries))
-        me.consumer.ack(proxy)
+        me.confirm(proxy)
     # Then batches grow, as it becomes known how large events are, and not beyond that
     assert 4 <= max(sizes) <= 5
     assert sizes[0] == 1
 
 
-def test_a_process_holds_two_batches_of_a_partition_at_most(settings: Settings, worker: StartWorker) -> None:
+def test_a_process_holds_two_batches_at_most(settings: Settings, worker: StartWorker) -> None:
     me = worker(settings, batch_size=1)
     me.publish("0", "1", "2")
     first, _ = me.take(), me.take()
     assert me.gets_nothing(0.2)
     assert len(me.pending()) == 2
     # When one is done with, the next comes; a consumer that waits for room hears of it at once
-    threading.Timer(0.1, me.consumer.ack, [first]).start()
-    patient = me.broker.consume("log-0", timeout=10_000)
+    threading.Timer(0.1, me.confirm, [first]).start()
+    patient = me.broker.consume("log", timeout=10_000)
     began = time.monotonic()
     third = wait_until(lambda: next(patient))
     assert texts(third.batch) == ["2"]
@@ -276,13 +291,13 @@ def test_g1_a_dead_workers_batch_is_claimed_by_another(each_server: Settings, wo
     dead, heir = worker(each_server), worker(each_server)
     # Given a worker that dies with a batch in its hands
     ids = dead.publish("0", "1", "2")
-    assert dead.take().batch.ids == ids
+    assert ids_of(dead.take().batch) == ids
     dead.forsake(*ids)
     # Then another gets the same events
     proxy = heir.take()
     assert texts(proxy.batch) == ["0", "1", "2"]
     assert {(owner, n) for owner, _, n in heir.pending().values()} == {(heir.broker.consumer_name, 2)}
-    heir.consumer.ack(proxy)
+    heir.confirm(proxy)
     assert heir.backlog() == 0
 
 
@@ -310,7 +325,7 @@ def test_g1_a_batch_that_is_renewed_is_nobody_elses(settings: Settings, worker: 
         assert next(other.consumer) is None
     # Then it is still its own, delivered once
     assert {(owner, n) for owner, _, n in slow.pending().values()} == {(slow.broker.consumer_name, 1)}
-    slow.consumer.ack(proxy)
+    slow.confirm(proxy)
     assert slow.backlog() == 0
 
 
@@ -330,7 +345,7 @@ def test_g1_a_dead_workers_batch_is_claimed_though_redis_clock_was_set_back(
     # Given two workers with a batch each, and one with a batch that it failed to apply
     dead, live, failing = worker(clocked), worker(clocked), worker(clocked)
     lost = dead.publish("0", "1")
-    assert dead.take().batch.ids == lost
+    assert ids_of(dead.take().batch) == lost
     kept = live.publish("2")
     held = live.take()
     failed = live.publish("3")
@@ -346,8 +361,8 @@ def test_g1_a_dead_workers_batch_is_claimed_though_redis_clock_was_set_back(
         live.broker.renew()
         proxy = next(heir.consumer)
         if proxy is not None:
-            heir.consumer.ack(proxy)
-            got += proxy.batch.ids
+            heir.confirm(proxy)
+            got += ids_of(proxy.batch)
             assert time.monotonic() - began >= CLAIM_IDLE
     # Then another gets what nobody works on, once it was idle for claim_idle by that one's own clock
     assert sorted(got) == [*lost, *failed]
@@ -360,7 +375,7 @@ def test_g1_a_dead_workers_batch_is_claimed_though_redis_clock_was_set_back(
     assert {id: (owner, n) for id, (owner, _, n) in live.pending().items()} == {
         kept[0]: (live.broker.consumer_name, 1)
     }
-    live.consumer.ack(held)
+    live.confirm(held)
     assert live.backlog() == 0
 
 
@@ -374,7 +389,7 @@ def test_g1_redis_clock_set_forward_costs_one_delivery_at_most(
     # When Redis's clock is set forward by two days, then the batch looks idle, and is claimed once
     wall_clock.set_ahead(2 * 86_400)
     claimed = other.take()
-    assert claimed.batch.ids == ids
+    assert ids_of(claimed.batch) == ids
     # and from then on it is its new owner's, who renews it
     until = time.monotonic() + 3 * CLAIM_IDLE
     while time.monotonic() < until:
@@ -382,8 +397,8 @@ def test_g1_redis_clock_set_forward_costs_one_delivery_at_most(
         assert next(slow.consumer) is None
     assert {(owner, n) for owner, _, n in other.pending().values()} == {(other.broker.consumer_name, 2)}
     # Whoever is done first, the events are counted once
-    slow.consumer.ack(held)
-    other.consumer.ack(claimed)
+    slow.confirm(held)
+    other.confirm(claimed)
     assert other.backlog() == 0
     # and the log is trimmed as far as it was applied, and no further
     more = slow.publish("2")
@@ -398,7 +413,7 @@ def test_the_log_is_trimmed_though_redis_clock_was_ahead_once(
     wall_clock.set_ahead(365 * 86_400)
     me = worker(clocked, retention=1.0)
     me.publish("0", "1")
-    me.consumer.ack(me.take())
+    me.confirm(me.take())
     wall_clock.set_ahead(0)
     upkeep = Upkeep(me.broker, None)  # type: ignore[arg-type]
     upkeep.tidy()
@@ -462,9 +477,9 @@ def test_a_worker_that_was_paused_takes_nothing_back(settings: Settings, worker:
     assert {owner for owner, _, _ in other.pending().values()} == {other.broker.consumer_name}
     assert all(idle < 5_000 and n == 2 for _, idle, n in other.pending().values())
     # and whoever confirms them first, they are counted once
-    other.consumer.ack(first)
-    paused.consumer.ack(late)
-    other.consumer.ack(second)
+    other.confirm(first)
+    paused.confirm(late)
+    other.confirm(second)
     assert other.backlog() == 0
 
 
@@ -480,11 +495,11 @@ def test_a_failed_batch_stays_pending_and_comes_back(
     me.consumer.nack(proxy)
     assert "was not applied; it stays pending and will be claimed again" in caplog.text
     # Then the same worker, or any other, gets it again
-    assert list(me.pending()) == proxy.batch.ids
-    me.forsake(*proxy.batch.ids)
+    assert list(me.pending()) == ids_of(proxy.batch)
+    me.forsake(*ids_of(proxy.batch))
     again = me.take()
-    assert again.batch.ids == proxy.batch.ids
-    me.consumer.ack(again)
+    assert ids_of(again.batch) == ids_of(proxy.batch)
+    me.confirm(again)
     assert me.backlog() == 0
 
 
@@ -502,7 +517,7 @@ def test_what_is_handed_back_is_claimed_at_once_and_was_never_delivered(
     assert {n for _, _, n in me.pending().values()} == {0}
     # Then the other gets it with its next look at what was left
     other.consumer._claim_next = 0
-    assert next(other.consumer).batch.ids == ids  # type: ignore[union-attr]
+    assert ids_of(next(other.consumer).batch) == ids  # type: ignore[union-attr]
     assert {(owner, n) for owner, _, n in me.pending().values()} == {(other.broker.consumer_name, 1)}
     assert me.broker.held.batches() == []
 
@@ -515,7 +530,7 @@ def test_what_waits_for_the_store_at_shutdown_is_handed_back_too(
     proxy = me.take()
     proxy.stuff_exception(Stopping("the store was not to be had"))
     me.consumer.nack(proxy)
-    assert other.take().batch.ids == ids
+    assert ids_of(other.take().batch) == ids
     assert [n for _, _, n in other.pending().values()] == [1]
 
 
@@ -542,7 +557,7 @@ def test_an_event_that_was_delivered_again_and_again_comes_alone_and_then_as_hop
     batches = []
     for _ in range(3):
         batches.append(me.take().batch)
-        me.consumer.ack(BatchProxy("log-0", batches[-1]))
+        me.confirm(BatchProxy(batches[-1]))
     assert [texts(batch) for batch in batches] == [["0", "3"], ["1"], ["2"]]
     assert [batch.hopeless for batch in batches] == [
         None,
@@ -571,8 +586,8 @@ def test_a_log_that_is_gone_is_made_anew_and_read_from_its_beginning(
     # and what was held can be renewed, confirmed or handed back to no effect
     me.broker.renew()
     me.consumer.requeue([held])
-    me.consumer.ack(held)
-    me.consumer.ack(proxy)
+    me.confirm(held)
+    me.confirm(proxy)
     assert me.backlog() == 0
 
 
@@ -580,8 +595,8 @@ def test_two_workers_that_make_the_group_at_once_are_no_error(
     settings: Settings, worker: StartWorker, caplog: Any
 ) -> None:
     first, second = worker(settings), worker(settings)
-    first.consumer._make_group()
-    second.consumer._make_group()
+    first.consumer._make_group(0)
+    second.consumer._make_group(0)
     assert "log partition" not in caplog.text
     first.publish("0")
     second.take()
@@ -604,15 +619,15 @@ def test_a_redis_that_is_away_is_waited_for(
     server = own_redis()
     me = worker(settings, redis_url=server.url)
     me.publish("0")
-    me.consumer.ack(me.take())
+    me.confirm(me.take())
     server.stop()
     for _ in range(3):
         assert next(me.consumer) is None
-    assert caplog.text.count("log partition 0 can't be read, trying until it can: ") == 1
+    assert caplog.text.count("the log can't be read, trying until it can: ") == 1
     server.start()
     me.publish("1")
     assert texts(me.take().batch) == ["1"]
-    assert "log partition 0: Redis is back" in caplog.text
+    assert "the log: Redis is back" in caplog.text
 
 
 def test_g1_a_batch_whose_delivery_was_lost_on_the_way_comes_again(
@@ -622,7 +637,7 @@ def test_g1_a_batch_whose_delivery_was_lost_on_the_way_comes_again(
     server = own_redis()
     me = worker(settings, redis_url=server.url, redis_timeout=0.3, claim_idle=60)
     me.publish("0")
-    me.consumer.ack(me.take())
+    me.confirm(me.take())
     [id] = me.publish("1")
     server.pause()
     assert next(me.consumer) is None
@@ -634,53 +649,6 @@ def test_g1_a_batch_whose_delivery_was_lost_on_the_way_comes_again(
     me.consumer._claim_next = 0
     assert texts(me.take().batch) == ["1"]
     assert [n for _, _, n in me.pending().values()] == [2]
-
-
-def test_a_batch_that_cannot_be_confirmed_now_stays_held(
-    own_redis: Callable[..., RedisServer], settings: Settings, worker: StartWorker, monkeypatch: Any
-) -> None:
-    monkeypatch.setattr(BROKER, "_ACK_PATIENCE", 0.2)
-    server = own_redis()
-    me = worker(settings, redis_url=server.url)
-    me.publish("0")
-    proxy = me.take()
-    # Given that Redis is away, Dramatiq is told so, and will try again
-    server.stop()
-    with pytest.raises(ConnectionClosed, match="log partition 0 can't be confirmed now: "):
-        me.consumer.ack(proxy)
-    assert me.broker.held.batches() == [proxy.batch]
-    # and so it is if Redis comes back as it can't be used
-    server.options += ("--maxmemory-policy", "allkeys-lru")
-    server.start()
-    with pytest.raises(ConnectionClosed, match="may evict the log"):
-        me.consumer.ack(proxy)
-    assert me.broker.held.batches() == [proxy.batch]
-    # When that is mended, it is confirmed
-    server.options = ()
-    server.restart()
-    me.consumer.ack(proxy)
-    assert me.broker.held.batches() == []
-    assert me.backlog() == 0
-
-
-def test_a_worker_that_shuts_down_does_not_wait_to_confirm(
-    own_redis: Callable[..., RedisServer],
-    settings: Settings,
-    worker: StartWorker,
-    monkeypatch: Any,
-    caplog: Any,
-) -> None:
-    monkeypatch.setattr(BROKER, "_ACK_PATIENCE", 0.2)
-    server = own_redis()
-    me = worker(settings, redis_url=server.url)
-    me.publish("0")
-    proxy = me.take()
-    server.stop()
-    me.broker.stopping.set()
-    me.consumer.ack(proxy)
-    assert "is applied but could not be confirmed" in caplog.text
-    me.consumer.requeue([proxy])
-    assert "could not be handed back, and will be claimed" in caplog.text
 
 
 # Events that somebody deletes
@@ -700,7 +668,7 @@ def test_deleted_events_are_confirmed_and_the_backlog_comes_to_nothing(
     assert texts(proxy.batch) == ["0", "2"]
     assert f"event {ids[1].decode()} was deleted from the log before it was applied" in caplog.text
     assert list(me.pending()) == [ids[0], ids[2]]
-    me.consumer.ack(proxy)
+    me.confirm(proxy)
     assert me.pending() == {}
     # and upkeep sees that nothing is left, however the server counted
     me.tidy()
@@ -725,14 +693,14 @@ def test_the_meter_is_set_right_when_nothing_is_left(
         me.tidy()
         assert me.backlog() == 3
         proxy = me.take()
-    me.consumer.ack(proxy)
+    me.confirm(proxy)
     assert me.backlog() in ([0, 1] if delivered else [1])  # it depends on the version of Redis
     left = me.backlog()
     # When more is on its way, the meter is left alone
     me.publish("3")
     me.tidy()
     assert me.backlog() == left + 1
-    me.consumer.ack(me.take())
+    me.confirm(me.take())
     # Then, with nothing on its way, it is set right
     me.tidy()
     assert me.backlog() == 0
@@ -782,21 +750,21 @@ def test_nothing_that_is_not_applied_is_trimmed(each_server: Settings, worker: S
     assert len(me.ids()) == 1000  # there is no group yet, and nobody has applied anything
     first, second = me.take(), me.take()  # the first guess at a batch's size is 256
     # When a later batch is confirmed before an earlier one
-    me.consumer.ack(second)
+    me.confirm(second)
     me.tidy()
     assert me.ids() == ids
     # Then all that is pending, or not delivered, is kept; what is applied goes
-    me.consumer.ack(first)
+    me.confirm(first)
     me.tidy()
     kept = me.ids()
-    done = len(first.batch.ids + second.batch.ids)
+    done = len(ids_of(first.batch) + ids_of(second.batch))
     assert 1000 - done < len(kept) < 1000
     assert kept == ids[-len(kept) :]
 
 
 def test_trimming_stops_at_what_is_pending_or_not_delivered(exact: Settings, worker: StartWorker) -> None:
     me = worker(exact)
-    me.consumer._make_group()
+    me.consumer._make_group(0)
     ids = add(me, "1-1", "1-2", "1-3", "1-4")
     # Given a hole: the first and the third are applied
     deliver(me, APPLY_GROUP, confirm=["1-1", "1-3"])
@@ -811,7 +779,7 @@ def test_trimming_stops_at_what_is_pending_or_not_delivered(exact: Settings, wor
 
 def test_trimming_waits_for_every_group(exact: Settings, worker: StartWorker) -> None:
     me = worker(exact)
-    me.consumer._make_group()
+    me.consumer._make_group(0)
     me.call("XGROUP", "CREATE", me.log, "zz-another", "0")
     me.call("XGROUP", "CREATE", me.log, "a-third", "0")
     ids = add(me, "1-1", "1-2", "1-3", "1-4")
@@ -827,7 +795,7 @@ def test_trimming_waits_for_every_group(exact: Settings, worker: StartWorker) ->
 
 def test_mnemobus_retention_is_how_long_applied_events_are_kept(exact: Settings, worker: StartWorker) -> None:
     me = worker(exact, retention=3600)
-    me.consumer._make_group()
+    me.consumer._make_group(0)
     seconds, _ = me.link.client.time()
     now = 1000 * seconds
     ids = add(me, f"{now - 2 * HOUR}-0", f"{now - HOUR - 1000}-0", f"{now - HOUR + 60_000}-0", f"{now}-0")
@@ -858,7 +826,7 @@ def test_ids_are_compared_as_the_numbers_that_they_are(
 ) -> None:
     assert Version.parse(lower) < Version.parse(higher)
     me = worker(exact)
-    me.consumer._make_group()
+    me.consumer._make_group(0)
     me.call("XGROUP", "CREATE", me.log, "zz-another", "0")
     ids = add(me, "1-1", "2-1", lower, higher)
     # Given two groups that have applied what comes first; the lower of the last two pends for one of them
@@ -877,7 +845,7 @@ def test_consumers_that_are_long_gone_are_forgotten_unless_they_hold_something(
 ) -> None:
     monkeypatch.setattr(UPKEEP, "CONSUMER_IDLE", 0.3)
     me, holder = (worker(each_server, claim_idle=60) for _ in range(2))
-    me.consumer._make_group()
+    me.consumer._make_group(0)
     me.call("XGROUP", "CREATECONSUMER", me.log, APPLY_GROUP, "gone")
     me.publish("0")
     holder.take()

@@ -43,7 +43,7 @@ MUTATIONS = [
     Mutation(
         "the fan-out takes the shared bucket away, leases and all (G4)",
         "bus/mnemobus/lua/fanout.lua",
-        "redis.call('UNLINK', unpack(KEYS, 2))\n",
+        "    redis.call('UNLINK', unpack(KEYS, i + 1, i + buckets))\n",
         "",
         "scenarios/test_late_fills.py::test_g4_a_load_that_an_invalidation_overtakes_enters_no_cache",
     ),
@@ -184,8 +184,9 @@ MUTATIONS = [
     Mutation(
         "invalidations are sent also for what lost against a newer version in the store (G5)",
         "workers/mnemobus_workers/apply.py",
-        "self._tell(batch.partition, events, applied, dict(dead), last, read_in)",
-        "self._tell(batch.partition, [e for e in events if e.id in applied.won], applied, dict(dead), last)",
+        "            _share_out(applied, parts)\n        witnesses",
+        "            _share_out(applied, parts)\n            for part in parts:\n"
+        "                part.events = [e for e in part.events if e.id in applied.won]\n        witnesses",
         "test_workers.py::test_g1_whatever_a_worker_was_at_when_it_was_killed_is_done_by_another",
     ),
     Mutation(

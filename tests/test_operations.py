@@ -103,7 +103,7 @@ def test_times_and_counts_are_those_of_the_code() -> None:
     assert "silent for an hour" in words and "last calls after a week" in words
     assert f"delivered {DEAD_AFTER} times" in words
     assert settings["claim_idle"].default == 5 and "`MNEMOBUS_CLAIM_IDLE` (5 s)" in words
-    consumer = make_broker(Settings.load()).consume("log-0")
+    consumer = make_broker(Settings.load()).consume("log")
     assert consumer._claim_every == consumer._settings.claim_idle / 10 and "a tenth of it" in words
     assert settings["retention"].default == 24 * 3600 and "`MNEMOBUS_RETENTION` (24 h)" in words
     assert settings["max_backlog"].default == 1_000_000 and "a million events" in words

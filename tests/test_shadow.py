@@ -66,10 +66,12 @@ def fan_out(settings: Settings, *scopes: str) -> None:
     keys = Keyspace(settings.redis_key_prefix, settings.log_partitions, settings.feed_partitions)
     with redis.Redis.from_url(settings.redis_url) as client:
         for scope in scopes:
-            names = [keys.feed(keys.feed_partition(scope))]
-            names += [key.decode() for key in client.scan_iter(f"*:b:*:{scope}")]
+            epoch = client.hget(keys.epoch, "epoch") or b""
+            buckets = [key.decode() for key in client.scan_iter(f"*:b:*:{scope}")]
+            names = [keys.epoch, keys.identity, keys.feed(keys.feed_partition(scope)), *buckets]
             payload = orjson.dumps({"p": 0, "v": [], "s": [scope]})
-            Script(client, script("fanout").source)(keys=names, args=[payload, 100, 1 << 20])
+            arguments = [epoch, 100, 1 << 20, "apply", 1, payload, len(buckets), 0]
+            Script(client, script("fanout").source)(keys=names, args=arguments)
 
 
 async def decided(bus: mnemobus.Bus) -> None:

@@ -4,7 +4,7 @@ batch        with a batch in hand, before it does anything with it
 transaction  in a batch's transaction, before COMMIT
 commit       between commit and fan-out
 fan-out      when some of a batch's invalidations are sent, and some are not
-ack          between fan-out and XACK
+ack          when all are sent and the batch is confirmed, before it lets go of it
 poison       before it commits a batch with the word "poison" in it: as an event would that the process can't stand
 never        not at all
 """
@@ -20,7 +20,7 @@ from typing import Any
 import dramatiq
 
 from mnemobus import Settings
-from mnemobus.connection.link import Script, ThreadedLink
+from mnemobus.connection.link import Script, ThreadedLink, evaluate
 from mnemobus.store import merge
 from mnemobus_workers.apply import Applier
 from mnemobus_workers.broker import StreamConsumer
@@ -63,11 +63,16 @@ def is_fan_out(calls: list[Any]) -> bool:
 
 
 def send_one_of_many(link: ThreadedLink, calls: list[Any]) -> None:
+    """The first message of a fan-out, as if it had been too large for one call; nothing is confirmed."""
+    fanout, keys, (*head, _, payload, buckets), *_ = (*calls[0][:2], calls[0][2][:7])
+    link._pipeline([evaluate((fanout, keys[: 3 + buckets], [*head, 1, payload, buckets, 0]))])
+
+
+def die_in_fan_out(link: ThreadedLink, calls: list[Any]) -> None:
     """In place of the fan-out's pipeline."""
-    if not is_fan_out(calls):
-        return
-    link._pipeline([("EVAL", calls[0][0].source, len(calls[0][1]), *calls[0][1], *calls[0][2])])
-    die()
+    if is_fan_out(calls):
+        send_one_of_many(link, calls)
+        die()
 
 
 def main(point: str) -> None:
@@ -78,7 +83,7 @@ def main(point: str) -> None:
     elif point == "commit":
         wrap(Applier, "_commit", after=lambda *_: die())
     elif point == "fan-out":
-        wrap(ThreadedLink, "pipeline", before=send_one_of_many)
+        wrap(ThreadedLink, "pipeline", before=die_in_fan_out)
     elif point == "ack":
         wrap(StreamConsumer, "ack", before=lambda *_: die())
     elif point == "poison":

@@ -19,6 +19,7 @@ NAMES = (
     "writers",
     "write_many",
     "drain",
+    "single",
     "propagation",
     "dropping",
     "interest",

@@ -109,7 +109,8 @@ async def _fan_out(
 
     async def publish() -> int:
         for _ in range(times):
-            await feed._link.run("fanout", [key, bucket], [payload, 4096, 4 << 20])
+            arguments = [feed._link.epoch, 4096, 4 << 20, "apply", 1, payload, 1, 0]
+            await feed._link.run("fanout", [keys.epoch, keys.identity, key, bucket], arguments)
         return times
 
     try:

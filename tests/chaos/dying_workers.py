@@ -6,7 +6,7 @@ it, and kills itself with SIGKILL:
 transaction  in a batch's transaction, before COMMIT
 commit       between commit and fan-out
 fan-out      when some of a batch's invalidations are sent, and some are not
-ack          between fan-out and XACK
+ack          when all are sent and the batch is confirmed, before the process lets go of it
 
 CHAOS_AHEAD: seconds by which the wall clock of these processes is ahead.
 """
@@ -23,7 +23,7 @@ from mnemobus.store import merge
 from mnemobus_workers import broker
 from mnemobus_workers.apply import Applier
 from mnemobus_workers.broker import StreamConsumer
-from worker_process import is_fan_out, wrap
+from worker_process import is_fan_out, send_one_of_many, wrap
 
 from .clocks import set_ahead
 
@@ -47,8 +47,7 @@ def die_at(point: str) -> None:
 
 def die_in_fan_out(link: ThreadedLink, calls: list[Any]) -> None:
     if is_fan_out(calls) and due("fan-out"):
-        fanout, keys, arguments = calls[0]
-        link._pipeline([("EVAL", fanout.source, len(keys), *keys, *arguments)])
+        send_one_of_many(link, calls)
         os.kill(os.getpid(), signal.SIGKILL)
 
 

@@ -132,11 +132,13 @@ async def test_g4_g5_an_agent_that_starts_when_the_feed_is_long_drops_nothing_va
             assert await held(writer, room) == ["0"]
         with redis.Redis.from_url(settings.redis_url) as client:
             fan_out = Script(client, script("fanout").source)
+            epoch = client.hget(keys.epoch, "epoch")
             with client.pipeline(transaction=False) as pipe:
                 for n in range(2 * LENGTH):
                     scope = room_scope("messages", f"other-{n}")
                     payload = orjson.dumps({"p": 0, "v": [f"1-{n}"], "s": [scope]})
-                    fan_out(keys=[keys.feed(0)], args=[payload, LENGTH, 1 << 20], client=pipe)
+                    names = [keys.epoch, keys.identity, keys.feed(0)]
+                    fan_out(keys=names, args=[epoch, LENGTH, 1 << 20, "apply", 1, payload, 0, 0], client=pipe)
                 pipe.execute()
             assert LENGTH <= client.xlen(keys.feed(0)) < 2 * LENGTH
 

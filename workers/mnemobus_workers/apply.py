@@ -1,8 +1,9 @@
 """What a worker does with a batch: commit it, tell everyone, and never lose an event on the way.
 
-The order is what keeps the promises. The commit comes first; then the dead letters, if any; then the fan-out; the
-broker confirms last. A worker may die between any two of these, or in them: all of it is done again, to no
-further effect, except that invalidations are sent twice.
+The order is what keeps the promises. The commit comes first, one transaction for the events of all log partitions;
+then the dead letters, if any; then the fan-out, which also confirms the batch (fanout.py). A worker may die between
+any two of these, or in them: what is not confirmed is done again, to no further effect, except that invalidations may
+be sent twice.
 
 Invalidations are sent for every event of the batch, also for those that lost against a newer version in the store: a
 batch that is applied again after a crash between commit and fan-out looks just like that.
@@ -11,8 +12,8 @@ Whose fault is it?
 
 - The data's (`Rejected`): the batch is halved until the event that is to blame stands alone. That one goes to the dead
   letters, with the database's words; the rest is committed.
-- Its amount's (`StoreTooSlow`): the batch is halved the same way, and what follows begins that small until the database
-  is quick again. A single event that takes too long is given twice as long each time.
+- Its amount's (`StoreTooSlow`): the batch is halved the same way, and what follows begins that small until the
+  database is quick again. A single event that takes too long is given twice as long each time.
 - The database's or Redis's (anything else that they raise): wait and try again, for as long as it takes. The entries
   stay pending, upkeep renews them, nothing goes to the dead letters.
 - Our own (any other exception): the batch fails, stays pending, and is claimed again.
@@ -23,21 +24,19 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import suppress
-from functools import lru_cache, partial
+from dataclasses import replace
+from functools import partial
 from typing import TypeVar
 
-import orjson
 from redis.exceptions import RedisError
 from tenacity import RetryCallState, Retrying, retry_if_exception, wait_random_exponential
 from tenacity.nap import sleep_using_event
 from tenacity.stop import stop_when_event_set
 
-from mnemobus.connection.link import Call, Script, ThreadedLink, script
-from mnemobus.connection.server_errors import AWAY, code_of, meaning
-from mnemobus.connection.transport import Command
+from mnemobus.connection.link import Call, ThreadedLink, script
+from mnemobus.connection.server_errors import AWAY, meaning
 from mnemobus.errors import (
     BadEvent,
     IdentityMismatch,
@@ -47,7 +46,7 @@ from mnemobus.errors import (
     SettingsError,
     StoreTooSlow,
 )
-from mnemobus.keys import Dimensions, Version, id_scope
+from mnemobus.keys import Version
 from mnemobus.log.events import DELETE_ROOM, Event, decode, version_of
 from mnemobus.log.pending import INDEXED
 from mnemobus.settings import Settings
@@ -55,18 +54,13 @@ from mnemobus.store import Applied, Cursor, Deletion, Refused, Writer
 from mnemobus.store.merge import BEGINNING, STEP
 
 from .broker import Batch, Entry, Stopping
+from .fanout import Confirmed, FanOut, Part
 from .report import State
 from .standing import Standing, Witness, witness
 
 logger = logging.getLogger("mnemobus.apply")
 
-SCOPES_PER_CALL = 500
-"""Scopes that one fan-out names at most: a script blocks the server while it runs."""
-FEED_BYTES = 4 << 20
-"""Bytes of messages that a feed partition keeps, about."""
 _REPORT_EVERY = 30.0
-_PLACES = 4_096
-"""Combinations of names whose scopes are remembered: events repeat them."""
 
 _STEP_SECONDS = 0.1
 """How long a step of a deletion takes, about: others may have to wait for it."""
@@ -76,9 +70,6 @@ _MOST_PATIENCE = 64.0
 """How many times as long as MNEMOBUS_DATABASE_TIMEOUT a single event may take."""
 
 T = TypeVar("T")
-
-Touched = defaultdict[int, tuple[dict[str, str], dict[str, None]]]
-"""By feed partition: scopes, each with the last version that touched it, if any; and versions. Each once, in order."""
 
 
 def _passes(error: BaseException) -> bool:
@@ -96,6 +87,47 @@ def decode_all(entries: Sequence[Entry]) -> tuple[list[Event], list[tuple[Versio
         except BadEvent as error:
             bad.append((version_of(id, fields), str(error)))
     return events, bad
+
+
+def _read(partition: int, entries: Sequence[Entry], epoch: str) -> Part:
+    """A log partition's part of a batch, before anything is known of how it ends."""
+    events, bad = decode_all(entries)
+    # Who follows the log has seen these, but for what keeps an older version.
+    requeued = any(b"as" in fields[::2] for _, fields in entries)
+    return Part(partition, events, dict(bad), read_in="" if requeued else epoch)
+
+
+def _share_out(applied: Applied, parts: Sequence[Part]) -> None:
+    """Give each part what became of its events."""
+    if not (applied.refused or applied.cleared):
+        return
+    owners: dict[int, Part] = {}
+    memories: dict[str, Part] = {}
+    rooms: dict[tuple[str, str], Part] = {}
+    for part in parts:
+        for event in part.events:
+            owners[id(event)] = part
+            if event.op == DELETE_ROOM:
+                rooms[event.dimensions[:2]] = part
+            else:
+                memories[event.id] = part
+    for event, reason in applied.refused:
+        owners[id(event)].dead[event.version] = reason
+    for memory, dimensions in applied.cleared:
+        # Of a room that was deleted; or made again with other dimensions.
+        owner = rooms.get(dimensions[:2]) or memories.get(memory) or parts[0]
+        owner.cleared.append((memory, dimensions))
+
+
+def _divide(part: Part, large: Collection[tuple[str, str]]) -> tuple[Part, Part]:
+    """What can be told now, and the deletions of these rooms, which are not done with."""
+    later = [e for e in part.events if e.op == DELETE_ROOM and e.dimensions[:2] in large]
+    if not later:
+        return part, replace(part, events=[], dead={}, cleared=[])
+    late = {id(event) for event in later}
+    now = [event for event in part.events if id(event) not in late]
+    emptied = list(dict.fromkeys(event.dimensions for event in later))
+    return replace(part, events=now, emptied=emptied), replace(part, events=later, dead={}, cleared=[])
 
 
 class Applier:
@@ -118,7 +150,7 @@ class Applier:
         self._opening = threading.Lock()
         self._stopping = stopping
         self._state = state or State()
-        self._shared_places = lru_cache(_PLACES)(self._find_places)
+        self._everyone = FanOut(settings, link)
         self._size = settings.batch_size
         """Events that are committed at once, at most: fewer while the database is slow."""
         self._figures = threading.Lock()
@@ -148,40 +180,41 @@ class Applier:
             self._writer.close()
 
     def apply(self, batch: Batch) -> None:
-        """Commit, fan out. What this raises leaves the batch pending."""
+        """Commit, fan out and confirm. What this raises leaves the batch pending."""
         self.open()
-        events, dead = decode_all(batch.entries)
+        parts = [_read(partition, entries, batch.epoch) for partition, entries in batch.parts.items()]
         applied = Applied()
         if batch.hopeless is not None:
-            id, fields = batch.entries[0]
-            dead = [(version_of(Version.parse(id), fields), batch.hopeless)]
-        elif events:
+            [part], [(id, fields)] = parts, batch.entries
+            part.dead = {version_of(Version.parse(id), fields): batch.hopeless}
+        elif events := [event for part in parts for event in part.events]:
             applied = self._commit(events)
-            dead += [(refused.event.version, refused.reason) for refused in applied.refused]
-        last = None
+            _share_out(applied, parts)
+        witnesses: list[Witness] = []
         if self._standing is not None:
-            last = witness(batch.partition, events, dict(dead), applied.won)
-        # Who follows the log has seen these, but for what keeps an older version.
-        read_in = "" if any(b"as" in fields[::2] for _, fields in batch.entries) else batch.epoch
+            found = (witness(part.partition, part.events, part.dead, applied.won) for part in parts)
+            witnesses = [last for last in found if last is not None]
         while True:
+            # Redis may restart meanwhile, and lose the letters: what is confirmed, nobody looks at again. So these are
+            # written and the batch is confirmed in one epoch, or both are done again.
             epoch = self._link.epoch
-            if dead:
-                self.insist("the dead letters", lambda: self._bury(batch, dead))
-            self._tell(batch.partition, events, applied, dict(dead), last, read_in)
-            if not dead or epoch == self._link.epoch:
+            for part in parts:
+                if part.dead:
+                    self.insist("the dead letters", partial(self._bury, batch, part))
+            if self._tell(parts, applied, epoch, batch.ids(), witnesses):
                 break
-            # Redis restarted meanwhile, and may have lost the letters: what is confirmed, nobody looks at again.
-        self._report(len(batch.entries))
+        self._state.applied(len(batch))
+        self._report(len(batch))
 
     def repeat(self, partition: int, events: Sequence[Event], *, fan_out: bool) -> Applied:
         """Commit events that may have been applied before, and fan out those that are not refused. Nothing is
-        buried. Stopping if a server is away until we are to stop."""
+        buried or confirmed. Stopping if a server is away until we are to stop."""
         applied = self._commit(events)
         if fan_out:
             # To name one that was refused would tell its writer that the store has it.
             refused = {item.event.version for item in applied.refused}
             kept = [event for event in events if event.version not in refused]
-            self._tell(partition, kept, applied, {})
+            self._tell([Part(partition, kept, cleared=applied.cleared)], applied, None, {})
         else:
             for deletion in applied.unfinished:
                 self._clear(deletion)
@@ -189,37 +222,42 @@ class Applier:
 
     def _tell(
         self,
-        partition: int,
-        events: Sequence[Event],
+        parts: Sequence[Part],
         applied: Applied,
-        dead: dict[Version, str],
-        last: Witness | None = None,
-        read_in: str = "",
-    ) -> None:
-        """Fan out what was committed. Deletions that are not finished are finished first; all others are told of
-        before that, and that these rooms are empty now, too."""
-        later: list[Event] = []
-        if applied.unfinished:
-            large = {deletion.room for deletion in applied.unfinished}
-            later = [e for e in events if e.op == DELETE_ROOM and e.dimensions[:2] in large]
-            ids = {event.version for event in later}
-            events = [event for event in events if event.version not in ids]
-        emptied = list({event.dimensions for event in later})
-        self.insist(
-            "the fan-out",
-            lambda: self._fan_out(partition, events, applied.cleared, dead, last, emptied, read_in),
-        )
-        if not later:
-            return
+        epoch: str | None,
+        done: Confirmed,
+        witnesses: Sequence[Witness] = (),
+    ) -> bool:
+        """Fan out what was committed, and confirm it with that; False if this epoch is over (None: it need not be one).
+        Deletions that are not finished are finished first; all others are told of before that, and that these rooms
+        are empty now, too."""
+
+        def end(parts: Sequence[Part], done: Confirmed, witnesses: Sequence[Witness] = ()) -> bool:
+            if epoch is None:
+                self._everyone.tell(parts)
+                return True
+            return self._everyone.confirm(epoch, parts, done, witnesses)
+
+        if not applied.unfinished:
+            return self.insist("the fan-out", lambda: end(parts, done, witnesses))
+        large = {deletion.room for deletion in applied.unfinished}
+        before, later = zip(*(_divide(part, large) for part in parts), strict=True)
+        # Other log partitions need not wait for that.
+        waiting = {part.partition: done.pop(part.partition, []) for part in later if part.events}
+        if not self.insist("the fan-out", lambda: end(before, done, witnesses)):
+            return False
         for deletion in applied.unfinished:
             self._clear(deletion)
+            owner = next(
+                part for part in later if any(e.dimensions[:2] == deletion.room for e in part.events)
+            )
 
-            def tell(deletion: Deletion = deletion) -> None:
+            def tell(deletion: Deletion = deletion, owner: Part = owner) -> None:
                 for some in self._writer.ended(deletion):
-                    self._fan_out(partition, [], some, {}, read_in=read_in)
+                    self._everyone.tell([Part(owner.partition, [], cleared=some, read_in=owner.read_in)])
 
             self.insist("the fan-out", tell)
-        self.insist("the fan-out", lambda: self._fan_out(partition, later, [], {}, read_in=read_in))
+        return self.insist("the fan-out", lambda: end(later, waiting))
 
     def _commit(self, events: Sequence[Event]) -> Applied:
         """Commit what can be committed, as much at once as the database gets done; the rest is in ``refused``."""
@@ -337,17 +375,18 @@ class Applier:
                 raise
             raise Stopping(f"{what} was not to be had before the worker shut down: {error}") from error
 
-    def _bury(self, batch: Batch, dead: Sequence[tuple[Version, str]]) -> None:
-        entries = {version_of(Version.parse(id), fields): (id, fields) for id, fields in batch.entries}
-        keys, partition = self._link.keys, batch.partition
+    def _bury(self, batch: Batch, part: Part) -> None:
+        partition = part.partition
+        entries = {
+            version_of(Version.parse(id), fields): (id, fields) for id, fields in batch.parts[partition]
+        }
+        keys = self._link.keys
         places = [keys.dead(partition), keys.reasons(partition), keys.meter(partition)]
         while self._link.run("index", places, [INDEXED]):
             pass  # letters of an older worker: one of them may be of this very batch
         calls: list[Call] = []
-        for version, reason in dead:
-            logger.error(
-                "event %s of log partition %d can't be applied: %s", version, batch.partition, reason
-            )
+        for version, reason in part.dead.items():
+            logger.error("event %s of log partition %d can't be applied: %s", version, partition, reason)
             id, fields = entries[version]
             if id != str(version).encode():  # it was requeued: the letter says which version it has by itself
                 fields = [
@@ -372,119 +411,6 @@ class Applier:
                 left_out,
                 given_up,
             )
-
-    def _fan_out(
-        self,
-        log_partition: int,
-        events: Sequence[Event],
-        cleared: Sequence[tuple[str, Dimensions]],
-        dead: dict[Version, str],
-        last: Witness | None = None,
-        emptied: Sequence[Dimensions] = (),
-        read_in: str = "",
-    ) -> None:
-        """``read_in``: the epoch in which the events were read from the log, each under its own ID; empty otherwise."""
-        fanout = self._script()
-        while True:
-            epoch = self._link.epoch
-            calls: list[Call | Command] = []
-            for feed_partition, scopes, payload in self._messages(
-                log_partition, epoch, events, cleared, dead, emptied, bool(read_in) and read_in == epoch
-            ):
-                keys = [self._link.keys.feed(feed_partition)]
-                keys += [self._link.keys.bucket(epoch, scope) for scope in scopes]
-                calls.append((fanout, keys, (payload, self._settings.feed_length, FEED_BYTES)))
-            # A flush begins an epoch without breaking a connection. Where there is none, nobody has filled a bucket
-            # since the flush, and whoever does so later reads what is committed already.
-            calls.append(("HGET", self._link.keys.epoch, "epoch"))
-            if last is not None:
-                calls.append(("HSET", self._link.keys.identity, *last))
-            replies = self._link.pipeline(calls)
-            noted = replies.pop() if last is not None else None
-            # A full Redis notes nothing new. The witness of an earlier batch has to do.
-            if isinstance(noted, Exception) and code_of(noted) != "OOM":
-                raise noted
-            for reply in replies:
-                if isinstance(reply, Exception):
-                    raise reply
-            current = replies[-1]
-            if current is not None and current.decode() != self._link.epoch:
-                self._link.enter(current.decode())
-            if epoch == self._link.epoch:
-                return
-            # Redis restarted or was flushed meanwhile: the buckets that agents fill now are others.
-
-    def _script(self) -> Script:
-        """fanout.lua; where the server has the flag for it, also when memory is full.
-
-        It frees buckets and keeps the feed at its length: to refuse it would leave agents with stale copies.
-        """
-        plain = script("fanout")
-        server = self._link.server
-        return plain if server is None or server.speaks < (7, 0) else plain.flagged("allow-oom")
-
-    def _messages(
-        self,
-        log_partition: int,
-        epoch: str,
-        events: Sequence[Event],
-        cleared: Sequence[tuple[str, Dimensions]],
-        dead: dict[Version, str],
-        emptied: Sequence[Dimensions],
-        first_hand: bool,
-    ) -> Iterator[tuple[int, list[str], bytes]]:
-        """Feed partition, scopes and payload of each message; those of deleted rooms themselves come last."""
-        touched: Touched = defaultdict(lambda: ({}, {}))
-        rooms: Touched = defaultdict(lambda: ({}, {}))
-        partition_of = self._link.keys.feed_partition
-        for event in events:
-            version = str(event.version)
-            if event.op == DELETE_ROOM:
-                [scope] = event.scopes()
-                scopes, versions = rooms[partition_of(scope)]
-                scopes[scope], versions[version] = version, None
-                continue
-            for scope, partition in self._places(event.id, event.dimensions):
-                scopes, versions = touched[partition]
-                scopes[scope], versions[version] = version, None
-        for id, dimensions in cleared:
-            for scope, partition in self._places(id, dimensions):
-                touched[partition][0].setdefault(scope, "")
-        for dimensions in emptied:
-            for scope, partition in self._shared_places(dimensions):
-                touched[partition][0].setdefault(scope, "")
-        reasons = {str(version): reason for version, reason in dead.items()}
-        for group in (touched, rooms):
-            for partition, (scopes, versions) in group.items():
-                names = list(scopes)
-                for start in range(0, len(names), SCOPES_PER_CALL):
-                    last = start + SCOPES_PER_CALL >= len(names)
-                    part = names[start : start + SCOPES_PER_CALL]
-                    # A version is named with the last of its scopes: who waits for it may then read all of them.
-                    body: dict[str, object] = {
-                        "p": log_partition,
-                        "e": epoch,
-                        "v": list(versions) if last else [],
-                        "s": part,
-                    }
-                    letters = {v: reasons[v] for v in versions if v in reasons} if last and reasons else {}
-                    if letters:
-                        body["d"] = letters
-                    if first_hand:
-                        body["l"] = 1
-                        if last and len(versions) > 1:
-                            places = {version: place for place, version in enumerate(versions)}
-                            body["t"] = [places.get(scopes[scope], 0) for scope in part]
-                    yield partition, part, orjson.dumps(body)
-
-    def _places(self, id: str, dimensions: Dimensions) -> list[tuple[str, int]]:
-        """The scopes that a write touches, and the feed partition of each."""
-        scope = id_scope(id)
-        return [(scope, self._link.keys.feed_partition(scope)), *self._shared_places(dimensions)]
-
-    def _find_places(self, dimensions: Dimensions) -> list[tuple[str, int]]:
-        """Those that memories of these dimensions share."""
-        return [(scope, self._link.keys.feed_partition(scope)) for scope in dimensions.shared_scopes()]
 
     def _report(self, events: int) -> None:
         with self._figures:

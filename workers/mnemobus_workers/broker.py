@@ -1,27 +1,32 @@
 """The broker: Dramatiq on consumer groups of Redis Streams.
 
-Each log partition is a Dramatiq queue, and one Dramatiq message is one batch: whatever has gathered in the
-partition, up to a number of events and of bytes. There is no waiting to fill a batch; an idle bus delivers
-one event at once, a busy one hundreds together.
+All log partitions that a process serves are one Dramatiq queue, and one Dramatiq message is one batch: whatever has
+gathered in them, up to a number of events and of bytes. One read asks for all of it, and one transaction commits it.
+There is no waiting to fill a batch; an idle bus delivers one event at once, a busy one hundreds together. While a
+batch is being applied the next is read, and may be applied at the same time: what batches do to the store is
+independent of their order.
 
-Delivered entries stay *pending* in the consumer group until they are acknowledged, and that comes last. What follows
-from it:
+Delivered entries stay *pending* in the consumer group until they are acknowledged, and that comes last, with the
+fan-out (apply.py). What follows from it:
 
 - A worker that dies leaves its entries pending. Others look for entries that have been idle for ``claim_idle`` and
   claim them. A live worker *renews* (upkeep.py) what it holds, however long it takes. Idle times are by Redis's wall
   clock; what that hides once it was set back is found by other means (unmoved.py).
-- A failed batch is not acknowledged, and no longer renewed: it comes back the same way. Dramatiq would
-  acknowledge a message whose actor raised (only its Retries middleware marks it failed, and that re-enqueues,
-  which a batch can't be), so `BatchProxy` marks itself.
-- Entries that were delivered again and again come one by one, so that an event which kills its worker stands alone;
-  in the end it goes to the dead letters.
+- A failed batch is not acknowledged, and no longer renewed: it comes back the same way. Dramatiq would acknowledge a
+  message whose actor raised (only its Retries middleware marks it failed, and that re-enqueues, which a batch can't
+  be), so `BatchProxy` marks itself.
+- Entries that were delivered again and again come one by one, so that an event which kills its worker stands alone; in
+  the end it goes to the dead letters.
 - At shutdown what is held but not begun is handed back, idle enough for others to claim at once. So is what waits for
-  a store that is away. Neither counts as a delivery: no event is given up for how often workers were restarted.
+  a store or a Redis that is away. Neither counts as a delivery: no event is given up for how often workers were
+  restarted.
+- A log partition that can't be read (somebody put something else there) is set aside for a moment, and the others go
+  on.
 
-Dramatiq prefetches messages; here a message is a batch, so a process holds at most two batches per partition.
+Dramatiq prefetches messages; here a message is a batch, and a process holds at most one for each of its threads, and
+two where it has one thread.
 
-A Redis that is away is waited for here, in fractions of a second; Dramatiq would restart its consumer after three. Only
-an acknowledgement that fails for long is left to Dramatiq, which repeats it for as long as it takes.
+A Redis that is away is waited for here, in fractions of a second; Dramatiq would restart its consumer after three.
 """
 
 from __future__ import annotations
@@ -36,17 +41,18 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 import dramatiq
-from dramatiq.errors import ConnectionClosed, QueueNotFound
+from dramatiq.errors import QueueNotFound
 from dramatiq.middleware import Middleware
-from redis.exceptions import RedisError
-from tenacity import Retrying, retry_if_exception, stop_after_delay, wait_random_exponential
+from redis.exceptions import RedisError, ResponseError
 
-from mnemobus.connection.link import ThreadedLink
+from mnemobus.connection.link import Call, ThreadedLink, script
 from mnemobus.connection.server_errors import AWAY, code_of, is_away, meaning
+from mnemobus.connection.transport import Command
 from mnemobus.errors import MnemobusError
 from mnemobus.keys import APPLY_GROUP
 from mnemobus.settings import Settings
 
+from .fanout import FanOut
 from .report import State
 from .standing import Standing
 from .unmoved import Unmoved
@@ -54,20 +60,24 @@ from .unmoved import Unmoved
 logger = logging.getLogger("mnemobus.broker")
 
 ACTOR = "apply"
+QUEUE = "log"
 HELD_BATCHES = 2
-"""Batches of one partition that a process holds at most: one to work on, one to follow."""
+"""Batches that a process holds at least, if there is enough to do: one to work on, one to follow."""
 ALONE_AFTER = 3
 """Deliveries after which an event comes in a batch of its own."""
 DEAD_AFTER = 20
 """Deliveries after which it is given up."""
 _FIRST_GUESS = 64 << 10
 """Bytes that an entry is taken to have before any was seen."""
-_ACK_PATIENCE = 2.0
 _HANDED_OVER = 7 * 86_400_000
 """Milliseconds of idleness given to an entry that anybody may claim."""
+_ASIDE = 1.0
+"""Seconds for which a log partition that can't be read is left alone."""
 
 Entry = tuple[bytes, list[bytes]]
 """An ID, and field names and values, alternating."""
+Parts = dict[int, list[Entry]]
+"""Entries by log partition; none is empty."""
 
 
 class Stopping(Exception):
@@ -75,38 +85,47 @@ class Stopping(Exception):
 
 
 class Batch:
-    """Entries of one log partition, delivered together.
+    """Entries that were delivered together.
 
     epoch     as this process knew it before they were read
     hopeless  why its only entry is not to be tried again, or None
     """
 
-    __slots__ = ("entries", "epoch", "hopeless", "partition")
+    __slots__ = ("epoch", "hopeless", "parts")
 
-    def __init__(self, partition: int, entries: list[Entry], epoch: str, hopeless: str | None = None) -> None:
-        self.partition = partition
-        self.entries = entries
+    def __init__(self, parts: Parts, epoch: str, hopeless: str | None = None) -> None:
+        self.parts = parts
         self.epoch = epoch
         self.hopeless = hopeless
 
     @property
-    def ids(self) -> list[bytes]:
-        return [id for id, _ in self.entries]
+    def entries(self) -> list[Entry]:
+        return [entry for entries in self.parts.values() for entry in entries]
+
+    def ids(self) -> dict[int, list[bytes]]:
+        """Those of its entries, by log partition."""
+        return {partition: [id for id, _ in entries] for partition, entries in self.parts.items()}
+
+    def __len__(self) -> int:
+        return sum(map(len, self.parts.values()))
 
     def __repr__(self) -> str:
-        first, last = self.entries[0][0].decode(), self.entries[-1][0].decode()
-        return f"<{len(self.entries)} events of log partition {self.partition}, {first} to {last}>"
+        where = (
+            f"log partition {partition} ({entries[0][0].decode()} to {entries[-1][0].decode()})"
+            for partition, entries in self.parts.items()
+        )
+        return f"<{len(self)} events of {', '.join(where)}>"
 
 
 class BatchProxy(dramatiq.MessageProxy):
     """A batch as Dramatiq passes it around; marks itself failed if applying it raised."""
 
-    def __init__(self, queue: str, batch: Batch) -> None:
+    def __init__(self, batch: Batch) -> None:
         # To stop is no failure that would be worth a traceback in the log.
         options = {"throws": Stopping}
-        super().__init__(
-            dramatiq.Message(queue, ACTOR, (batch,), {}, options, message_id=batch.ids[0].decode())
-        )
+        partition, [(first, _), *_] = next(iter(batch.parts.items()))
+        id = f"{partition}:{first.decode()}"
+        super().__init__(dramatiq.Message(QUEUE, ACTOR, (batch,), {}, options, message_id=id))
         self.batch = batch
         self.stopped = False
         self.error: BaseException | None = None
@@ -118,24 +137,17 @@ class BatchProxy(dramatiq.MessageProxy):
         self.fail()
 
 
-def queue_name(partition: int) -> str:
-    """The Dramatiq queue of a log partition."""
-    return f"log-{partition}"
-
-
 class StreamBroker(dramatiq.Broker):
     """Delivers what is in the log. Nothing can be enqueued: the log is written through a bus."""
 
     def __init__(self, settings: Settings, middleware: list[Middleware] | None = None) -> None:
         super().__init__(middleware=middleware or [])
         self.settings = settings
-        # Each partition's consumer has one connection while it waits; worker threads and upkeep have others.
-        self.link = ThreadedLink(settings, connections=2 * settings.log_partitions + 64)
-        for command in ("XREADGROUP", "XPENDING", "XCLAIM"):
-            self.link.client.set_response_callback(command, _as_it_is)
+        # The consumer has one connection while it waits; worker threads and upkeep have others.
+        self.link = ThreadedLink(settings, connections=64)
         self.consumer_name = f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(4)}"
-        self.queues: dict[str, int] = {}
-        self.held = Held(settings.log_partitions)
+        self.queues: dict[str, None] = {}
+        self.held = Held()
         self.standing: Standing | None = None
         """Whether this process may take batches; None: it may."""
         self.stopping = threading.Event()
@@ -143,18 +155,22 @@ class StreamBroker(dramatiq.Broker):
         self.state = State()
         """What this process tells of itself."""
 
+    def partitions(self) -> Sequence[int]:
+        """The log partitions that this process serves, as of now: whoever goes through them asks anew each time."""
+        return range(self.settings.log_partitions)
+
     def declare_queue(self, queue_name: str) -> None:
         if queue_name in self.queues:
             return
         self.emit_before("declare_queue", queue_name)
-        self.queues[queue_name] = int(queue_name.removeprefix("log-"))
+        self.queues[queue_name] = None
         self.emit_after("declare_queue", queue_name)
 
     def consume(self, queue_name: str, prefetch: int = 1, timeout: int = 1000) -> StreamConsumer:
-        """A consumer of one log partition; waits ``timeout`` ms for an event, less if sockets time out before."""
+        """A consumer of the log; waits ``timeout`` ms for an event, less if sockets time out before."""
         if queue_name not in self.queues:
             raise QueueNotFound(queue_name)
-        return StreamConsumer(self, self.queues[queue_name], timeout)
+        return StreamConsumer(self, timeout)
 
     def enqueue(self, message: dramatiq.Message[Any], *, delay: int | None = None) -> dramatiq.Message[Any]:
         """Always a TypeError."""
@@ -166,59 +182,68 @@ class StreamBroker(dramatiq.Broker):
         A batch that was not begun counts as not delivered. Redis being away is logged: it is claimed later then.
         """
         try:
-            self.link.run(
-                "renew",
-                [self.link.keys.log(batch.partition)],
-                [APPLY_GROUP, self.consumer_name, _HANDED_OVER, int(not begun), *batch.ids],
-            )
+            self._set_idle([batch], _HANDED_OVER, int(not begun))
         except (RedisError, MnemobusError, *AWAY) as error:
             logger.warning("%r could not be handed back, and will be claimed: %s", batch, error)
 
     def renew(self) -> None:
         """Keep others from claiming what this process holds."""
-        for batch in self.held.batches():
-            self.link.run(
-                "renew",
-                [self.link.keys.log(batch.partition)],
-                [APPLY_GROUP, self.consumer_name, 0, 0, *batch.ids],
+        self._set_idle(self.held.batches(), 0, 0)
+
+    def _set_idle(self, batches: Sequence[Batch], idle: int, undelivered: int) -> None:
+        calls: list[Call] = [
+            (
+                script("renew"),
+                [self.link.keys.log(partition)],
+                [APPLY_GROUP, self.consumer_name, idle, undelivered, *ids],
             )
+            for batch in batches
+            for partition, ids in batch.ids().items()
+        ]
+        errors = (
+            [reply for reply in self.link.pipeline(calls) if isinstance(reply, Exception)] if calls else []
+        )
+        if errors:
+            raise errors[0]
 
     def close(self) -> None:
         self.link.close()
 
 
-def _as_it_is(reply: Any, **_: Any) -> Any:
-    return reply
-
-
 class Held:
     """The batches that this process has been given and not let go of. Safe for threads."""
 
-    def __init__(self, partitions: int) -> None:
+    def __init__(self) -> None:
         self._lock = threading.Condition()
-        self._batches: list[dict[int, Batch]] = [{} for _ in range(partitions)]
+        self._batches: dict[int, Batch] = {}
+        self.most = HELD_BATCHES
 
     def add(self, batch: Batch) -> None:
         with self._lock:
-            self._batches[batch.partition][id(batch)] = batch
+            self._batches[id(batch)] = batch
 
     def drop(self, batch: Batch) -> None:
         with self._lock:
-            self._batches[batch.partition].pop(id(batch), None)
+            self._batches.pop(id(batch), None)
             self._lock.notify_all()
 
     def batches(self) -> list[Batch]:
         with self._lock:
-            return [batch for held in self._batches for batch in held.values()]
+            return list(self._batches.values())
 
-    def ids(self, partition: int) -> set[bytes]:
-        with self._lock:
-            return {id for batch in self._batches[partition].values() for id in batch.ids}
+    def ids(self) -> set[tuple[int, bytes]]:
+        """Log partitions and IDs of all entries."""
+        return {
+            (partition, id)
+            for batch in self.batches()
+            for partition, ids in batch.ids().items()
+            for id in ids
+        }
 
-    def wait_for_room(self, partition: int, timeout: float) -> bool:
+    def wait_for_room(self, timeout: float) -> bool:
         """Whether another batch may be taken, after waiting for it if need be."""
         with self._lock:
-            return self._lock.wait_for(lambda: len(self._batches[partition]) < HELD_BATCHES, timeout)
+            return self._lock.wait_for(lambda: len(self._batches) < self.most, timeout)
 
 
 class BatchSize:
@@ -239,68 +264,53 @@ class BatchSize:
 
 
 class StreamConsumer(dramatiq.Consumer):
-    """Batches of one log partition: new ones, and from time to time those of a worker that died."""
+    """Batches of the log: new ones, and from time to time those of a worker that died."""
 
-    def __init__(self, broker: StreamBroker, partition: int, timeout: int) -> None:
+    def __init__(self, broker: StreamBroker, timeout: int) -> None:
         self._broker = broker
         self._link = broker.link
         self._settings = broker.settings
-        self._partition = partition
-        self._queue = queue_name(partition)
-        self._what = f"log partition {partition}"
-        self._key = broker.link.keys.log(partition)
         self._timeout = timeout / 1000
         # A read that blocks longer than the socket would time out on its own connection.
         self._block = max(1, min(timeout, int(self._settings.redis_timeout * 500)))
         self._claim_every = self._settings.claim_idle / 10
         self._claim_next = 0.0
         self._unmoved = Unmoved(
-            broker.link, self._key, self._settings.claim_idle, HELD_BATCHES * self._settings.batch_size
+            broker.link, self._settings.claim_idle, broker.held.most * self._settings.batch_size
         )
         self._size = BatchSize(broker.settings)
+        self._everyone = FanOut(broker.settings, broker.link)
         self._away = 0
+        self._aside: dict[int, float] = {}
+        """Log partitions that can't be read, and until when they are left alone."""
 
     def __next__(self) -> BatchProxy | None:
         standing = self._broker.standing
         if standing is not None and standing.refused:
             self._broker.stopping.wait(self._timeout)
             return None
-        if not self._broker.held.wait_for_room(self._partition, self._timeout):
+        if not self._broker.held.wait_for_room(self._timeout):
             return None
         try:
             batch = self._next()
         except (MnemobusError, RedisError, *AWAY) as error:
-            if code_of(error) == "NOGROUP":
-                self._make_group()
-            else:
-                self._wait_out(error)
+            self._wait_out(error)
             return None
         if self._away:
-            logger.info("log partition %d: Redis is back", self._partition)
+            logger.info("the log: Redis is back")
             self._away = 0
-            self._broker.state.goes_on(self._what)
+            self._broker.state.goes_on("the log")
         if batch is None:
             return None
         self._broker.held.add(batch)
-        return BatchProxy(self._queue, batch)
+        return BatchProxy(batch)
 
     def _wait_out(self, error: Exception) -> None:
         self._away += 1
-        self._broker.state.waits(self._what, error)
+        self._broker.state.waits("the log", error)
         if self._away == 1:
-            logger.warning(
-                "log partition %d can't be read, trying until it can: %s", self._partition, meaning(error)
-            )
+            logger.warning("the log can't be read, trying until it can: %s", meaning(error))
         time.sleep(min(1.0, 0.05 * 2 ** min(self._away, 5)))
-
-    def _make_group(self) -> None:
-        """The consumer group, from the log's beginning; also after Redis lost it."""
-        try:
-            self._link.run("group", [self._key], [APPLY_GROUP])
-            logger.info("log partition %d: made the consumer group %r", self._partition, APPLY_GROUP)
-        except (MnemobusError, RedisError, *AWAY) as error:
-            if code_of(error) != "BUSYGROUP":  # else another worker was faster
-                self._wait_out(error)
 
     def _next(self) -> Batch | None:
         now = time.monotonic()
@@ -311,116 +321,219 @@ class StreamConsumer(dramatiq.Consumer):
             self._claim_next = now + self._claim_every
         return self._read()
 
+    # Which log partitions
+
+    def _served(self) -> list[int]:
+        """Log partitions that can be read, as far as is known."""
+        partitions = self._broker.partitions()
+        if not self._aside:
+            return list(partitions)
+        now = time.monotonic()
+        return [p for p in partitions if self._aside.get(p, now) <= now]
+
+    def _trouble(self, partition: int, error: Exception) -> None:
+        """See to a log partition that can't be read though others can: make its consumer group, or set it aside."""
+        if code_of(error) == "NOGROUP":
+            try:
+                self._make_group(partition)
+                return
+            except ResponseError as why:
+                if is_away(why):
+                    raise
+                error = why
+        elif not isinstance(error, ResponseError) or is_away(error):
+            raise error
+        what = f"log partition {partition}"
+        if partition not in self._aside:
+            logger.error("%s can't be read, the others go on: %s", what, meaning(error))
+        self._broker.state.waits(what, error)
+        self._aside[partition] = time.monotonic() + _ASIDE
+
+    def _fine(self, partition: int) -> None:
+        if self._aside.pop(partition, None) is not None:
+            logger.info("log partition %d can be read again", partition)
+            self._broker.state.goes_on(f"log partition {partition}")
+
+    def _make_group(self, partition: int) -> None:
+        """The consumer group, from the log's beginning; also after Redis lost it."""
+        try:
+            self._link.run("group", [self._link.keys.log(partition)], [APPLY_GROUP])
+            logger.info("log partition %d: made the consumer group %r", partition, APPLY_GROUP)
+        except ResponseError as error:
+            if code_of(error) != "BUSYGROUP":  # else another worker was faster
+                raise
+
+    # New events
+
     def _read(self) -> Batch | None:
         block = max(1, min(self._block, int(1000 * (self._claim_next - time.monotonic()))))
+        partitions = self._served()
+        if not partitions:
+            self._broker.stopping.wait(block / 1000)
+            return None
         epoch = self._link.epoch
-        reply = self._link.client.execute_command(
-            "XREADGROUP", "GROUP", APPLY_GROUP, self._broker.consumer_name, "COUNT", self._size.count,
-            "BLOCK", block, "STREAMS", self._key, ">",
-        )  # fmt: skip
-        if not reply:
-            return None
-        streams = reply.items() if isinstance(reply, dict) else reply
-        entries = [(id, fields) for _, found in streams for id, fields in found]
-        return self._batch(entries, epoch)
+        # COUNT is for each stream. What a quiet one leaves of it goes to those that have more.
+        count = max(1, self._size.count // len(partitions))
+        try:
+            parts = self._found(self._link.command(*self._command(partitions, count, block)))
+        except ResponseError as error:
+            if is_away(error):
+                raise
+            parts = self._read_each(partitions, count)
+        else:
+            if self._aside:
+                for partition in partitions:
+                    self._fine(partition)
+            full = [partition for partition, entries in parts.items() if len(entries) >= count]
+            left = (self._size.count - sum(map(len, parts.values()))) // len(full) if full else 0
+            if left > 0 and len(partitions) > 1:
+                self._fill_up(parts, full, left)
+        return self._batch(parts, epoch)
 
-    def _batch(self, entries: list[Entry], epoch: str) -> Batch | None:
-        if not entries:
+    def _command(self, partitions: Sequence[int], count: int, block: int | None) -> Command:
+        waiting = () if block is None else ("BLOCK", block)
+        logs = [self._link.keys.log(partition) for partition in partitions]
+        name = self._broker.consumer_name
+        return (
+            "XREADGROUP", "GROUP", APPLY_GROUP, name, "COUNT", count, *waiting, "STREAMS", *logs, *(">" for _ in logs),
+        )  # fmt: skip
+
+    def _found(self, reply: Any) -> Parts:
+        """What a read answered, by log partition."""
+        streams = reply.items() if isinstance(reply, dict) else reply or ()
+        names = {
+            self._link.keys.log(partition).encode(): partition for partition in self._broker.partitions()
+        }
+        return {names[name]: entries for name, entries in streams if entries}
+
+    def _fill_up(self, parts: Parts, partitions: Sequence[int], count: int) -> None:
+        """Ask those that had more than their share for the rest of the batch."""
+        try:
+            more = self._found(self._link.command(*self._command(partitions, count, None)))
+        except (MnemobusError, RedisError, *AWAY) as error:
+            logger.debug(
+                "no more is read for now: %s", error
+            )  # what was read is not to be lost; the next read tells
+            return
+        for partition, entries in more.items():
+            parts[partition] = [*parts[partition], *entries]
+
+    def _read_each(self, partitions: Sequence[int], count: int) -> Parts:
+        """What there is in each, one by one, as one of them can't be read, and Redis answers for all together."""
+        commands = [self._command([partition], count, None) for partition in partitions]
+        parts: Parts = {}
+        replies = self._link.pipeline(commands)
+        for partition, reply in zip(partitions, replies, strict=True):
+            if not isinstance(reply, Exception):
+                self._fine(partition)
+                parts |= self._found(reply)
+        for partition, reply in zip(partitions, replies, strict=True):
+            if isinstance(reply, Exception):
+                try:
+                    self._trouble(partition, reply)
+                except (MnemobusError, RedisError, *AWAY):
+                    if not parts:
+                        raise
+        return parts
+
+    def _batch(self, parts: Parts, epoch: str) -> Batch | None:
+        if not parts:
             return None
-        self._size.saw(entries)
-        return Batch(self._partition, entries, epoch)
+        batch = Batch(parts, epoch)
+        self._size.saw(batch.entries)
+        return batch
+
+    # Events that others have left
 
     def _claim(self) -> Batch | None:
         """A batch of what nobody has renewed for too long; None if there is nothing of that kind."""
         idle = int(self._settings.claim_idle * 1000)
         epoch = self._link.epoch
-        mine = self._broker.held.ids(self._partition)
+        mine = self._broker.held.ids()
         pending, consumers = self._pending(idle)
         if self._unmoved.look(consumers, mine):
             pending, _ = self._pending(idle)
-        stale = [(id, deliveries) for id, _, _, deliveries in pending if id not in mine]
+        stale = [
+            (partition, id, deliveries)
+            for partition, found in pending.items()
+            for id, _, _, deliveries in found
+            if (partition, id) not in mine
+        ]
         if not stale:
             return None
-        together = [id for id, deliveries in stale if deliveries < ALONE_AFTER]
+        together: dict[int, list[bytes]] = {}
+        for partition, id, deliveries in stale:
+            if deliveries < ALONE_AFTER:
+                together.setdefault(partition, []).append(id)
         if together:
             return self._batch(self._take(together, idle), epoch)
-        id, deliveries = stale[0]
-        entries = self._take([id], idle)
-        if not entries:
+        partition, id, deliveries = stale[0]
+        parts = self._take({partition: [id]}, idle)
+        if not parts:
             return None
         reason = None
         if deliveries >= DEAD_AFTER:
             reason = f"delivered {deliveries} times, and no worker got as far as confirming it"
-        return Batch(self._partition, entries, epoch, reason)
+        return Batch(parts, epoch, reason)
 
-    def _pending(self, idle: int) -> tuple[list[Any], list[bytes]]:
-        """What has been idle for so many ms, as XPENDING tells it; and the names of all who have anything pending."""
-        pending, summary = self._link.pipeline(
-            [
-                ("XPENDING", self._key, APPLY_GROUP, "IDLE", idle, "-", "+", self._size.count),
-                ("XPENDING", self._key, APPLY_GROUP),
-            ]
+    def _pending(self, idle: int) -> tuple[dict[int, list[Any]], list[tuple[int, bytes]]]:
+        """What has been idle for so many ms, by log partition, as XPENDING tells it; and in which partition which
+        consumer has anything pending."""
+        partitions = self._served()
+        count = max(1, self._size.count // max(1, len(partitions)))
+        commands: list[Command] = []
+        for partition in partitions:
+            key = self._link.keys.log(partition)
+            commands.append(("XPENDING", key, APPLY_GROUP, "IDLE", idle, "-", "+", count))
+            commands.append(("XPENDING", key, APPLY_GROUP))
+        replies = self._link.pipeline(commands) if commands else []
+        pending, consumers = {}, []
+        for partition, found, summary in zip(partitions, replies[::2], replies[1::2], strict=True):
+            if isinstance(found, Exception) or isinstance(summary, Exception):
+                self._trouble(partition, found if isinstance(found, Exception) else summary)
+                continue
+            pending[partition] = found
+            consumers += [(partition, name) for name, _ in summary[3] or ()]
+        return pending, consumers
+
+    def _take(self, wanted: dict[int, list[bytes]], idle: int) -> Parts:
+        name = self._broker.consumer_name
+        keys = self._link.keys
+        replies = self._link.pipeline(
+            [("XCLAIM", keys.log(p), APPLY_GROUP, name, idle, *ids) for p, ids in wanted.items()]
         )
-        for reply in (pending, summary):
-            if isinstance(reply, Exception):
-                raise reply
-        return pending, [name for name, _ in summary[3] or ()]
+        parts: Parts = {}
+        for (partition, ids), claimed in zip(wanted.items(), replies, strict=True):
+            if isinstance(claimed, Exception):
+                self._trouble(partition, claimed)
+                continue
+            entries: list[Entry] = [entry for entry in claimed if entry is not None and entry[1] is not None]
+            if entries:
+                parts[partition] = entries
+                logger.warning(
+                    "claimed %d events of log partition %d from another worker", len(entries), partition
+                )
+            got = {id for id, _ in entries}
+            self._give_up_deleted(partition, [id for id in ids if id not in got])
+        return parts
 
-    def _take(self, ids: Sequence[bytes], idle: int) -> list[Entry]:
-        claimed = self._link.client.execute_command(
-            "XCLAIM", self._key, APPLY_GROUP, self._broker.consumer_name, idle, *ids
-        )
-        entries: list[Entry] = [entry for entry in claimed if entry is not None and entry[1] is not None]
-        if entries:
-            logger.warning(
-                "claimed %d events of log partition %d from another worker", len(entries), self._partition
-            )
-        got = {id for id, _ in entries}
-        self._give_up_deleted([id for id in ids if id not in got])
-        return entries
-
-    def _give_up_deleted(self, ids: Sequence[bytes]) -> None:
+    def _give_up_deleted(self, partition: int, ids: Sequence[bytes]) -> None:
         """Confirm entries that somebody deleted from the stream; those that others claimed are left alone."""
+        key = self._link.keys.log(partition)
         for id in ids:
-            if self._link.client.execute_command("XLEN", self._key) and self._exists(id):
+            if self._link.command("XRANGE", key, id, id):
                 continue
             logger.error("event %s was deleted from the log before it was applied", id.decode())
             # Who waits for it must not take the confirmation for a commit.
             note = "dropped somebody deleted it from the log before it was applied"
-            self._link.client.hsetnx(self._link.keys.reasons(self._partition), id.decode(), note)
-            self._acknowledge([id])
+            self._link.client.hsetnx(self._link.keys.reasons(partition), id.decode(), note)
+            self._everyone.confirm(self._link.epoch, [], {partition: [id]})
 
-    def _exists(self, id: bytes) -> bool:
-        return bool(self._link.client.execute_command("XRANGE", self._key, id, id))
-
-    def _acknowledge(self, ids: Sequence[bytes]) -> None:
-        keys = [self._key, self._link.keys.meter(self._partition)]
-        for attempt in Retrying(
-            retry=retry_if_exception(is_away),
-            wait=wait_random_exponential(multiplier=0.05, max=0.5),
-            stop=stop_after_delay(_ACK_PATIENCE),
-            reraise=True,
-        ):
-            with attempt:
-                self._link.run("ack", keys, [APPLY_GROUP, *ids])
+    # What becomes of batches
 
     def ack(self, message: dramatiq.MessageProxy) -> None:
-        """Confirm a batch. ConnectionClosed if Redis is away; the batch is still held then."""
+        """Let go of a batch, which is applied and confirmed."""
         assert isinstance(message, BatchProxy)
-        try:
-            self._acknowledge(message.batch.ids)
-        except (MnemobusError, RedisError, *AWAY) as error:
-            # One that was refused in the handshake is not fit for use until somebody sees to that.
-            away = isinstance(error, MnemobusError) or is_away(error)
-            if away and not self._broker.stopping.is_set():
-                raise ConnectionClosed(
-                    f"log partition {self._partition} can't be confirmed now: {error}"
-                ) from error
-            # It stays pending, will be claimed, and applied again, to no effect.
-            logger.error("%r is applied but could not be confirmed: %s", message.batch, error)
-            self._broker.state.failed("confirming a batch", error)
-        else:
-            self._broker.state.applied(len(message.batch.entries))
         self._broker.held.drop(message.batch)
 
     def nack(self, message: dramatiq.MessageProxy) -> None:

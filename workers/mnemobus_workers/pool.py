@@ -8,13 +8,13 @@ from mnemobus.settings import Settings
 from mnemobus.store import open_writer
 
 from .apply import Applier
-from .broker import ACTOR, Batch, StreamBroker, queue_name
+from .broker import ACTOR, QUEUE, Batch, StreamBroker
 from .standing import Standing
 from .upkeep import Lifecycle
 
 
 def make_broker(settings: Settings) -> StreamBroker:
-    """A broker with the actor that applies batches, and a queue for each log partition. Connects to nothing."""
+    """A broker with the actor that applies batches. Connects to nothing."""
     broker = StreamBroker(settings)
     writer = open_writer(settings)
     standing = broker.standing = Standing(settings, broker.link, writer, broker.consumer_name)
@@ -24,7 +24,5 @@ def make_broker(settings: Settings) -> StreamBroker:
     def apply(batch: Batch) -> None:
         applier.apply(batch)
 
-    dramatiq.actor(actor_name=ACTOR, queue_name=queue_name(0), broker=broker)(apply)
-    for partition in range(settings.log_partitions):
-        broker.declare_queue(queue_name(partition))
+    dramatiq.actor(actor_name=ACTOR, queue_name=QUEUE, broker=broker)(apply)
     return broker

@@ -151,7 +151,6 @@ class Replay:
         self._on_progress = on_progress
         self._stopping = threading.Event()
         self._link = ThreadedLink(settings, connections=4)
-        self._link.client.set_response_callback("XRANGE", lambda reply, **_: reply)
         kind = REPLAY_GROUP if into is None else COPY_GROUP
         self.group = f"{kind}{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(4)}"
         self._held: list[int] = []
@@ -273,9 +272,7 @@ class Replay:
             "COUNT",
             self._size.count,
         )
-        entries: list[Entry] = self._applier.insist(
-            "the log", lambda: self._link.client.execute_command(*command)
-        )
+        entries: list[Entry] = self._applier.insist("the log", lambda: self._link.command(*command))
         if entries:
             self._size.saw(entries)
         return entries
@@ -358,9 +355,7 @@ class _Letters:
 
     def read(self) -> None:
         """Read those that are new."""
-        while found := self._link.client.execute_command(
-            "XRANGE", self._key, f"({self._last}", "+", "COUNT", _LETTERS
-        ):
+        while found := self._link.command("XRANGE", self._key, f"({self._last}", "+", "COUNT", _LETTERS):
             self._last = found[-1][0].decode()
             for _, fields in found:
                 with suppress(ValueError):

@@ -10,8 +10,9 @@ idle for 0 ms, let alone every look. Entries that every look found idle for 0 ms
 ``claim_idle``, have nobody who renews them. They are given the idle time that they really have, and are claimed as all
 others (broker.py).
 
-A look asks for the first entry of each consumer. A consumer's later entries are looked at once the first one makes no
-sense: the page that is fetched then holds all that a process can have.
+A look asks for the first entry of each consumer. Where two looks find the same one idle for 0 ms, and it still is some
+milliseconds later, the consumer's later entries are looked at: the page that is fetched then holds all that a process
+can have.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 from mnemobus.connection.link import ThreadedLink
+from mnemobus.connection.transport import Command
 from mnemobus.keys import APPLY_GROUP
 
 logger = logging.getLogger("mnemobus.broker")
@@ -29,9 +31,12 @@ logger = logging.getLogger("mnemobus.broker")
 LOOKS = 4
 """Looks that must have found an entry unmoved before the last; one may have hit the very millisecond of a renewal."""
 _PAUSE = 0.003
-"""Seconds between the two questions of a look; entries that were just delivered have an idle time then."""
+"""Seconds between the two questions of a look; entries that were just renewed have an idle time then."""
 _AT_ONCE = 1_000
 """Entries of one call of renew.lua."""
+
+Place = tuple[int, bytes]
+"""A log partition, and a consumer there."""
 
 
 @dataclass(slots=True)
@@ -44,71 +49,82 @@ class _Watch:
 
 
 class Unmoved:
-    """Watches the pending entries of one log partition.
+    """Watches the pending entries of the log.
 
     claim_idle  seconds without a sign of life after which a batch is given to another
-    page        entries that one consumer can have at most
+    page        entries of a log partition that one consumer can have at most
     """
 
-    def __init__(self, link: ThreadedLink, key: str, claim_idle: float, page: int) -> None:
+    def __init__(self, link: ThreadedLink, claim_idle: float, page: int) -> None:
         self._link = link
-        self._key = key
         self._claim_idle = claim_idle
         self._page = page
-        self._watched: dict[bytes, _Watch] = {}
+        self._first: dict[Place, bytes] = {}
+        """What was idle for 0 ms at the last look, and came first."""
+        self._watched: dict[Place, _Watch] = {}
 
-    def look(self, consumers: Sequence[bytes], mine: Collection[bytes]) -> int:
+    def look(self, places: Sequence[Place], mine: Collection[tuple[int, bytes]]) -> int:
         """Look once more. How many entries may be claimed since, because nobody has moved them for ``claim_idle``.
 
-        consumers: those that have anything pending
-        mine: IDs of what this process works on
+        places: where anything is pending
+        mine: log partitions and IDs of what this process works on
         """
         now = time.monotonic()
-        watched: dict[bytes, _Watch] = {}
+        watched: dict[Place, _Watch] = {}
         freed = 0
-        for name in self._hidden_first(consumers):
-            watch = self._watched.get(name) or _Watch(now, self._hidden(name, mine))
+        for place in self._hidden_first(places):
+            watch = self._watched.get(place) or _Watch(now, self._hidden(place, mine))
             watch.looks += 1
             if watch.looks <= LOOKS or now - watch.since < self._claim_idle:
-                watched[name] = watch
+                watched[place] = watch
                 continue
-            still = self._hidden(name, mine)
-            freed += self._free(name, [id for id, n in watch.entries.items() if still.get(id) == n])
+            still = self._hidden(place, mine)
+            freed += self._free(place, [id for id, n in watch.entries.items() if still.get(id) == n])
         self._watched = watched
         return freed
 
-    def _hidden_first(self, consumers: Sequence[bytes]) -> list[bytes]:
-        """Those whose first pending entry has an idle time of 0, and still has it some milliseconds later."""
-        for pause in (0.0, _PAUSE):
-            if not consumers:
-                return []
-            time.sleep(pause)
-            replies = self._link.pipeline(
-                [("XPENDING", self._key, APPLY_GROUP, "-", "+", 1, name) for name in consumers]
-            )
-            for reply in replies:
-                if isinstance(reply, Exception):
-                    raise reply
-            found = zip(consumers, replies, strict=True)
-            consumers = [name for name, first in found if first and first[0][2] <= 0]
-        return list(consumers)
+    def _hidden_first(self, places: Sequence[Place]) -> list[Place]:
+        """Those whose first pending entry has an idle time of 0, as it had at the last look, and some milliseconds
+        later: none that was delivered or renewed just now."""
+        before, self._first = self._first, self._look(places)
+        same = [place for place, id in self._first.items() if before.get(place) == id]
+        if not same:  # nearly always: the consumer is not to be held up
+            return []
+        time.sleep(_PAUSE)
+        return list(self._look(same))
 
-    def _hidden(self, consumer: bytes, mine: Collection[bytes]) -> dict[bytes, int]:
-        pending = self._link.client.execute_command(
-            "XPENDING", self._key, APPLY_GROUP, "-", "+", self._page, consumer
+    def _look(self, places: Sequence[Place]) -> dict[Place, bytes]:
+        """Where the first pending entry has an idle time of 0, and which one it is."""
+        commands: list[Command] = [
+            ("XPENDING", self._link.keys.log(partition), APPLY_GROUP, "-", "+", 1, name)
+            for partition, name in places
+        ]
+        found = {}
+        for place, reply in zip(places, self._link.pipeline(commands) if commands else (), strict=True):
+            if isinstance(reply, Exception):
+                raise reply
+            if reply and reply[0][2] <= 0:
+                found[place] = reply[0][0]
+        return found
+
+    def _hidden(self, place: Place, mine: Collection[tuple[int, bytes]]) -> dict[bytes, int]:
+        partition, name = place
+        pending = self._link.command(
+            "XPENDING", self._link.keys.log(partition), APPLY_GROUP, "-", "+", self._page, name
         )
-        return {id: deliveries for id, _, idle, deliveries in pending if idle <= 0 and id not in mine}
+        return {id: n for id, _, idle, n in pending if idle <= 0 and (partition, id) not in mine}
 
-    def _free(self, consumer: bytes, ids: Sequence[bytes]) -> int:
-        idle = int(self._claim_idle * 1000)
+    def _free(self, place: Place, ids: Sequence[bytes]) -> int:
+        partition, name = place
+        key, idle = self._link.keys.log(partition), int(self._claim_idle * 1000)
         freed = 0
         for first in range(0, len(ids), _AT_ONCE):
             some = ids[first : first + _AT_ONCE]
-            freed += int(self._link.run("renew", [self._key], [APPLY_GROUP, consumer, idle, 0, *some]))
+            freed += int(self._link.run("renew", [key], [APPLY_GROUP, name, idle, 0, *some]))
         if freed:
             logger.warning(
                 "Redis's clock was set back: %d events that %s left may be claimed all the same",
                 freed,
-                consumer.decode("utf-8", "replace"),
+                name.decode("utf-8", "replace"),
             )
         return freed

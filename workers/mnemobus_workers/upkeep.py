@@ -10,7 +10,7 @@ import logging
 import random
 import threading
 import time
-from collections import deque
+from collections import defaultdict, deque
 from contextlib import suppress
 from typing import Any
 
@@ -24,7 +24,7 @@ from mnemobus.errors import IdentityMismatch, MnemobusError
 from mnemobus.keys import APPLY_GROUP, COPY_GROUP, REPLAY_GROUP, Version
 
 from .apply import Applier
-from .broker import Stopping, StreamBroker
+from .broker import HELD_BATCHES, Stopping, StreamBroker
 from .report import Reporter
 
 logger = logging.getLogger("mnemobus.upkeep")
@@ -91,9 +91,10 @@ class Upkeep:
         self._reporter = Reporter(broker.link, broker.consumer_name, broker.state, broker.settings.claim_idle)
         self._stop = threading.Event()
         self._threads: list[threading.Thread] = []
-        partitions = range(self._settings.log_partitions)
-        self._delivered = [Delivered(self._settings.retention) for _ in partitions]
-        self._leaving: list[dict[bytes, tuple[bytes, float]]] = [{} for _ in partitions]
+        self._delivered: defaultdict[int, Delivered] = defaultdict(
+            lambda: Delivered(self._settings.retention)
+        )
+        self._leaving: dict[int, dict[bytes, tuple[bytes, float]]] = {}
         """Producers that are about to be forgotten: their record, and since when it is watched."""
         self.failures = 0
         self._said = ""
@@ -189,7 +190,7 @@ class Upkeep:
         """Trim the log, forget replays, consumers, producers and workers that are long gone, and set meters right."""
         keys, link = self._link.keys, self._link
         self._reporter.tidy()
-        for partition in range(self._settings.log_partitions):
+        for partition in self._broker.partitions():
             log = keys.log(partition)
             self._forget_replays(partition)
             if self._broker.standing is None or not self._broker.standing.resyncing:
@@ -229,7 +230,7 @@ class Upkeep:
         seconds, micros = self._link.client.time()
         oldest = (seconds + micros / 1e6 - PRODUCER_IDLE) * 1000
         now = time.monotonic()
-        before, leaving = self._leaving[partition], {}
+        before, leaving = self._leaving.get(partition, {}), {}
         kept: list[tuple[float, bytes, bytes]] = []
         for producer, record in self._link.client.hscan_iter(key, count=_SCAN):
             try:
@@ -284,6 +285,7 @@ class Lifecycle(Middleware):
         self._upkeep = Upkeep(broker, applier)
 
     def before_worker_boot(self, broker: dramatiq.Broker, worker: Any) -> None:
+        self._broker.held.most = max(HELD_BATCHES, worker.worker_threads)
         self._upkeep.start()
 
     def before_worker_shutdown(self, broker: dramatiq.Broker, worker: Any) -> None:

@@ -30,7 +30,7 @@ import secrets
 from collections.abc import Callable, Generator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from hashlib import sha1
 from importlib import resources
 from typing import Any
@@ -48,7 +48,7 @@ from ..keys import Keyspace
 from ..settings import POLICIES, Settings, hide_password
 from ..tasks import end
 from .server_errors import AWAY, PASSING, REPLACED, Unfit, code_of, meaning
-from .transport import Argument, Command, Pool, Wire
+from .transport import Argument, BlockingWire, BlockingWires, Command, Pool, Wire
 
 logger = logging.getLogger("mnemobus.connection")
 
@@ -467,21 +467,31 @@ def _giving_up(base: type[Any]) -> type[Any]:
 
 
 class ThreadedLink(_Link):
-    """The workers' link to Redis: the same handshake, for threads. Raises as `Link` does."""
+    """The workers' link to Redis: the same handshake, for threads. Raises as `Link` does.
+
+    client: redis-py's, for what is asked now and then; what each batch needs goes over wires of our own
+    """
 
     def __init__(self, settings: Settings, connections: int) -> None:
         super().__init__(settings)
         options = self._options()
+        options |= {"retry": redis.retry.Retry(NoBackoff(), 0), "redis_connect_func": self._on_connect}
+        made: Callable[..., Any] = _giving_up(self._class[1])
+        self._made: Callable[[], Any] = partial(made, **options)
         self.client = redis.Redis(
             connection_pool=redis.BlockingConnectionPool(
-                connection_class=_giving_up(self._class[1]),
+                connection_class=made,
                 max_connections=connections,
                 timeout=settings.redis_acquire_timeout / 1000,
-                retry=redis.retry.Retry(NoBackoff(), 0),
-                redis_connect_func=self._on_connect,
                 **options,
             )
         )
+        self._wires = BlockingWires(self._connect)
+
+    def _connect(self) -> BlockingWire:
+        connection = self._made()
+        connection.connect()
+        return BlockingWire(connection, self.settings.redis_timeout)
 
     def _on_connect(self, connection: Any) -> None:
         # An embedded server has another password each time that it is started; the pool has that of the first.
@@ -510,16 +520,24 @@ class ThreadedLink(_Link):
                     command = dialogue.send(reply)
 
     def close(self) -> None:
+        self._wires.close()
         self.client.close()
         self.client.connection_pool.disconnect()
+
+    def command(self, *command: Argument) -> Any:
+        """The reply to one command, as it came; raises the error that Redis answers."""
+        [reply] = self._wires.execute([command])
+        if isinstance(reply, Exception):
+            raise reply
+        return reply
 
     def run(self, name: str, keys: Sequence[str], args: Sequence[Argument]) -> Any:
         """Run one script, and load it first where the server doesn't have it."""
         call = (script(name), keys, args)
         try:
-            return self.client.execute_command(*evalsha(call))
+            return self.command(*evalsha(call))
         except NoScriptError:
-            return self.client.execute_command(*evaluate(call))
+            return self.command(*evaluate(call))
 
     def pipeline(self, commands: Sequence[Command | Call]) -> list[Any]:
         """Commands and scripts in one round trip; the answers in order, errors among them as values."""
@@ -532,7 +550,4 @@ class ThreadedLink(_Link):
         return replies
 
     def _pipeline(self, commands: Sequence[Command]) -> list[Any]:
-        with self.client.pipeline(transaction=False) as pipe:
-            for command in commands:
-                pipe.execute_command(*command)
-            return pipe.execute(raise_on_error=False)
+        return self._wires.execute(commands)

@@ -13,6 +13,11 @@ others of the same age with it.
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import select
+import socket
+import struct
+import time
 from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any, Final
@@ -42,6 +47,14 @@ _MORE: Final = object()
 def pack(commands: Sequence[Command]) -> bytes:
     """Commands as they go over a wire."""
     return b"".join(map(hiredis.pack_command, commands))  # type: ignore[arg-type]
+
+
+def _error(parse: Callable[[str], Exception], text: str) -> Exception:
+    """An error that a server answered, as redis-py has it."""
+    try:
+        return parse(text)
+    except (ValueError, LookupError):  # MOVED or ASK, and then not what redis-py expects
+        return redis.exceptions.ResponseError(text)
 
 
 class Wire(asyncio.Protocol):
@@ -78,11 +91,7 @@ class Wire(asyncio.Protocol):
         return self.refusal is None and not self._transport.is_closing()
 
     def _refused(self, text: str) -> Exception:
-        """An error that the server answered, as redis-py has it."""
-        try:
-            error: Exception = self._parse_error(text)
-        except (ValueError, LookupError):  # MOVED or ASK, and then not what redis-py expects
-            error = redis.exceptions.ResponseError(text)
+        error = _error(self._parse_error, text)
         if code_of(error) in REPLACED:
             self.refusal = error
         return error
@@ -315,3 +324,129 @@ class Pool:
         idle, self._idle = self._idle, []
         self.size -= len(idle)
         await asyncio.gather(*(wire.close(self._destroy) for wire, _ in idle))
+
+
+class BlockingWire:
+    """An open connection, whose handshake is done, for one thread at a time."""
+
+    def __init__(self, connection: Any, timeout: float) -> None:
+        # From here on it is ours, also to be closed.
+        taken: socket.socket = connection._sock
+        self._socket, connection._sock = taken, None
+        self._timeout = timeout
+        self.since = time.monotonic()
+        self.used = self.since
+        self.refusal: Exception | None = None
+        """What its server said, if that means that it takes no writes."""
+        self._parse_error: Callable[[str], Exception] = connection._parser.parse_error
+        self._parser = hiredis.Reader(
+            replyError=self._refused,
+            protocolError=redis.exceptions.InvalidResponse,
+            notEnoughData=_MORE,
+        )
+        if type(taken) is socket.socket:
+            # The system keeps the time: Python would ask whether the socket is ready before each of its calls.
+            taken.settimeout(None)
+            whole = struct.pack("ll", int(timeout), int(timeout % 1 * 1e6))
+            taken.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, whole)
+            taken.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, whole)
+        else:
+            taken.settimeout(timeout)
+
+    def _refused(self, text: str) -> Exception:
+        error = _error(self._parse_error, text)
+        if code_of(error) in REPLACED:
+            self.refusal = error
+        return error
+
+    def call(self, commands: Sequence[Command]) -> list[Any]:
+        """As `Pool.execute`; what it raises ends the wire."""
+        parser, expected = self._parser, len(commands)
+        replies: list[Any] = []
+        try:
+            self._socket.sendall(pack(commands))
+            while True:
+                reply = parser.gets()
+                if reply is _MORE:
+                    data = self._socket.recv(65_536)
+                    if not data:
+                        raise redis.exceptions.ConnectionError("Connection closed by server.")
+                    parser.feed(data)
+                elif not isinstance(reply, hiredis.PushNotification):  # nobody asked for one
+                    replies.append(reply)
+                    if len(replies) == expected:
+                        break
+        except (TimeoutError, BlockingIOError):
+            raise redis.exceptions.TimeoutError(f"no answer within {self._timeout:g} s") from None
+        except OSError as error:
+            raise redis.exceptions.ConnectionError(f"Error while reading: {error}") from error
+        except redis.exceptions.InvalidResponse as error:
+            raise redis.exceptions.ConnectionError(f"this is no Redis: {error}") from error
+        self.used = time.monotonic()
+        return replies
+
+    @property
+    def quiet(self) -> bool:
+        """Whether nothing came that nobody asked for, such as its end."""
+        watch = select.poll()
+        watch.register(self._socket, select.POLLIN)
+        return not watch.poll(0)
+
+    def cut(self) -> None:
+        with contextlib.suppress(OSError):
+            self._socket.close()
+
+
+class BlockingWires:
+    """Wires to one server, for threads: opened as they are needed, as many as calls are under way at once."""
+
+    _UNCERTAIN: Final = 0.5
+    """Seconds after which an idle wire is looked at before it is used: it may have broken."""
+
+    def __init__(self, connect: Callable[[], BlockingWire]) -> None:
+        self._connect = connect
+        self._idle: deque[BlockingWire] = deque()
+        self._renewed = float("-inf")
+        """When all wires were given up."""
+        self._closed = False
+
+    def execute(self, commands: Sequence[Command]) -> list[Any]:
+        """As `Pool.execute`."""
+        wire = self._take()
+        try:
+            replies = wire.call(commands)
+        except BaseException:
+            wire.cut()
+            self.renew()  # others of its age are no better
+            raise
+        if wire.refusal is not None:
+            wire.cut()
+            self.renew()
+        elif self._closed or wire.since <= self._renewed:
+            wire.cut()
+        else:
+            self._idle.append(wire)
+        return replies
+
+    def _take(self) -> BlockingWire:
+        if self._closed:
+            raise redis.exceptions.ConnectionError("the connections are closed")
+        while True:
+            try:
+                wire = self._idle.pop()
+            except IndexError:
+                return self._connect()
+            if wire.since > self._renewed and (time.monotonic() - wire.used < self._UNCERTAIN or wire.quiet):
+                return wire
+            wire.cut()
+
+    def renew(self) -> None:
+        """Give up all wires that there are: those that are idle now, those in use when they are given back."""
+        self._renewed = time.monotonic()
+        while self._idle:
+            with contextlib.suppress(IndexError):
+                self._idle.pop().cut()
+
+    def close(self) -> None:
+        self._closed = True
+        self.renew()

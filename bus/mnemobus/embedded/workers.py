@@ -110,7 +110,7 @@ class WorkerPool:
 
 
 async def await_workers(settings: Settings, processes: int = 1) -> None:
-    """Wait until so many worker processes read every log partition. Redis may be away meanwhile.
+    """Wait until so many worker processes read the log. Redis may be away meanwhile.
 
     Cancel it to give up.
     """
@@ -125,9 +125,7 @@ async def await_workers(settings: Settings, processes: int = 1) -> None:
                 )
                 joined = all(isinstance(group, list) and group for group in groups)
                 # Managed servers hide CLIENT LIST; then the groups must do.
-                if joined and (
-                    isinstance(clients, Exception) or reading_clients(clients) >= processes * len(partitions)
-                ):
+                if joined and (isinstance(clients, Exception) or reading_clients(clients) >= processes):
                     return
             await asyncio.sleep(0.05)
     finally:

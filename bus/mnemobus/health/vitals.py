@@ -248,7 +248,8 @@ def tables(reply: Iterable[Any] | Exception | None) -> list[dict[str, Any]]:
 
 
 def reading_clients(clients: bytes | str, within: float = 5.0) -> int:
-    """How many connections wait for the log, by CLIENT LIST: a worker process has one per log partition.
+    """How many connections wait for the log, by CLIENT LIST: one of each worker process. One of the version before has
+    one for each log partition.
 
     A consumer group tells who *got* something last; before Redis 7, a worker on an idle log is not in it at all.
     """
