@@ -373,6 +373,35 @@ async def test_a_bus_over_which_it_comes(
     assert [record.message for record in caplog.records if record.exc_info] == []
 
 
+@pytest.mark.parametrize(
+    "condition", [each for each in REDIS if each.later], ids=lambda condition: condition.name
+)
+async def test_a_read_of_what_would_be_held_live_that_is_the_first_to_notice(
+    world: World, condition: Condition
+) -> None:
+    # Given a bus whose next heartbeat is far, with scopes of a room that are held live, and one that would be next time
+    if condition.restrict:
+        world.user("+@all")
+    settings = world.settings(heartbeat=60.0, max_staleness=120.0, outbox="off")
+    async with mnemobus.connect(**settings.model_dump()) as bus:
+        for table in ("messages", "notes"):
+            for _ in range(2):
+                bus._local.drop(f"room:{table}:{ROOM}")
+                await bus.recent(table, room=ROOM)
+        await bus.recent("facts", room=ROOM)
+        bus._local.drop(f"room:facts:{ROOM}")
+        assert len(bus._live) == 2
+        # If the condition comes over it, then reads are answered all the same
+        await asyncio.to_thread(condition.arrange, world)
+        async with asyncio.timeout(PATIENCE):
+            assert not await bus.recent("facts", room=ROOM)
+            assert not await bus.recent("messages", room=ROOM, limit=3)
+            assert not await bus.recent("notes", room=ROOM, limit=1000)
+            assert await bus.count("facts", room=ROOM) == 0
+            assert await bus.get("00000000-0000-4000-8000-000000000000") is None
+        world.after.close()
+
+
 # The store
 
 

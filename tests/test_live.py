@@ -7,6 +7,7 @@ import contextlib
 import sqlite3
 from collections.abc import AsyncIterator, Callable
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -164,6 +165,71 @@ async def test_g9_a_memory_is_live_by_its_id(settings: Settings, pool: Settings,
             return await bob.get(memory.id) is None
 
         await eventually(gone)
+
+
+async def hold_id(bus: mnemobus.Bus, id: str) -> None:
+    """Read a memory by its id until it is held live."""
+
+    async def held() -> bool:
+        bus._local.drop(f"id:{id}")
+        return await bus.get(id) is not None and bus._local.live(id) is not None
+
+    await eventually(held)
+
+
+async def test_g6_g9_a_memory_that_is_made_again_in_another_room_is_found_there(
+    settings: Settings, pool: Settings, connect: Connect
+) -> None:
+    async with connect(shadow_reads=0) as alice, connect(shadow_reads=0) as bob:
+        # Given a memory that two agents hold live by its id, and that one of them deletes
+        memory = said("one", entity="e")
+        await alice.write(memory, durability="committed")
+        for bus in (alice, bob):
+            await hold_id(bus, memory.id)
+        await alice.delete(memory.id, durability="committed")
+
+        async def gone() -> bool:
+            return await bob.get(memory.id) is None
+
+        await eventually(gone)
+        # When it is made again in another room, whose events come on another channel
+        again = said("two", room="elsewhere", id=memory.id, entity="e")
+        await alice.write(again)
+        # Then its writer finds it at once, and the other one once it is committed
+        assert await alice.get(memory.id) == again
+
+        async def there() -> bool:
+            return await bob.get(memory.id) == again
+
+        await eventually(there)
+        # And both follow it there
+        for bus in (alice, bob):
+            await hold_id(bus, memory.id)
+        await alice.update(memory.id, content={"text": "three"})
+
+        async def changed() -> bool:
+            found = await bob.get(memory.id)
+            return found is not None and found.content == {"text": "three"}
+
+        await eventually(changed)
+
+
+async def test_g9_the_deletion_of_a_room_reaches_scopes_that_the_log_has_no_event_of(
+    settings: Settings, pool: Settings, connect: Connect, client: redis.asyncio.Redis
+) -> None:
+    keys = keys_of(settings)
+    async with connect() as alice:
+        # Given a memory that was written before events were announced, by an older version, or into a Redis that was
+        # flushed since
+        await alice.write(said("one", entity="x"), durability="committed")
+        await client.unlink(keys.heads(keys.log_partition("r1")))
+        async with connect(shadow_reads=0) as bob:
+            # And an agent that holds its entity live
+            await hold(bob, entity="x")
+            assert await texts(bob, entity="x") == ["one"]
+            # If the room is deleted, then that agent hears of it
+            await alice.delete_room("messages", room="r1")
+            await becomes([], bob, entity="x")
 
 
 # What a window can tell
@@ -351,6 +417,23 @@ async def test_g7_a_write_that_waits_in_the_outbox_is_waited_for_and_then_there(
         with pool_of(settings):
             await receipt.committed(20)
             await becomes(["kept"], bus)
+
+
+async def test_g7_what_others_shared_is_answered_with_the_store_away(
+    settings: Settings, connect: Connect
+) -> None:
+    path = Path(settings.database_url.removeprefix("sqlite:///"))
+    async with connect() as alice, connect() as bob:
+        # Given a scope that an agent would hold live with its next read
+        await bob.recent("messages", room="r1")
+        bob._local.drop("room:messages:r1")
+        # And an answer of it that another one has shared
+        await alice.recent("messages", room="r1", limit=3)
+        # If the store is away, then that is what the agent gets
+        path.rename(f"{path}.away")
+        assert (await bob.recent("messages", room="r1", limit=3)).source == "shared"
+        with pytest.raises(mnemobus.StoreUnavailable):
+            await bob.recent("messages", room="r1", limit=4)
 
 
 async def test_g9_what_was_shown_live_is_not_missing_from_a_classic_answer_after_it(
