@@ -419,6 +419,104 @@ async def test_g7_a_write_that_waits_in_the_outbox_is_waited_for_and_then_there(
             await becomes(["kept"], bus)
 
 
+def gate(monkeypatch: pytest.MonkeyPatch, owner: Any, name: str) -> tuple[asyncio.Event, asyncio.Event]:
+    """Holds back what calls of a method answer; the events: that there is a call, and that it may go on."""
+    reached, go, real = asyncio.Event(), asyncio.Event(), getattr(owner, name)
+
+    async def gated(*args: Any) -> Any:
+        answer = await real(*args)
+        reached.set()
+        await go.wait()
+        return answer
+
+    monkeypatch.setattr(owner, name, gated)
+    return reached, go
+
+
+async def test_g9_an_answer_does_not_go_back_to_what_a_slow_load_found_beside_the_window(
+    settings: Settings, pool_of: PoolOf, connect: Connect, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with connect() as alice, connect(live_window=4) as bob:
+        # Given a room that is held live, whose window does not tell who of an entity was the last to speak
+        with pool_of(settings):
+            await alice.write_many([said(str(n)) for n in range(40)], durability="committed")
+        await hold(bob)
+        # And a read that asks the store for that
+        reached, go = gate(monkeypatch, bob._reader, "recent")
+        slow = asyncio.create_task(texts(bob, 1, room="r1", entity="e"))
+        await reached.wait()
+        # When a write comes that tells the window, then that is the answer
+        await alice.write(said("e speaks", entity="e"))
+
+        async def shown() -> bool:
+            return await texts(bob, 1, room="r1") == ["e speaks"]
+
+        await eventually(shown)
+        assert await texts(bob, 1, room="r1", entity="e") == ["e speaks"]
+        # And it stays, whatever the store has answered meanwhile, and with the next event
+        go.set()
+        assert await slow == []
+        assert await texts(bob, 1, room="r1", entity="e") == ["e speaks"]
+        await alice.write(said("another"))
+
+        async def moved() -> bool:
+            return await texts(bob, 1, room="r1") == ["another"]
+
+        await eventually(moved)
+        assert await texts(bob, 1, room="r1", entity="e") == ["e speaks"]
+
+
+async def test_g6_a_window_that_is_opened_while_a_write_goes_into_the_outbox_is_not_kept(
+    own_redis: Any, settings: Settings, connect: Connect, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server: RedisServer = own_redis()
+    async with connect(redis_url=server.url, own_write_timeout=0.2) as bus:
+        await bus.recent("messages", room="r1")
+        bus._local.drop("room:messages:r1")
+        # Given a read that is about to open a window
+        reached, go = gate(monkeypatch, bus._live.listener, "join")
+        opening = asyncio.create_task(texts(bus))
+        await reached.wait()
+        # And a Redis that can be read, and takes no writes, for its disk fails
+        (server.folder / "dump.rdb").mkdir()
+        async with redis.asyncio.Redis.from_url(server.url) as client:
+            await client.config_set("save", "3600 1000000")
+            await client.bgsave()
+
+            async def fails() -> bool:
+                return bool((await client.info("persistence"))["rdb_last_bgsave_status"] == "err")
+
+            await eventually(fails)
+        # If the bus writes there meanwhile
+        assert (await bus.write(said("mine"))).outboxed
+        go.set()
+        await opening
+        # Then no answer lacks that without being marked
+        found = await bus.recent("messages", room="r1")
+        assert found.stale
+
+
+async def test_g5_the_feed_is_listened_to_while_a_window_is_opened(
+    settings: Settings, connect: Connect, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with connect() as bus:
+        partition = keys_of(settings).feed_partition("room:messages:r1")
+        await bus.recent("messages", room="r1")
+        bus._local.drop("room:messages:r1")
+        # Given a window whose base is slow to come, and a feed that is not listened to for longer than it is needed
+        reached, go = gate(monkeypatch, bus._reader, "recent")
+        monkeypatch.setattr("mnemobus.feed.subscription._LINGER", 0.0)
+        opening = asyncio.create_task(texts(bus))
+        await reached.wait()
+        for _ in range(4):
+            await bus._feed.sync()
+        go.set()
+        await opening
+        # Then it still hears what would have the window given up
+        assert bus._local.live("room:messages:r1") is not None
+        assert bus._feed.joined(partition)
+
+
 async def test_g7_what_others_shared_is_answered_with_the_store_away(
     settings: Settings, connect: Connect
 ) -> None:

@@ -365,6 +365,17 @@ class LocalCache:
         bucket = self._buckets.get(name)
         return bucket if isinstance(bucket, LiveBucket) else None
 
+    def beside(self, name: str) -> Iterator[Bucket]:
+        """The buckets in which reads of a scope that is held live may share a load."""
+        bucket = self.live(name)
+        if bucket is not None and bucket.classic is not None:
+            yield bucket.classic
+        if self._orphans:
+            for stale in (False, True):
+                orphan = self._orphans.get((name, stale))
+                if orphan is not None:
+                    yield orphan
+
     def hold(self, bucket: LiveBucket, ttl: float) -> None:
         """Keep a live bucket, in place of what was cached under its scope."""
         before = self._buckets.get(bucket.name)

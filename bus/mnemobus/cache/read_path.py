@@ -119,6 +119,7 @@ class Tiers:
                 away = error  # others may have shared the answer to this very query
             else:
                 if kept is not MISS:
+                    self._outdo(plan)
                     return plan.kind.show(kept, source, False)
         partition = self._keys.feed_partition(plan.scope)
         while True:
@@ -145,6 +146,11 @@ class Tiers:
             stale = stale or last_known
             self.stale_reads += stale
             return plan.kind.show(kept, source, stale)
+
+    def _outdo(self, plan: Plan) -> None:
+        """A window has answered a query: what a load of it that began before finds must not be seen after that."""
+        if any((bucket, plan.key) in self._loads for bucket in self._local.beside(plan.name)):
+            self._local.drop(plan.scope)
 
     async def _lead(self, plan: Plan, bucket: Bucket, away: StoreError | None) -> Found:
         """Load what others may wait for."""

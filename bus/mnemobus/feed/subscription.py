@@ -702,7 +702,8 @@ class Feed:
             await self._reconnect()
         now = clock()
         for partition in list(self._partitions.values()):
-            if self._local.holds(partition.number):
+            opens = self.live is not None and self.live.opens(partition.number)
+            if opens or self._local.holds(partition.number):
                 partition.idle_since = None
             elif partition.idle_since is None:
                 partition.idle_since = now

@@ -256,6 +256,8 @@ class LiveScopes:
         # The feed tells what the store refuses, and what is applied without being in the log.
         if channels is None or not await self._join(partition, _JOIN_PATIENCE):
             return None, ""
+        if not self.concerns(plan):  # a write that touches it went into the outbox meanwhile
+            return None, ""
         opening = self._openings[plan.scope] = Opening(plan.scope, partition, channels)
         for channel in channels:
             self._held.setdefault(channel, {})
@@ -436,6 +438,10 @@ class LiveScopes:
         """What a partition of the feed has told is not known. L1 has dropped what depends on it."""
         for opening in self._openings.values():
             opening.cancelled = opening.cancelled or opening.partition == partition
+
+    def opens(self, partition: int) -> bool:
+        """Whether a window is being opened whose scope is of this partition of the feed."""
+        return any(opening.partition == partition for opening in self._openings.values())
 
     def _give_up(self, scope: str) -> None:
         self._local.drop_live(scope)
