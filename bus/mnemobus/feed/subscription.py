@@ -587,8 +587,8 @@ class Feed:
                 continue
             if replies[0] is None:
                 await self._link.renew_epoch()
-            elif replies[0].decode() != epoch:
-                self._link.enter(replies[0].decode())
+            elif (current := self._link.epoch_in(replies[0])) != epoch:
+                self._link.enter(current)
             if epoch != self._link.epoch:  # Redis lost what it knew: begin again
                 continue
             heads = [

@@ -11,8 +11,8 @@ A scope is opened in an order that is a rule each (tests/model/live.py shows wha
    as a whole. So whatever of it the base had already, the result is the scope as the log had it at H.
 6. If the epoch is still the same, what the channels brought meanwhile, beyond H, is merged, and the window is served.
 
-A memory by its id is held live by the channel of its room, as long as it is there: one that was deleted may be made again
-in another room.
+A memory by its id is held live by the channel of its room, as long as it is there: one that was deleted may be made
+again in another room.
 
 A window that lost memories does not know what follows below the last one: it is opened again when it is asked for more
 than it has. What was shown live must not be missing from a classic answer that follows: such a read waits until it is

@@ -1,8 +1,9 @@
 """A window: the newest memories of a scope, kept current by the events that touch it.
 
 Events of one log partition come in the order of the log, each once, or all of them again from some point on (when a
-window is opened), and a memory has all of its events in the partition of its room. So the state of a memory in a room is
-what its last events made of it: nothing has to be compared, and no version is kept but the one that a memory shows anyway.
+window is opened), and a memory has all of its events in the partition of its room. So the state of a memory in a room
+is what its last events made of it: nothing has to be compared, and no version is kept but the one that a memory shows
+anyway.
 
 A window may be *complete*: then it has all of the scope. One that is not says nothing of what is older than its oldest
 memory, and takes nothing that is. A query that reaches beyond what is left can't be answered from it.

@@ -70,8 +70,8 @@ while at <= #ARGV do
     end
   end
   local first, last = at + 2, at + 1 + tonumber(ARGV[at + 1])
+  local heads = redis.call('HMGET', KEYS[4], unpack(slots)) -- before anything is written: the key may be another's
   local id = redis.call('XADD', KEYS[1], '*', unpack(ARGV, first, last))
-  local heads = redis.call('HMGET', KEYS[4], unpack(slots))
   local after = ' ' .. ARGV[5] .. ' ' .. ARGV[at] .. '\n'
   if ARGV[at] ~= '' then
     after = after .. table.concat(ARGV, '', first, last)
