@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import socket
 import sys
 import threading
 from collections.abc import Awaitable, Callable, Iterator
@@ -24,6 +25,9 @@ import mnemobus
 from conftest import quick
 from mnemobus import Memory, MnemobusError, Settings
 from mnemobus.cli import main as command_line
+from mnemobus.cli.doctor import examine
+from mnemobus.cli.stats import redis_figures
+from mnemobus.keys import Keyspace
 from servers import RedisServer, Workers, free_port, wait_until
 
 ROOM = "r1"
@@ -31,6 +35,8 @@ TOKEN = "eyIwIjoiMTc5NTU3ODAwMDAwMC0wIn0"
 """Of a bus that has written something."""
 PATIENCE = 30.0
 """Seconds that no call may take, however busy the machine is."""
+
+Run = Callable[..., tuple[int, str]]
 
 
 class World:
@@ -373,6 +379,131 @@ async def test_a_bus_over_which_it_comes(
     assert [record.message for record in caplog.records if record.exc_info] == []
 
 
+@pytest.mark.parametrize(
+    "condition", [each for each in REDIS if each.later], ids=lambda condition: condition.name
+)
+async def test_a_read_of_what_would_be_held_live_that_is_the_first_to_notice(
+    world: World, condition: Condition
+) -> None:
+    # Given a bus whose next heartbeat is far, with scopes of a room that are held live, and one that would be next time
+    if condition.restrict:
+        world.user("+@all")
+    settings = world.settings(heartbeat=60.0, max_staleness=120.0, outbox="off")
+    async with mnemobus.connect(**settings.model_dump()) as bus:
+        for table in ("messages", "notes"):
+            for _ in range(2):
+                bus._local.drop(f"room:{table}:{ROOM}")
+                await bus.recent(table, room=ROOM)
+        await bus.recent("facts", room=ROOM)
+        bus._local.drop(f"room:facts:{ROOM}")
+        assert len(bus._live) == 2
+        # If the condition comes over it, then reads are answered all the same
+        await asyncio.to_thread(condition.arrange, world)
+        async with asyncio.timeout(PATIENCE):
+            assert not await bus.recent("facts", room=ROOM)
+            assert not await bus.recent("messages", room=ROOM, limit=3)
+            assert not await bus.recent("notes", room=ROOM, limit=1000)
+            assert await bus.count("facts", room=ROOM) == 0
+            assert await bus.get("00000000-0000-4000-8000-000000000000") is None
+        world.after.close()
+
+
+# Something else there
+
+
+def _speaks(reply: bytes) -> str:
+    """An address where something listens that answers this to each command."""
+    listener = socket.create_server(("127.0.0.1", 0))
+
+    def serve(connection: socket.socket) -> None:
+        with connection, contextlib.suppress(OSError):
+            while asked := connection.recv(4096):
+                connection.sendall(reply * asked.count(b"*"))
+
+    def accept() -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                threading.Thread(target=serve, args=(listener.accept()[0],), daemon=True).start()
+
+    threading.Thread(target=accept, daemon=True).start()
+    return f"redis://127.0.0.1:{listener.getsockname()[1]}"
+
+
+@pytest.mark.parametrize(
+    "reply",
+    ["+OK", ":1", "$-1", "$0\r\n", "*0", "-FOO no", "$5\r\nHMGET", "HTTP/1.1 400"],
+    ids=["ok", "one", "nothing", "no text", "no list", "an error", "text", "http"],
+)
+def test_what_is_no_redis_though_it_answers(world: World, run: Run, reply: str) -> None:
+    # Given something else at the address, which answers whatever it is asked
+    world.url = _speaks(f"{reply}\r\n".encode())
+    # If a bus opens, then it is refused
+    with pytest.raises(mnemobus.SettingsError, match=r"127\.0\.0\.1"):
+        asyncio.run(_use(world.settings()))
+    # And commands say what is wrong
+    for name, words in commands(world.folder).items():
+        status, said = run(world.settings(), *words)
+        assert status in (1, 2), (name, status, said)
+        assert "Traceback" not in said and len(said) > 20, (name, said)
+
+
+@pytest.mark.parametrize("what", ["text", "hash"])
+@pytest.mark.parametrize(
+    "key", ["layout", "epoch", "identity", "workers", "log", "meter", "heads", "producers", "dead", "reasons"]
+)
+async def test_keys_that_other_software_has_written(
+    world: World, key: str, what: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    settings = world.settings()
+    keys = Keyspace(settings.redis_key_prefix, 1, settings.feed_partitions)
+    name = getattr(keys, key)
+    name = name if isinstance(name, str) else name(0)
+    async with mnemobus.connect(**settings.model_dump()) as bus:
+        known = await bus.write(memory())
+        await bus.recent("messages", room=ROOM)
+        # Given a key of the bus that somebody else has written
+        if what == "text":
+            world.ask("DEL", name)
+            world.ask("SET", name, "x")
+        else:
+            if key in ("log", "dead"):
+                world.ask("DEL", name)
+            mine = world.ask("HKEYS", name)
+            for field in [
+                *mine,
+                "resync",
+                "resynced",
+                "beats",
+                "w0",
+                "epoch",
+                "log_partitions",
+                "n",
+                "added",
+            ]:
+                world.ask("HSET", name, field, b"[\xff")
+        # Then nothing but errors of ours comes of any call, and no traceback is in the log
+        are_ours(await calls(bus, known))
+        if what == "text" and key != "reasons":
+            health = await bus.health()
+            assert (
+                not health.ok
+            )  # where workers report to, nothing can be: it is not taken for workers that are well
+            assert key == "workers" or any("workers" not in problem for problem in health.problems), health
+        assert bus.stats().restarted_tasks == 0
+    # And a bus that opens now does, or says why it can't
+    another = mnemobus.connect(**settings.model_dump())
+    try:
+        with contextlib.suppress(mnemobus.SettingsError):
+            await another.open()
+            are_ours(await calls(another, None))
+    finally:
+        await close(another)
+    assert [record.message for record in caplog.records if record.exc_info] == []
+    # And the doctor and the figures are told
+    assert await examine(settings)
+    assert await redis_figures(settings)
+
+
 # The store
 
 
@@ -502,9 +633,6 @@ def test_an_address_that_no_connection_can_be_made_from(url: str, tmp_path: Path
 
 
 # Every command
-
-
-Run = Callable[..., tuple[int, str]]
 
 
 @pytest.fixture

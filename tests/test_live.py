@@ -7,6 +7,7 @@ import contextlib
 import sqlite3
 from collections.abc import AsyncIterator, Callable
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -191,6 +192,71 @@ async def test_g9_a_memory_is_live_by_its_id(settings: Settings, pool: Settings,
             return await bob.get(memory.id) is None
 
         await eventually(gone)
+
+
+async def hold_id(bus: mnemobus.Bus, id: str) -> None:
+    """Read a memory by its id until it is held live."""
+
+    async def held() -> bool:
+        bus._local.drop(f"id:{id}")
+        return await bus.get(id) is not None and bus._local.live(id) is not None
+
+    await eventually(held)
+
+
+async def test_g6_g9_a_memory_that_is_made_again_in_another_room_is_found_there(
+    settings: Settings, pool: Settings, connect: Connect
+) -> None:
+    async with connect(shadow_reads=0) as alice, connect(shadow_reads=0) as bob:
+        # Given a memory that two agents hold live by its id, and that one of them deletes
+        memory = said("one", entity="e")
+        await alice.write(memory, durability="committed")
+        for bus in (alice, bob):
+            await hold_id(bus, memory.id)
+        await alice.delete(memory.id, durability="committed")
+
+        async def gone() -> bool:
+            return await bob.get(memory.id) is None
+
+        await eventually(gone)
+        # When it is made again in another room, whose events come on another channel
+        again = said("two", room="elsewhere", id=memory.id, entity="e")
+        await alice.write(again)
+        # Then its writer finds it at once, and the other one once it is committed
+        assert await alice.get(memory.id) == again
+
+        async def there() -> bool:
+            return await bob.get(memory.id) == again
+
+        await eventually(there)
+        # And both follow it there
+        for bus in (alice, bob):
+            await hold_id(bus, memory.id)
+        await alice.update(memory.id, content={"text": "three"})
+
+        async def changed() -> bool:
+            found = await bob.get(memory.id)
+            return found is not None and found.content == {"text": "three"}
+
+        await eventually(changed)
+
+
+async def test_g9_the_deletion_of_a_room_reaches_scopes_that_the_log_has_no_event_of(
+    settings: Settings, pool: Settings, connect: Connect, client: redis.asyncio.Redis
+) -> None:
+    keys = keys_of(settings)
+    async with connect() as alice:
+        # Given a memory that was written before events were announced, by an older version, or into a Redis that was
+        # flushed since
+        await alice.write(said("one", entity="x"), durability="committed")
+        await client.unlink(keys.heads(keys.log_partition("r1")))
+        async with connect(shadow_reads=0) as bob:
+            # And an agent that holds its entity live
+            await hold(bob, entity="x")
+            assert await texts(bob, entity="x") == ["one"]
+            # If the room is deleted, then that agent hears of it
+            await alice.delete_room("messages", room="r1")
+            await becomes([], bob, entity="x")
 
 
 # What a window can tell
@@ -440,6 +506,121 @@ async def test_g6_a_write_that_goes_to_the_outbox_while_redis_answers_is_not_mis
         assert (await bus.recent("messages", room="r1", limit=4)).stale
         await client.config_set("min-replicas-to-write", "0")
         await becomes(["kept"], bus)
+
+
+def gate(monkeypatch: pytest.MonkeyPatch, owner: Any, name: str) -> tuple[asyncio.Event, asyncio.Event]:
+    """Holds back what calls of a method answer; the events: that there is a call, and that it may go on."""
+    reached, go, real = asyncio.Event(), asyncio.Event(), getattr(owner, name)
+
+    async def gated(*args: Any) -> Any:
+        answer = await real(*args)
+        reached.set()
+        await go.wait()
+        return answer
+
+    monkeypatch.setattr(owner, name, gated)
+    return reached, go
+
+
+async def test_g9_an_answer_does_not_go_back_to_what_a_slow_load_found_beside_the_window(
+    settings: Settings, pool_of: PoolOf, connect: Connect, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with connect() as alice, connect(live_window=4) as bob:
+        # Given a room that is held live, whose window does not tell who of an entity was the last to speak
+        with pool_of(settings):
+            await alice.write_many([said(str(n)) for n in range(40)], durability="committed")
+        await hold(bob)
+        # And a read that asks the store for that
+        reached, go = gate(monkeypatch, bob._reader, "recent")
+        slow = asyncio.create_task(texts(bob, 1, room="r1", entity="e"))
+        await reached.wait()
+        # When a write comes that tells the window, then that is the answer
+        await alice.write(said("e speaks", entity="e"))
+
+        async def shown() -> bool:
+            return await texts(bob, 1, room="r1") == ["e speaks"]
+
+        await eventually(shown)
+        assert await texts(bob, 1, room="r1", entity="e") == ["e speaks"]
+        # And it stays, whatever the store has answered meanwhile, and with the next event
+        go.set()
+        assert await slow == []
+        assert await texts(bob, 1, room="r1", entity="e") == ["e speaks"]
+        await alice.write(said("another"))
+
+        async def moved() -> bool:
+            return await texts(bob, 1, room="r1") == ["another"]
+
+        await eventually(moved)
+        assert await texts(bob, 1, room="r1", entity="e") == ["e speaks"]
+
+
+async def test_g6_a_window_that_is_opened_while_a_write_goes_into_the_outbox_is_not_kept(
+    own_redis: Any, settings: Settings, connect: Connect, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server: RedisServer = own_redis()
+    async with connect(redis_url=server.url, own_write_timeout=0.2) as bus:
+        await bus.recent("messages", room="r1")
+        bus._local.drop("room:messages:r1")
+        # Given a read that is about to open a window
+        reached, go = gate(monkeypatch, bus._live.listener, "join")
+        opening = asyncio.create_task(texts(bus))
+        await reached.wait()
+        # And a Redis that can be read, and takes no writes, for its disk fails
+        (server.folder / "dump.rdb").mkdir()
+        async with redis.asyncio.Redis.from_url(server.url) as client:
+            await client.config_set("save", "3600 1000000")
+            await client.bgsave()
+
+            async def fails() -> bool:
+                return bool((await client.info("persistence"))["rdb_last_bgsave_status"] == "err")
+
+            await eventually(fails)
+        # If the bus writes there meanwhile
+        assert (await bus.write(said("mine"))).outboxed
+        go.set()
+        await opening
+        # Then no answer lacks that without being marked
+        found = await bus.recent("messages", room="r1")
+        assert found.stale
+
+
+async def test_g5_the_feed_is_listened_to_while_a_window_is_opened(
+    settings: Settings, connect: Connect, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with connect() as bus:
+        partition = keys_of(settings).feed_partition("room:messages:r1")
+        await bus.recent("messages", room="r1")
+        bus._local.drop("room:messages:r1")
+        # Given a window whose base is slow to come, and a feed that is not listened to for longer than it is needed
+        reached, go = gate(monkeypatch, bus._reader, "recent")
+        monkeypatch.setattr("mnemobus.feed.subscription._LINGER", 0.0)
+        opening = asyncio.create_task(texts(bus))
+        await reached.wait()
+        for _ in range(4):
+            await bus._feed.sync()
+        go.set()
+        await opening
+        # Then it still hears what would have the window given up
+        assert bus._local.live("room:messages:r1") is not None
+        assert bus._feed.joined(partition)
+
+
+async def test_g7_what_others_shared_is_answered_with_the_store_away(
+    settings: Settings, connect: Connect
+) -> None:
+    path = Path(settings.database_url.removeprefix("sqlite:///"))
+    async with connect() as alice, connect() as bob:
+        # Given a scope that an agent would hold live with its next read
+        await bob.recent("messages", room="r1")
+        bob._local.drop("room:messages:r1")
+        # And an answer of it that another one has shared
+        await alice.recent("messages", room="r1", limit=3)
+        # If the store is away, then that is what the agent gets
+        path.rename(f"{path}.away")
+        assert (await bob.recent("messages", room="r1", limit=3)).source == "shared"
+        with pytest.raises(mnemobus.StoreUnavailable):
+            await bob.recent("messages", room="r1", limit=4)
 
 
 async def test_g9_what_was_shown_live_is_not_missing_from_a_classic_answer_after_it(

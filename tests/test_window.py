@@ -151,6 +151,20 @@ def test_a_window_is_bounded_in_bytes_and_is_not_complete_then() -> None:
     ]
 
 
+def test_g9_a_memory_that_was_made_again_in_another_room_is_not_taken_for_the_one_before() -> None:
+    # Given a scope over several log partitions, and a memory that was deleted in one and made again in another
+    window = Window([], True, 8, 1 << 20)
+    before, room = put(IDS[0], 1, 1), Dimensions("messages", "r2")
+    after = before._replace(dimensions=room, version=Version(3, 0))
+    # If the events of the second come first, then those of the first that are late do nothing to it
+    for event in (after, before, Event(DELETE, ROOM, IDS[0], version=Version(2, 0))):
+        window.take(event)
+    assert [row.dimensions for row in window.rows] == [room]
+    window.take(Event(DELETE_ROOM, ROOM, "", version=Version(4, 0)))
+    window.take(Event(UPDATE, ROOM, IDS[0], orjson.dumps({"text": "late"}), version=Version(5, 0)))
+    assert [row.version for row in window.rows] == [Version(3, 0)]
+
+
 def announced(version: int, previous: int, event: Event | None) -> Announced:
     return Announced(Version(version, 0), Version(previous, 0), "e", event)
 

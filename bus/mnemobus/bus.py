@@ -740,7 +740,7 @@ class Bus:
         try:
             async with asyncio.timeout(self.settings.write_timeout):
                 found = await last_pending(self._link, self._marks, id)
-        except (*AWAY, RedisError) as error:
+        except (*AWAY, RedisError, SettingsError) as error:
             raise NotCommitted(
                 f"whether there is a memory {id} can't be known now: earlier writes of this bus are not in the store"
                 f" yet, and the log can't be searched for it ({str(error) or 'it takes too long'}); nothing was written"

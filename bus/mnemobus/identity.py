@@ -37,7 +37,7 @@ import orjson
 from redis.exceptions import RedisError
 
 from .connection.link import Link
-from .connection.server_errors import AWAY
+from .connection.server_errors import AWAY, SENSELESS
 from .errors import IdentityMismatch, MnemobusError, SettingsError, StoreError
 from .keys import Keyspace, Version
 from .store import Identity, Reader
@@ -77,7 +77,18 @@ class Registered:
 
     @classmethod
     def of(cls, reply: Any) -> Registered:
-        """From the reply to HGETALL, in either version of the protocol, or to the script."""
+        """From the reply to HGETALL, in either version of the protocol, or to the script. SettingsError if it makes no
+        sense."""
+        try:
+            return cls._of(reply)
+        except SENSELESS as error:
+            raise SettingsError(
+                f"what Redis notes of this bus and its store makes no sense ({error}): does other software use its keys"
+                " (REDIS_KEY_PREFIX)?"
+            ) from error
+
+    @classmethod
+    def _of(cls, reply: Any) -> Registered:
         pairs = reply.items() if isinstance(reply, Mapping) else zip(reply[::2], reply[1::2], strict=True)
         fields = {name.decode(): value.decode("utf-8", "replace") for name, value in pairs}
         witnesses = {}
@@ -93,8 +104,8 @@ class Registered:
             served="served" in fields,
             beats=int(fields.get("beats", 0)),
             stamped="stamped" in fields,
-            resync=orjson.loads(fields["resync"]) if "resync" in fields else None,
-            resynced=orjson.loads(fields["resynced"]) if "resynced" in fields else None,
+            resync=_note(fields.get("resync"), "why", "since"),
+            resynced=_note(fields.get("resynced"), "why", "since", "missing"),
             witnesses=witnesses,
         )
 
@@ -116,6 +127,14 @@ class Registered:
                 " Restore a later backup if there is one; to accept it as it is: mnemobus adopt"
             )
         return found
+
+
+def _note(text: str | None, *needed: str) -> dict[str, Any] | None:
+    """A note of upkeep's; ValueError if it is none."""
+    note = None if text is None else orjson.loads(text)
+    if note is not None and not (isinstance(note, dict) and note.keys() >= set(needed)):
+        raise ValueError(f"{text!r} is no note with {', '.join(needed)}")
+    return note
 
 
 def arguments(identity: Identity, role: str = "") -> list[str]:

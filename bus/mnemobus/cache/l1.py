@@ -369,6 +369,17 @@ class LocalCache:
         """The live bucket of a scope, by the scope's whole name."""
         return self.live(_name(scope))
 
+    def beside(self, name: str) -> Iterator[Bucket]:
+        """The buckets in which reads of a scope that is held live may share a load."""
+        bucket = self.live(name)
+        if bucket is not None and bucket.classic is not None:
+            yield bucket.classic
+        if self._orphans:
+            for stale in (False, True):
+                orphan = self._orphans.get((name, stale))
+                if orphan is not None:
+                    yield orphan
+
     def hold(self, bucket: LiveBucket, ttl: float) -> None:
         """Keep a live bucket, in place of what was cached under its scope."""
         before = self._buckets.get(bucket.name)

@@ -26,7 +26,7 @@ from typing import Any
 from redis.exceptions import RedisError
 
 from ..connection.server_errors import AWAY
-from ..errors import SettingsError, StoreUnavailable
+from ..errors import SettingsError, StoreError, StoreUnavailable
 from ..feed.subscription import Feed
 from ..keys import Keyspace
 from ..live.scopes import LiveScopes
@@ -111,10 +111,16 @@ class Tiers:
 
     async def read(self, plan: Plan) -> Any:
         """The answer, shown as the caller of the query gets it. StoreUnavailable if no tier has it."""
+        away: StoreError | None = None
         if self._live.concerns(plan) and self._feed.reachable:
-            kept, source = await self._live.read(plan)
-            if kept is not MISS:
-                return plan.kind.show(kept, source, False)
+            try:
+                kept, source = await self._live.read(plan)
+            except StoreError as error:
+                away = error  # others may have shared the answer to this very query
+            else:
+                if kept is not MISS:
+                    self._outdo(plan)
+                    return plan.kind.show(kept, source, False)
         partition = self._keys.feed_partition(plan.scope)
         while True:
             stale = plan.scope in self._marks and not await self._wait_for_own_writes(plan.scope)
@@ -129,7 +135,7 @@ class Tiers:
                 bucket = self._local.orphan(plan.name, partition, stale=stale)
             load = self._loads.get((bucket, plan.key))
             if load is None or clock() - load.began >= self._settings.max_staleness:
-                kept, source, last_known = await self._lead(plan, bucket)
+                kept, source, last_known = await self._lead(plan, bucket, away)
                 self._live.missed(plan, kept)
             else:
                 self.shared_loads += 1
@@ -141,11 +147,16 @@ class Tiers:
             self.stale_reads += stale
             return plan.kind.show(kept, source, stale)
 
-    async def _lead(self, plan: Plan, bucket: Bucket) -> Found:
+    def _outdo(self, plan: Plan) -> None:
+        """A window has answered a query: what a load of it that began before finds must not be seen after that."""
+        if any((bucket, plan.key) in self._loads for bucket in self._local.beside(plan.name)):
+            self._local.drop(plan.scope)
+
+    async def _lead(self, plan: Plan, bucket: Bucket, away: StoreError | None) -> Found:
         """Load what others may wait for."""
         load = self._loads[bucket, plan.key] = Load(clock())
         try:
-            found = await self._load(plan, bucket)
+            found = await self._load(plan, bucket, away)
         except BaseException as error:
             load.fail(error)
             raise
@@ -165,8 +176,11 @@ class Tiers:
         self.own_write_timeouts += 1
         return False
 
-    async def _load(self, plan: Plan, bucket: Bucket) -> Found:
-        """What is found for a query beyond L1: (found, source, whether it is only the last known copy)."""
+    async def _load(self, plan: Plan, bucket: Bucket, away: StoreError | None) -> Found:
+        """What is found for a query beyond L1: (found, source, whether it is only the last known copy).
+
+        away: what the store has just answered; it is not asked again then
+        """
         lease: Lease | None = None
         if self._feed.reachable:
             try:
@@ -182,6 +196,8 @@ class Tiers:
             except RedisError as error:
                 self._shared.refused(error)
         try:
+            if away is not None:
+                raise away
             found = await plan.find()
         except StoreUnavailable:
             last = self._local.last_known(plan.scope, plan.key)

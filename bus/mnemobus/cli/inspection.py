@@ -13,6 +13,7 @@ from redis.exceptions import NoPermissionError, RedisError
 from redis.maint_notifications import MaintNotificationsConfig
 
 from ..connection.link import Link, parse_info
+from ..connection.server_errors import SENSELESS
 from ..connection.transport import Command
 from ..health.vitals import table, text
 from ..keys import Keyspace
@@ -23,7 +24,8 @@ from ..settings import Settings
 async def looking_at(settings: Settings) -> AsyncIterator[redis.asyncio.Redis]:
     """A client for the server in the settings, for `ask`: replies are as the server sent them.
 
-    What it raises is one of AWAY, a RedisError, or a SettingsError if the server refuses the login.
+    What it raises is one of AWAY, a RedisError, or a SettingsError if the server refuses the login, or answers what
+    makes no sense.
     """
     link = Link(settings)
     # redis-py would ask for notices of maintenance, which a user with few rights is not let.
@@ -35,6 +37,8 @@ async def looking_at(settings: Settings) -> AsyncIterator[redis.asyncio.Redis]:
         yield client
     except RedisError as error:
         raise link.explain(error) from None
+    except SENSELESS as error:
+        raise link.senseless(error) from error
     finally:
         await client.connection_pool.aclose()
 
@@ -48,11 +52,14 @@ async def ask(client: redis.asyncio.Redis, commands: Sequence[Command]) -> list[
 
 
 async def info(client: redis.asyncio.Redis) -> dict[str, str]:
-    """All that INFO says; nothing, where it may not be asked."""
+    """All that INFO says; nothing, where it may not be asked. ValueError where it says nothing that a Redis does."""
     try:
-        return parse_info(await client.execute_command("INFO"))
+        found = parse_info(await client.execute_command("INFO"))
     except NoPermissionError:
         return {}
+    if "redis_version" not in found and "valkey_version" not in found:
+        raise ValueError("INFO names no version")
+    return found
 
 
 async def now(client: redis.asyncio.Redis) -> float:

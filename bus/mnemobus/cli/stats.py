@@ -11,7 +11,8 @@ from typing import Any
 import redis.asyncio
 from redis.exceptions import RedisError
 
-from ..connection.server_errors import AWAY
+from ..connection.link import Link
+from ..connection.server_errors import AWAY, SENSELESS
 from ..errors import MnemobusError, SettingsError
 from ..health.diagnosis import of_redis
 from ..health.vitals import read, reading_clients
@@ -70,6 +71,13 @@ async def gather(settings: Settings) -> dict[str, Any]:
 
 async def redis_figures(settings: Settings) -> dict[str, Any]:
     """What Redis tells, the partitions of the log under ``log``; ``error`` if it can't be asked."""
+    try:
+        return await _figures(settings)
+    except SENSELESS as error:  # somebody else has written to our keys
+        return {"address": hide_password(settings.redis_url), "error": str(Link(settings).senseless(error))}
+
+
+async def _figures(settings: Settings) -> dict[str, Any]:
     where = hide_password(settings.redis_url)
     try:
         async with looking_at(settings) as client:

@@ -47,7 +47,7 @@ from ..errors import AccessDenied, SettingsError, UnsafeRedis
 from ..keys import Keyspace
 from ..settings import POLICIES, Settings, hide_password
 from ..tasks import end
-from .server_errors import AWAY, PASSING, REPLACED, Unfit, code_of, meaning
+from .server_errors import AWAY, PASSING, REPLACED, SENSELESS, Unfit, code_of, meaning
 from .transport import Argument, BlockingWire, BlockingWires, Command, Pool, Wire
 
 logger = logging.getLogger("mnemobus.connection")
@@ -252,7 +252,21 @@ class _Link:
         reply = yield evaluate(
             (script("epoch"), [self.keys.epoch], (server.run_id, secrets.token_hex(6), server.promotion))
         )
-        self.enter(reply.decode())
+        self.enter(self.epoch_in(reply))
+
+    def epoch_in(self, reply: Any) -> str:
+        """The epoch that Redis answered; SettingsError if it is none."""
+        try:
+            return str(reply, "ascii")
+        except SENSELESS as error:
+            raise self.senseless(error) from error
+
+    def senseless(self, error: Exception) -> SettingsError:
+        """What is said of one of SENSELESS."""
+        return SettingsError(
+            f"Redis at {self.address} answers what makes no sense ({error}): is it no Redis server, or does other"
+            f" software use keys with the prefix {self.keys.prefix!r} (REDIS_KEY_PREFIX)?"
+        )
 
     def enter(self, epoch: str) -> None:
         """Take an epoch that somebody else began."""
@@ -357,6 +371,9 @@ class Link(_Link):
         except RedisError as error:
             await connection.disconnect(nowait=True)
             raise self.explain(error) from error.__cause__
+        except SENSELESS as error:
+            await connection.disconnect(nowait=True)
+            raise self.senseless(error) from error
         except BaseException:  # a cancelled or refused handshake leaves no half-open connection
             await connection.disconnect(nowait=True)
             raise
@@ -502,6 +519,9 @@ class ThreadedLink(_Link):
         except RedisError as error:
             connection.disconnect()
             raise self.explain(error) from error.__cause__
+        except SENSELESS as error:
+            connection.disconnect()
+            raise self.senseless(error) from error
         except BaseException:
             connection.disconnect()
             raise

@@ -31,6 +31,10 @@ AWAY: Final = (redis.exceptions.ConnectionError, redis.exceptions.TimeoutError, 
 """What a Redis that can't be reached looks like."""
 
 
+SENSELESS: Final = (ValueError, TypeError, LookupError, AttributeError)
+"""What comes of an answer that is none of a Redis, or of a key that somebody else has written."""
+
+
 class Unfit(redis.exceptions.ConnectionError):
     """A server that answers, but is none to work with now: a replica, say. As it may change, or another take its
     place, this is one of AWAY."""

@@ -603,8 +603,8 @@ class Feed:
                 continue
             if replies[0] is None:
                 await self._link.renew_epoch()
-            elif replies[0].decode() != epoch:
-                self._link.enter(replies[0].decode())
+            elif (current := self._link.epoch_in(replies[0])) != epoch:
+                self._link.enter(current)
             if epoch != self._link.epoch:  # Redis lost what it knew: begin again
                 continue
             heads = [
@@ -718,7 +718,8 @@ class Feed:
             await self._reconnect()
         now = clock()
         for partition in list(self._partitions.values()):
-            if self._local.holds(partition.number):
+            opens = self.live is not None and self.live.opens(partition.number)
+            if opens or self._local.holds(partition.number):
                 partition.idle_since = None
             elif partition.idle_since is None:
                 partition.idle_since = now

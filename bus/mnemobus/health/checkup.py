@@ -24,7 +24,7 @@ from redis.exceptions import RedisError
 
 from ..cache.l1 import LocalCache, clock
 from ..connection.link import Call, Link, parse_info, script
-from ..connection.server_errors import AWAY, code_of
+from ..connection.server_errors import AWAY, SENSELESS, code_of
 from ..connection.transport import Argument, Command
 from ..errors import MnemobusError, SettingsError
 from ..keys import APPLY_GROUP, Keyspace, Version
@@ -194,6 +194,8 @@ class Checkup:
             )
         except (*AWAY, RedisError, SettingsError) as error:
             trouble = of_redis(error, self._link.address)
+        except SENSELESS as error:
+            trouble = of_redis(self._link.senseless(error), self._link.address)
         except Exception as error:
             logger.exception("Redis could not be asked how it is")
             trouble = of_redis(error, self._link.address)
@@ -217,13 +219,18 @@ class Checkup:
             [("XLEN", keys.dead(p)) for p in partitions],
             [("XINFO", "GROUPS", keys.log(p)) for p in partitions],
             [("XPENDING", keys.log(p), APPLY_GROUP) for p in partitions],
+            [("HLEN", keys.producers(p)) for p in partitions],
+            [("HLEN", keys.heads(p)) for p in partitions],
+            [("XLEN", keys.log(p)) for p in partitions],
         ]
         replies = await link.pipeline(
             [*head, *(command for some in each for command in some)], pool=link.probe
         )
         info, refusal, now, reports, refused = replies[: len(head)]
         rest = replies[len(head) :]
-        meters, letters, groups, pending = (rest[n * len(partitions) :][: len(partitions)] for n in range(4))
+        meters, letters, groups, pending, *others = (
+            rest[n * len(partitions) :][: len(partitions)] for n in range(len(each))
+        )
         described = {} if isinstance(info, Exception) else parse_info(info)
         troubles = list(
             of_server(described, refusal if isinstance(refusal, Exception) else None, link.address)
@@ -233,7 +240,7 @@ class Checkup:
         if names:
             what = f"the Redis user may not do what an agent does: {', '.join(names)}"
             troubles.append(Trouble(what, "allow it, keys and channels as well (ACL SETUSER)"))
-        for reply in (*meters, *letters):
+        for reply in (*meters, *letters, *(reply for some in others for reply in some)):
             if isinstance(reply, Exception):
                 troubles.append(of_redis(reply, link.address))
                 return _Part(troubles[0].what, list(map(str, troubles)), backlog=-1, dead_letters=-1)
@@ -255,9 +262,9 @@ class Checkup:
                 f" {given_up} older ones were given up (mnemobus dead list)"
             )
         workers = "not asked"
-        if isinstance(now, list) and isinstance(reports, (dict, list)):
+        if isinstance(now, list):
             moment = int(now[0]) + int(now[1]) / 1e6
-            known = read(reports, moment)
+            known = read(reports, moment) if isinstance(reports, (dict, list)) else []
             # Where nothing can be written, workers can't say how they are; that is told already.
             if writable:
                 log = await self._log(known, moment, backlogs, groups, pending)

@@ -97,6 +97,7 @@ _WORDS = (
     ),
     ("Connection reset", "if it asks for TLS, write rediss:// in REDIS_URL; else its log tells why"),
     ("unknown command", "6.2 is needed, or Valkey; managed servers may have renamed it"),
+    ("answers what makes no sense", "correct REDIS_URL, or take another REDIS_KEY_PREFIX"),
     ("is no Redis", "something else listens there: correct REDIS_URL"),
     ("Protocol error", "something else listens there: correct REDIS_URL"),
     ("Connection refused", "nothing listens there: " + START_REDIS),

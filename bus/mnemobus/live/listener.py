@@ -18,6 +18,7 @@ from typing import NamedTuple
 
 from ..cache.l1 import clock
 from ..connection.link import Call, Link, script
+from ..connection.server_errors import SENSELESS
 from ..connection.transport import Command
 from ..errors import BadEvent
 from ..keys import Dimensions, Version, slot_of, slots_of
@@ -263,7 +264,10 @@ class Listener:
         for reply in await self._link.pipeline(calls, pool=self._link.probe):
             if isinstance(reply, Exception):
                 raise reply
-            answers.append(Heads(int(reply[0]), [Version.parse(head) for head in reply[1:]]))
+            try:
+                answers.append(Heads(int(reply[0]), [Version.parse(head) for head in reply[1:]]))
+            except SENSELESS as error:
+                raise self._link.senseless(error) from error
         return answers
 
     async def _repair(self, behind: Sequence[tuple[Channel, Version]]) -> None:

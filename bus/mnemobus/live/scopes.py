@@ -11,6 +11,9 @@ A scope is opened in an order that is a rule each (tests/model/live.py shows wha
    as a whole. So whatever of it the base had already, the result is the scope as the log had it at H.
 6. If the epoch is still the same, what the channels brought meanwhile, beyond H, is merged, and the window is served.
 
+A memory by its id is held live by the channel of its room, as long as it is there: one that was deleted may be made
+again in another room.
+
 A window that lost memories does not know what follows below the last one: it is opened again when it is asked for more
 than it has. What was shown live must not be missing from a classic answer that follows: such a read waits until it is
 committed.
@@ -32,7 +35,7 @@ from ..cache.query import GET, Plan, Question
 from ..connection.link import Call, Link, script
 from ..connection.server_errors import AWAY
 from ..connection.transport import Command
-from ..errors import BadEvent, MnemobusError
+from ..errors import BadEvent, MnemobusError, SettingsError
 from ..feed.subscription import Invalidation
 from ..keys import ZERO, Dimensions, Version, slot_of
 from ..log.events import DELETE_ROOM, Event, decode
@@ -144,7 +147,10 @@ class LiveScopes:
         )
 
     async def read(self, plan: Plan) -> tuple[Any, str]:
-        """The answer, as L1 keeps it, and where it comes from; MISS if the query is to be read the classic way."""
+        """The answer, as L1 keeps it, and where it comes from; MISS if the query is to be read the classic way.
+
+        Raises StoreError where a window was to be opened, and the store does not answer.
+        """
         source = "local"
         for again in (True, False):
             bucket = self._local.live(plan.name)
@@ -235,7 +241,7 @@ class LiveScopes:
         self._waiting[scope] = []
         try:
             return await self._open(plan)
-        except (*AWAY, RedisError, ValueError) as error:
+        except (*AWAY, RedisError, SettingsError, ValueError) as error:
             logger.debug("%s can't be held live now: %s", scope, error)
             return None, ""
         finally:
@@ -256,6 +262,8 @@ class LiveScopes:
         self._slow = channels is None or not await self._join(partition, patience)
         if channels is None or self._slow:
             return None, ""
+        if not self.concerns(plan):  # a write that touches it went into the outbox meanwhile
+            return None, ""
         opening = self._openings[plan.scope] = Opening(plan.scope, partition, channels)
         for channel in channels:
             self._held.setdefault(channel, {})
@@ -273,6 +281,9 @@ class LiveScopes:
             floors = {channel: head for channel, (head, _) in zip(channels, tails, strict=True)}
             window.merge(event for _, events in tails for event in events)
             window.merge(event for channel, event in opening.later if event.version > floors[channel])
+            if plan.kind.name == GET and not _is_in(window, plan.window):
+                self._missed.pop(plan.scope, None)
+                return None, ""
         finally:
             if self._openings.get(plan.scope) is opening:
                 del self._openings[plan.scope]
@@ -390,6 +401,8 @@ class LiveScopes:
                     bucket.window.take(event)
                     bucket.floors[channel] = event.version
                     self._local.changed(bucket)
+                    if not bucket.window.rows and bucket.scope.startswith("id:"):
+                        self._local.drop_live(bucket.scope)  # it may be made again in another room
         if self._openings:
             scopes = None if event.op == DELETE_ROOM else event.scopes()
             for opening in self._openings.values():
@@ -446,6 +459,10 @@ class LiveScopes:
         for opening in self._openings.values():
             opening.cancelled = opening.cancelled or opening.partition == partition
 
+    def opens(self, partition: int) -> bool:
+        """Whether a window is being opened whose scope is of this partition of the feed."""
+        return any(opening.partition == partition for opening in self._openings.values())
+
     def _give_up(self, scope: str) -> None:
         self._local.drop_live(scope)
         opening = self._openings.get(scope)
@@ -501,7 +518,7 @@ class LiveScopes:
                 return False
             try:
                 await self._ask_what_is_applied(self._shown_of(plan))
-            except (*AWAY, RedisError) as error:
+            except (*AWAY, RedisError, SettingsError) as error:
                 logger.debug("can't ask what is applied: %s", error)
                 await asyncio.sleep(pause)
             else:
@@ -568,3 +585,8 @@ class LiveScopes:
         return bool(self._held.get(channel)) or any(
             channel in opening.channels for opening in self._openings.values()
         )
+
+
+def _is_in(window: Window, place: Query) -> bool:
+    """Whether a memory is there, and in that room."""
+    return any(row.dimensions[:2] == (place.table, place.room) for row in window.rows)

@@ -1,8 +1,9 @@
 """A window: the newest memories of a scope, kept current by the events that touch it.
 
 Events of one log partition come in the order of the log, each once, or all of them again from some point on (when a
-window is opened), and a memory has all of its events in one partition. So the state of a memory is what its last events
-made of it: nothing has to be compared, and no version is kept but the one that a memory shows anyway.
+window is opened), and a memory has all of its events in the partition of its room. So the state of a memory in a room
+is what its last events made of it: nothing has to be compared, and no version is kept but the one that a memory shows
+anyway.
 
 A window may be *complete*: then it has all of the scope. One that is not says nothing of what is older than its oldest
 memory, and takes nothing that is. A query that reaches beyond what is left can't be answered from it.
@@ -63,7 +64,11 @@ class Window:
             for row in [row for row in self.rows if row.dimensions[:2] == room]:
                 self._remove(row)
             return
-        known = next((row for row in reversed(self.rows) if row.id == event.id), None)
+        # By its room as well: one that was deleted may have been made again in another, whose events may be ahead.
+        room = event.dimensions[:2]
+        known = next(
+            (row for row in reversed(self.rows) if row.id == event.id and row.dimensions[:2] == room), None
+        )
         if event.op == PUT:
             if known is not None:
                 self._remove(known)

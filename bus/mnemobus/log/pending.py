@@ -435,7 +435,7 @@ class Marks:
     async def _look_again(self, write: Write) -> None:
         """A write that was a dead letter may have been requeued since."""
         key = self._link.keys.reasons(write.partition)
-        with suppress(*AWAY, RedisError):
+        with suppress(*AWAY, RedisError, SettingsError):
             fate = _Fate.read(
                 await self._link.command("HGET", key, str(write.version), pool=self._link.probe)
             )

@@ -50,7 +50,7 @@ from ..errors import (
     SettingsError,
     WriteFailed,
 )
-from ..keys import ZERO, Dimensions, Version, slot_of, slots_of
+from ..keys import SLOTS, ZERO, Dimensions, Version, slot_of, slots_of
 from ..settings import Settings
 from .events import DELETE, DELETE_ROOM, Event, decode
 from .pending import Marks, Write
@@ -162,7 +162,7 @@ def publish_call(
             arguments.append(len(slots))
             arguments += slots
         else:
-            arguments += (-1, slot_of("room", fields[_ROOM].decode()))
+            arguments += (-SLOTS, slot_of("room", fields[_ROOM].decode()))
         sizes = list(map(len, fields))
         arguments += (",".join(map(str, sizes)) if sum(sizes) <= ANNOUNCED_BYTES else "", len(fields))
         arguments += fields

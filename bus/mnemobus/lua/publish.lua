@@ -12,12 +12,12 @@
 -- ARGV[3]  backlog at which the log takes no more
 -- ARGV[4]  digest of the call's events: a repetition has the same
 -- ARGV[5]  epoch, as far as the producer knows
--- ARGV[6..] for each event: how many slots follow (-1: all that have a head, besides the one that follows), the slots; the
+-- ARGV[6..] for each event: how many slots follow (-n: it touches all n that there are; one follows), the slots; the
 --          sizes of its fields, with commas between (empty: announced without them); how many arguments follow, then its
 --          field names and values, alternating
 -- Returns  {IDs, previous}: the ID of each event, in order, and the event before it in each of its slots, slots of one
---          event after those of another (of -1 only the first). A repetition is answered with the IDs of the first time,
---          and nothing else.
+--          event after those of another (of all, only of the one that followed). A repetition is answered with the IDs of
+--          the first time, and nothing else.
 -- Errors   BACKLOG n      the backlog stands at n; nothing was written
 --          SUPERSEDED n   the producer has gone on to call n; nothing was written
 --          TAKEN n        call n of this producer was another one: two go by the same id; nothing was written
@@ -61,16 +61,17 @@ while at <= #ARGV do
   local slots = {unpack(ARGV, at + 1, at + told)}
   at = at + told + 1
   if count < 0 then
-    local own = slots[1]
-    for _, slot in ipairs(redis.call('HKEYS', KEYS[4])) do
-      if slot ~= own and slot ~= 'n' then
-        slots[#slots + 1] = slot
+    -- Those, too, that have had no event yet: the store may have memories from before this log began.
+    local own = tonumber(slots[1])
+    for slot = 0, -count - 1 do
+      if slot ~= own then
+        slots[#slots + 1] = string.format('%d', slot)
       end
     end
   end
   local first, last = at + 2, at + 1 + tonumber(ARGV[at + 1])
+  local heads = redis.call('HMGET', KEYS[4], unpack(slots)) -- before anything is written: the key may be another's
   local id = redis.call('XADD', KEYS[1], '*', unpack(ARGV, first, last))
-  local heads = redis.call('HMGET', KEYS[4], unpack(slots))
   local after = ' ' .. ARGV[5] .. ' ' .. ARGV[at] .. '\n'
   if ARGV[at] ~= '' then
     after = after .. table.concat(ARGV, '', first, last)
