@@ -640,6 +640,28 @@ async def test_g9_what_was_shown_live_is_not_missing_from_a_classic_answer_after
         assert found.stale
 
 
+async def test_g9_a_memory_that_was_shown_to_be_gone_is_not_there_again(
+    settings: Settings, connect: Connect, pool_of: PoolOf
+) -> None:
+    async with connect(own_write_timeout=0.3) as alice, connect(own_write_timeout=0.3) as bob:
+        memory = said("1")
+        with pool_of(settings):
+            await alice.write(memory, durability="committed")
+        # Given an agent that holds a memory live, and no worker
+        await bob.get(memory.id)
+        bob._local.drop(f"id:{memory.id}")
+        await bob.get(memory.id)
+        assert bob._local.live(memory.id) is not None
+        # When it is deleted
+        await alice.delete(memory.id)
+        await eventually(lambda: bob._local.live(memory.id) is None)
+        # Then what the store has yet is no answer, or is counted as a stale one after waiting; also where the agent has
+        # forgotten in which room it was
+        bob._live._missed.clear()
+        found = await bob.get(memory.id)
+        assert found is None or bob.stats().stale_reads == 1
+
+
 async def test_g9_what_the_store_refuses_is_withdrawn(
     settings: Settings, connect: Connect, pool_of: PoolOf
 ) -> None:

@@ -509,7 +509,8 @@ class LiveScopes:
     async def committed(self, plan: Plan, reachable: bool) -> bool:
         """Wait until what was shown live of a query's scope is committed and fanned out; False if that takes too long,
         or can't be asked. At once for a query that is never answered live."""
-        if not self._may_tell(plan):
+        # Of a memory it may be forgotten where it was, not that it was shown.
+        if plan.kind.name != GET and not self._may_tell(plan):
             return True
         deadline = clock() + self._settings.own_write_timeout
         pause = _POLL[0]
