@@ -25,16 +25,18 @@ import asyncio
 import math
 import random
 import re
+import select
 import threading
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from typing import Any, NamedTuple
 
 import psycopg
 from psycopg import AsyncConnection, Connection, errors
 from psycopg.abc import AdaptContext
-from psycopg.pq import TransactionStatus
+from psycopg.pq import ExecStatus, Format, TransactionStatus
+from psycopg.pq.abc import PGresult
 
 from ..errors import StoreUnavailable
 
@@ -103,6 +105,70 @@ _TAKEN = b"""
 """
 
 
+class Prepared(NamedTuple):
+    """A statement that a connection prepares once: its name there, with $1 and so on for parameters of these types."""
+
+    name: bytes
+    query: bytes
+    types: tuple[int, ...]
+
+
+def at_once(link: Link, calls: Sequence[tuple[Prepared, Sequence[bytes | None]]]) -> list[PGresult]:
+    """Run these in a transaction of their own, in one round trip; their parameters are in the binary format.
+
+    psycopg's cursors and pipelines do the same with three times as much time of the processor, and more waits than
+    round trips: a batch of one would spend most of its time there.
+    """
+    if not link.prepared:
+        for statement, _ in calls:
+            _checked(link.pgconn.prepare(statement.name, statement.query, statement.types))
+        link.prepared = True
+    try:
+        results = _exchange(link, calls)
+    except BaseException:
+        finish(link)  # something of it is still under way
+        raise
+    for result in results:
+        _checked(result)
+    return results
+
+
+def _exchange(link: Link, calls: Sequence[tuple[Prepared, Sequence[bytes | None]]]) -> list[PGresult]:
+    pgconn = link.pgconn
+    pgconn.enter_pipeline_mode()
+    for statement, parameters in calls:
+        pgconn.send_query_prepared(statement.name, parameters, [Format.BINARY] * len(parameters))
+    pgconn.pipeline_sync()
+    ready = select.poll()
+    ready.register(pgconn.socket, select.POLLIN | select.POLLOUT)
+    while pgconn.flush():
+        ready.poll()
+        pgconn.consume_input()
+    ready.modify(pgconn.socket, select.POLLIN)
+    results: list[PGresult] = []
+    left = len(calls)
+    while True:
+        while pgconn.is_busy():
+            ready.poll()
+            pgconn.consume_input()
+        result = pgconn.get_result()
+        if result is None:  # the end of a statement
+            left -= 1
+            if left < 0:
+                raise psycopg.OperationalError("the connection is lost")
+        elif result.status == ExecStatus.PIPELINE_SYNC:
+            break
+        else:
+            results.append(result)
+    pgconn.exit_pipeline_mode()
+    return results
+
+
+def _checked(result: PGresult) -> None:
+    if result.status not in (ExecStatus.TUPLES_OK, ExecStatus.COMMAND_OK):
+        raise errors.error_from_result(result)
+
+
 class _Crowded(StoreUnavailable):
     """An agent may take no more of the server's connections."""
 
@@ -123,9 +189,9 @@ class Target(NamedTuple):
 
 
 class Link(Connection[Any]):
-    """A worker's connection."""
+    """A worker's connection. ``prepared``: whether the statements of `at_once` are."""
 
-    pooled = False
+    pooled = prepared = False
     opened = used = 0.0
 
 

@@ -30,7 +30,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from threading import Lock
-from typing import Any, ClassVar, LiteralString, Self, TypeVar
+from typing import Any, ClassVar, LiteralString, NamedTuple, Self, TypeVar
 from zlib import crc32
 
 import psycopg
@@ -46,7 +46,7 @@ from ..keys import Dimensions, Version
 from ..log.events import Event
 from ..settings import Settings
 from . import Applied, Cursor, Deletion, Identity, Totals, merge, migrations
-from .connections import AsyncConnections, Connections, Link, Server, Target
+from .connections import AsyncConnections, Connections, Link, Prepared, Server, Target, at_once
 from .layout import IDENTITY, OURS, TABLES, Found, Names, check_old, check_own
 from .merge import Delta, Room
 from .migrations import Migration
@@ -66,6 +66,9 @@ _MIGRATING = _SLOTS
 
 _TRIES = 5
 """How often a call is tried that other transactions got in the way of."""
+_AT_ONCE = 64 << 10
+"""Bytes of a batch up to which it is sent and committed in one go. A process that is paused amid a larger one would
+keep its locks: the server waits for the rest."""
 _LOCK_TRIES, _LOCK_PATIENCE = 20, 0.1
 """How often a deletion waits for its rooms' locks, and for how many seconds at first. Who waits for a lock lets nobody
 pass who comes later; so it gives way in between."""
@@ -96,6 +99,9 @@ _SIZE = struct.Struct(">i")
 _NULL = -1
 """The size of a NULL."""
 _INT8 = struct.Struct(">q")
+_INT = struct.Struct(">i")
+_INT4, _INT4S, _UUID = 23, 1007, 2950
+"""Types of PostgreSQL."""
 
 
 class _Uuids(_Array):
@@ -116,6 +122,10 @@ class _Byteas(_Array):
 
 class _Int8s(_Array):
     oid, element = 1016, 20
+
+
+class _Int4s(_Array):
+    oid, element = _INT4S, _INT4
 
 
 class _ArrayDumper(Dumper):
@@ -188,6 +198,12 @@ _ERASE = """
 """
 
 
+def _numbered(query: bytes) -> bytes:
+    """A query as the server takes it: its parameters are $1, $2 and so on."""
+    first, *rest = query.split(b"%s")
+    return first + b"".join(b"$%d%s" % (n, part) for n, part in enumerate(rest, 1))
+
+
 class _Statements:
     """What a batch asks of the server, with the names of its tables."""
 
@@ -197,6 +213,17 @@ class _Statements:
             memories=names.memories, room_tombstones=names.room_tombstones, merging=merging
         ).encode()
         erasing = merge.erasing("greatest", "%(version)s")
+        arrays: tuple[type[_Array], ...] = (_Uuids, *[_Texts] * 5, _Int8s, *[_Jsons] * 2, *[_Byteas] * 6)
+        self.at_once = Prepared(
+            b"mnemobus_upsert",
+            _numbered(
+                self.upsert.replace(
+                    b") AS batch\n",
+                    f") AS batch WHERE coalesce((SELECT store FROM {names.identity}) = %s, true)\n".encode(),
+                )
+            ),
+            (*(array.oid for array in arrays), _UUID),
+        )
         self.clear = _CLEAR.format(memories=names.memories, erasing=erasing).encode()
         self.erase = _ERASE.format(memories=names.memories, erasing=erasing).encode()
         # What comes back says which store this is: nothing more has to be asked for it.
@@ -206,6 +233,7 @@ class _Statements:
             " FROM unnest(%s::int[]) AS slots (slot)".encode()
             for lock in ("pg_advisory_xact_lock_shared", "pg_advisory_xact_lock")
         )
+        self.share_at_once = Prepared(b"mnemobus_share", _numbered(self.share), (_INT4, _INT4S))
         self.bury = (
             f"INSERT INTO {names.room_tombstones} AS t (tbl, room, version) VALUES (%s, %s, %s)"
             " ON CONFLICT (tbl, room) DO UPDATE SET version = excluded.version"
@@ -614,6 +642,13 @@ class PostgresReader(SqlReader):
         return key
 
 
+class _Won(NamedTuple):
+    """Which memories a batch changed, and whether that is all that it names."""
+
+    ids: set[str]
+    all: bool
+
+
 class PostgresWriter:
     def __init__(self, settings: Settings) -> None:
         self._server = _Server(settings)
@@ -635,7 +670,11 @@ class PostgresWriter:
         applied = Applied()
         rest, deletions = merge.part(events)
         if rest or not deletions:
-            applied = self._transact(lambda t: merge.apply(t, rest), patience)
+            won = self._apply_at_once(rest) if patience == 1.0 else None
+            if won is None or not won.all:
+                applied = self._transact(lambda t: merge.apply(t, rest), patience)
+            if won is not None:
+                applied.won |= won.ids
         for some in deletions:
             tries = 0
 
@@ -648,6 +687,37 @@ class PostgresWriter:
             self._transact(bury, patience)
             applied.add(self._transact(partial(merge.begin_clearing, deletions=some), patience))
         return applied
+
+    def _apply_at_once(self, events: Sequence[Event]) -> _Won | None:
+        """Commit in one round trip what nothing has to be looked up for: most batches. None if it is no such batch.
+
+        What changed nothing may contradict what is stored. Then merge.apply sees to it, in another transaction: there
+        the others have no further effect.
+        """
+        if not events or any(event.embedding for event in events):
+            return None
+        batch = merge.collapse(events)
+        if batch.refused or sum(map(_bytes, batch.deltas)) > _AT_ONCE:
+            return None
+        self._prepare()
+        sql = self._server.sql
+
+        def work(link: Link) -> _Won | None:
+            if link.pooled:
+                return None
+            slots = sorted({_slot(delta.dimensions[:2]) for delta in batch.deltas})
+            locks = (_INT.pack(_LOCKS), _Int4s.of([_INT.pack(slot) for slot in slots]))
+            # Another store than that is left as it is.
+            expected = None if self._expected is None else bytes.fromhex(self._expected)
+            upsert = (*_columns(batch.deltas), expected)
+            try:
+                _, found = at_once(link, ((sql.share_at_once, locks), (sql.at_once, upsert)))
+            except errors.ReadOnlySqlTransaction:  # by default, perhaps: merge.apply asks for another
+                return None
+            ids = {(found.get_value(row, 0) or b"").decode() for row in range(found.ntuples)}
+            return _Won(ids, len(ids) == len(batch.deltas))
+
+        return self._run(work)
 
     def clear(
         self,
@@ -871,28 +941,7 @@ class _Transaction:
     def upsert(self, deltas: Sequence[Delta]) -> list[str]:
         if not deltas:
             return []
-        tables, rooms, agents, entities, worlds = zip(*(d.dimensions for d in deltas), strict=True)
-        rows = self.run(
-            self._sql.upsert,
-            (
-                _uuids(d.id for d in deltas),
-                _texts(tables),
-                _texts(rooms),
-                _texts(agents),
-                _texts(entities),
-                _texts(worlds),
-                _Int8s.of([_INT8.pack(d.created_us) for d in deltas]),
-                _Jsons.of([d.content for d in deltas]),
-                _Jsons.of([d.metadata for d in deltas]),
-                _Byteas.of([d.embedding for d in deltas]),
-                _Byteas.of([d.put for d in deltas]),
-                _Byteas.of([d.content_version for d in deltas]),
-                _Byteas.of([d.metadata_version for d in deltas]),
-                _Byteas.of([d.embedding_version for d in deltas]),
-                _Byteas.of([d.deleted for d in deltas]),
-            ),
-        )
-        return [id for (id,) in rows]
+        return [id for (id,) in self.run(self._sql.upsert, _columns(deltas))]
 
     def clear(self, deletion: Deletion, after: Cursor, rows: int) -> Cursor | None:
         table, room = deletion.room
@@ -914,6 +963,32 @@ class _Transaction:
     def ended(self, deletion: Deletion, most: int) -> list[tuple[str, Dimensions]]:
         rows = self.run(self._sql.ended + b" LIMIT %s", (*deletion.room, _Byteas.of(deletion.versions), most))
         return [(id, Dimensions(*dimensions)) for id, *dimensions in rows]
+
+
+def _columns(deltas: Sequence[Delta]) -> tuple[_Array, ...]:
+    """The parameters of an upsert."""
+    tables, rooms, agents, entities, worlds = zip(*(d.dimensions for d in deltas), strict=True)
+    return (
+        _uuids(d.id for d in deltas),
+        _texts(tables),
+        _texts(rooms),
+        _texts(agents),
+        _texts(entities),
+        _texts(worlds),
+        _Int8s.of([_INT8.pack(d.created_us) for d in deltas]),
+        _Jsons.of([d.content for d in deltas]),
+        _Jsons.of([d.metadata for d in deltas]),
+        _Byteas.of([d.embedding for d in deltas]),
+        _Byteas.of([d.put for d in deltas]),
+        _Byteas.of([d.content_version for d in deltas]),
+        _Byteas.of([d.metadata_version for d in deltas]),
+        _Byteas.of([d.embedding_version for d in deltas]),
+        _Byteas.of([d.deleted for d in deltas]),
+    )
+
+
+def _bytes(delta: Delta) -> int:
+    return 300 + len(delta.content or b"") + len(delta.metadata or b"")
 
 
 def _slot(room: Room) -> int:
