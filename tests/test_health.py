@@ -246,6 +246,14 @@ async def make_postgres_read_only(w: World) -> None:
     await w.write()
 
 
+def be_a_postgres_user_without_connections(w: World) -> None:
+    name = f"few_{w.settings.database_url.rpartition('_')[2]}"
+    server = w.request.getfixturevalue("session_postgres")
+    w.sql(f"CREATE ROLE {name} LOGIN CONNECTION LIMIT 0", server)
+    w.stack.callback(w.sql, f"DROP ROLE {name}", server)
+    w.change(database_url=w.settings.database_url.replace("postgres@", f"{name}@"))
+
+
 def be_another_postgres_user(w: World) -> None:
     writer = open_writer(w.settings)
     writer.open()
@@ -384,6 +392,8 @@ CONDITIONS = [
               store="postgres"),
     Condition("postgres-permission", be_another_postgres_user, None,
               ("store", "fail", "permission denied", "grant"), store="postgres", early=True, workers=""),
+    Condition("postgres-no-connections-for-the-role", be_a_postgres_user_without_connections, None,
+              ("store", "fail", "too many connections", "max_connections"), store="postgres", early=True, workers=""),
     Condition("postgres-no-such-database", database_url(lambda url: url + "_not"), None,
               ("store", "fail", "does not exist", "create the database"), store="postgres"),
     Condition("postgres-no-such-user", database_url(lambda url: url.replace("postgres@", "nobody@")), None,

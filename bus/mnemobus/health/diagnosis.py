@@ -179,7 +179,8 @@ _STATES = {
     "25006": "it is read-only: a standby, or default_transaction_read_only; point MNEMOBUS_DATABASE_URL at the primary",
     "42501": "grant the database user this permission",
     "53100": "make room on its disk",
-    "53300": "raise max_connections there, or lower MNEMOBUS_DATABASE_POOL_MAX",
+    "53300": "raise max_connections there (or the user's or the database's own limit), or lower"
+    " MNEMOBUS_DATABASE_POOL_MAX",
     "57P03": "wait until it has started; it is used by itself then",
     "57014": "look at the database: is it slow, or locked? See MNEMOBUS_DATABASE_TIMEOUT",
 }
@@ -189,6 +190,8 @@ _STORE_WORDS = (
     ("password authentication failed", _STATES["28P01"]),
     ("no password supplied", "put the password into MNEMOBUS_DATABASE_URL"),
     ("pg_hba.conf", _STATES["28000"]),
+    ("too many connections", _STATES["53300"]),  # of this role, or to this database
+    ("remaining connection slots", _STATES["53300"]),
     ("role ", _STATES["28000"]),
     ("read-only", _STATES["25006"]),
     ("too many clients", _STATES["53300"]),
