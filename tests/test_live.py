@@ -18,6 +18,7 @@ from mnemobus import Memory, Settings, WriteRejected
 from mnemobus.keys import Dimensions, Keyspace, slot_of
 from mnemobus.log.events import PUT, Event
 from mnemobus.memory import new_id
+from mnemobus_workers.fanout import SCOPES_PER_CALL
 from outside import refuse_poison
 from servers import RedisServer, eventually
 
@@ -682,6 +683,28 @@ async def test_g9_what_the_store_refuses_is_withdrawn(
                 await becomes(["2", "1", "sound"], bus)
             await hold(alice)
             await becomes(["2", "1", "sound"], alice)
+
+
+async def test_g9_what_the_store_refuses_is_withdrawn_however_much_else_its_batch_touched(
+    settings: Settings, connect: Connect, pool_of: PoolOf
+) -> None:
+    # Given a bus with one feed partition: a batch that touches many scopes is told in several messages
+    few = settings.model_copy(update={"log_partitions": 1, "feed_partitions": 1})
+    async with connect(log_partitions=1, feed_partitions=1, shadow_reads=0) as bus:
+        with pool_of(few):
+            await bus.write(said("sound"), durability="committed")
+            refuse_poison(few)
+        await hold(bus)
+        # When one event of such a batch is refused, whose scopes are in the first of them
+        poison = await bus.write(said("poison"))
+        assert await texts(bus) == ["poison", "sound"]
+        many = [(f"{n}", f"{n}", f"{n}") for n in range(SCOPES_PER_CALL // 3)]
+        await bus.write_many([said("", "r2", entity=e, agent=a, world=w) for e, a, w in many])
+        with pool_of(few):
+            with pytest.raises(WriteRejected):
+                await poison.committed(20)
+            # Then it is withdrawn
+            await becomes(["sound"], bus)
 
 
 async def test_g9_a_window_that_is_opened_leaves_out_what_is_known_as_refused(

@@ -203,7 +203,8 @@ class FanOut:
                     letters = {v: reasons[v] for v in versions if v in reasons} if last and reasons else {}
                     if letters:
                         body["d"] = letters
-                    if part.read_in == epoch and epoch:
+                    # Only the last part names the letters. Who holds a scope of another one live must ask anew as well.
+                    if part.read_in == epoch and epoch and (last or reasons.keys().isdisjoint(versions)):
                         body["l"] = 1
                         if last and len(versions) > 1:
                             places = {version: place for place, version in enumerate(versions)}
