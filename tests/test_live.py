@@ -242,6 +242,28 @@ async def test_g6_g9_a_memory_that_is_made_again_in_another_room_is_found_there(
         await eventually(changed)
 
 
+async def test_g9_a_memory_that_no_window_has_room_for_is_found_by_its_id(
+    settings: Settings, pool: Settings, connect: Connect
+) -> None:
+    async with connect() as alice, connect(shadow_reads=0) as bob:
+        # Given memories, one larger than a window may be, that are read by their ids again and again
+        memories = [said("x" * size) for size in (10, settings.live_window_bytes)]
+        await alice.write_many(memories, durability="committed")
+        for _ in range(3):
+            for memory in memories:
+                bob._local.drop(f"id:{memory.id}")
+                assert await bob.get(memory.id) == memory
+        # If the small one grows, then it is found all the same
+        await alice.update(memories[0].id, content={"text": "y" * settings.live_window_bytes})
+
+        async def grown() -> bool:
+            found = await bob.get(memories[0].id)
+            assert found is not None
+            return bool(found.content["text"][0] == "y")
+
+        await eventually(grown)
+
+
 async def test_g9_the_deletion_of_a_room_reaches_scopes_that_the_log_has_no_event_of(
     settings: Settings, pool: Settings, connect: Connect, client: redis.asyncio.Redis
 ) -> None:
