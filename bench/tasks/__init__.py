@@ -12,6 +12,8 @@ Task = Callable[[World], Awaitable[list[Result]]]
 
 
 NAMES = (
+    "turn",
+    "own",
     "hot",
     "warm",
     "cold",
