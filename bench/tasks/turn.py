@@ -102,9 +102,9 @@ async def run(world: World) -> list[Result]:
     for result in results:
         result.absent.update(absent)
     results[0].notes += [
-        f"in each room an agent of each of {PROCESSES} processes; {THINK * 1000:.0f} ms to think, on average; PostgreSQL"
-        " with fsync, one worker process. A turn is the sum of its calls. Answers stay in the form that each library"
-        " gives them",
+        f"in each room an agent of each of {PROCESSES} processes; {THINK * 1000:.0f} ms to think, on average;"
+        " PostgreSQL with fsync, one worker process. A turn is the sum of its calls. Answers stay in the form that each"
+        " library gives them",
         f"{title('plain-redis')} and {title('redis-py')} have no database: what they answer is lost with Redis, and"
         " what is older than a list is long has gone",
     ]
@@ -142,7 +142,7 @@ def fill(result: Result, records: dict[str, list[Record]], figure: Callable[[Rec
 
 def kept(task: str, teams: dict[str, Team]) -> Result:
     """What all answers of a task together lacked or took back; nothing of it is allowed to us."""
-    result = Result(task, "contexts that lack an own write, or go back", "")
+    result = Result(task, "contexts that lack an own write, or go back", "contexts")
     for team in teams.values():
         total = team.total
         result.samples[f"{team.title}, lacking"] = [float(total.lacking)]
