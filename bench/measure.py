@@ -93,6 +93,13 @@ class Result:
         if other in self.samples:
             self.targets.append(Target(f"{name} / {other}", self.ratio(name, other), bound))
 
+    def at_most_ever(self, bound: float, other: str, name: str = OURS) -> None:
+        """The same in every round, not only in most of them."""
+        if other in self.samples:
+            pairs = zip(self.samples[name], self.samples[other], strict=True)
+            worst = Spread.of([max(a / b for a, b in pairs)])
+            self.targets.append(Target(f"{name} / {other}, at its worst", worst, bound))
+
     def at_least(self, bound: float, other: str, name: str = OURS) -> None:
         """Our figure is to be at least so many times the other's: for rates, where more is better."""
         if other in self.samples:

@@ -91,6 +91,10 @@ class Blocking:
 
     def call(self, *command: Any) -> Any:
         self._socket.sendall(hiredis.pack_command(command))
+        return self.receive()
+
+    def receive(self) -> Any:
+        """The next answer or message."""
         while (answer := self._parser.gets()) is False:
             self._parser.feed(self._socket.recv(65536))
         return answer

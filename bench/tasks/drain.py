@@ -127,7 +127,8 @@ async def _beside_hand(world: World, store: str) -> Result:
     result.at_least(0.6, HAND)
     result.at_least(0.6, f"{HAND}, embeddings", f"{OURS}, embeddings")
     result.notes.append(
-        "by hand: XREADGROUP 500, one upsert, XACK; no version compared, nothing checked, no invalidation sent"
+        f"by hand: XREADGROUP {by_hand.COUNT:,}, as ours, one upsert, XACK; no version compared, nothing checked, no"
+        " invalidation sent"
     )
     return result
 

@@ -62,7 +62,7 @@ async def run(world: World) -> list[Result]:
     bytes_ = Result("interest", "one invalidation, 200 agents of which 5 hold the room: received", "bytes")
     cpu = Result("interest", "the same: CPU of an agent's process", "us")
     seconds = world.some(4, 1)
-    settings = world.settings()
+    settings = world.settings(live="off")
     with world.workers(settings):
         async with AsyncExitStack() as stack:
             bus = await stack.enter_async_context(connect(**settings.model_dump()))
