@@ -12,7 +12,7 @@ import struct
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import AsyncExitStack
-from functools import partial
+from functools import lru_cache, partial
 from itertools import chain, cycle, islice
 from pathlib import Path
 from typing import Any, TypeVar
@@ -166,7 +166,7 @@ class Agents:
     async def flood(self, rooms: list[str], backlog: int) -> None:
         """Write so fast that the pool always has about so many events before it."""
         bus = self._buses[0]
-        memories = _made(rooms)
+        memories = _made(tuple(rooms))
 
         async def write() -> None:
             while not self._unloading:
@@ -180,7 +180,7 @@ class Agents:
     async def load(self, rooms: list[str], rate: float) -> None:
         """Write at a rate."""
         bus = self._buses[0]
-        memories = _made(rooms)
+        memories = _made(tuple(rooms))
 
         async def write() -> None:
             began, sent = moment(), 0
@@ -202,7 +202,7 @@ class Agents:
 
         client: Redis = Redis.from_url(self._settings.redis_url)
         self._stack.push_async_callback(client.aclose)
-        entries = [fields(memory) for memory in _made(rooms)]
+        entries = [fields(memory) for memory in _made(tuple(rooms))]
 
         async def write() -> None:
             began, sent = moment(), 0
@@ -248,7 +248,8 @@ class Agents:
         return made
 
 
-def _made(rooms: list[str]) -> list[Memory]:
+@lru_cache
+def _made(rooms: tuple[str, ...]) -> list[Memory]:
     """What a load writes, over and over: made ahead, so that the load takes little of the machine."""
     return [message(rooms[n % len(rooms)], n) for n in range(_MADE)]
 

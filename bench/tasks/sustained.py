@@ -18,7 +18,7 @@ BOUND = 100.0
 LOW, HIGH = 2_500.0, 20_000.0
 """Writes a second: about where it can't be missed, and where it can't be kept."""
 STEPS = 4
-REACHED = 0.97
+REACHED = 0.95
 """Share of the offered writes that have to be made: else the machine can't offer more."""
 
 
@@ -42,8 +42,8 @@ async def run(world: World) -> list[Result]:
     result.targets.append(Target(f"{OURS}, {result.unit}", result.spread(OURS), 7_000, "at least"))
     result.notes += [
         f"each rate for {seconds} s, by one process, into {len(OTHERS)} rooms, with the shipped number of worker"
-        f" processes; found to {(HIGH / LOW) ** (1 / 2**STEPS) * 100 - 100:.0f} %. Propagation: from the acknowledgement"
-        " of a write to the drop in another process, which holds another room as a classic scope",
+        f" processes; found to {(HIGH / LOW) ** (1 / 2**STEPS) * 100 - 100:.0f} %. Propagation: from the"
+        " acknowledgement of a write to the drop in another process, which holds another room as a classic scope",
         "; ".join(tails),
     ]
     return [result]
@@ -52,7 +52,6 @@ async def run(world: World) -> list[Result]:
 async def _offer(found: Parties, rate: float, seconds: float) -> tuple[bool, float]:
     """Whether a rate is kept, and the 99th percentile of the propagation meanwhile, in ms."""
     delays: list[float] = []
-    before = time.monotonic()
     await found.loading.ask("load", OTHERS, rate)
     began = time.monotonic()
     try:
@@ -61,7 +60,7 @@ async def _offer(found: Parties, rate: float, seconds: float) -> tuple[bool, flo
             if delays[-1] > 10 * BOUND:
                 break
     finally:
+        took = time.monotonic() - began
         written = await found.loading.ask("unload")
-    took = time.monotonic() - before
     tail = percentile(delays, 0.99)
     return tail < BOUND and written >= REACHED * rate * took, tail
