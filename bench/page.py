@@ -78,7 +78,10 @@ FIGURES = (
         OURS,
     ),
     Figure(
-        "one write until logged, against a raw-socket XADD", "write", r"one write, until it is logged", OURS
+        "one write until logged, against a raw-socket XADD",
+        "write",
+        r"one write, .*",
+        f"{OURS} / a raw-socket",
     ),
     Figure(
         "100 memories without vectors, committed, against PostgresStore",

@@ -114,7 +114,7 @@ async def run(world: World) -> list[Result]:
         "agents", "acknowledged to dropped, or taken in, by each agent that holds the room, p99", "ms"
     )
     cost = Result("agents", "CPU of Redis for one write", "us")
-    quiet = 0.4 if world.quick else 2.0
+    quiet = 0.4 if world.quick else 1.0
     settings = world.settings(local_max_entries=1_000, live=f"all,-{TABLE}")
     with world.workers(settings):
         async with AsyncExitStack() as stack:

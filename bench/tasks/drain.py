@@ -109,7 +109,7 @@ async def run(world: World) -> list[Result]:
 
 
 async def _beside_hand(world: World, store: str) -> Result:
-    events, vectors = world.some(100_000, 6_000), world.some(10_000, 2_000)
+    events, vectors = world.some(60_000, 6_000), world.some(6_000, 2_000)
     result = Result("drain", f"{events:,} events into {STORES[store]}, one process", "1/s")
     with Pool.of(world, store) as pool, Hand.of(world, store) as hand:
         turns = {
@@ -134,7 +134,7 @@ async def _beside_hand(world: World, store: str) -> Result:
 
 
 async def _processes(world: World, store: str) -> Result:
-    events = 50_000
+    events = 30_000
     result = Result("drain", f"{events:,} events into {STORES[store]}, several processes", "1/s")
     for processes in (1, 2, 4):
         with Pool.of(world, store, processes) as pool:
@@ -147,7 +147,7 @@ async def _processes(world: World, store: str) -> Result:
 
 
 async def _backlog(world: World) -> Result:
-    short, long, first = 10_000, world.some(1_000_000, 40_000), 8_000
+    short, long, first = 10_000, world.some(300_000, 20_000), 8_000
     result = Result("drain", f"the first {first:,} of a backlog, into PostgreSQL", "1/s")
     few, many = f"of {short:,}", f"of {long:,}"
     with Pool.of(world, "postgres") as pool:

@@ -17,7 +17,7 @@ THINK = 0.01
 async def run(world: World) -> list[Result]:
     async with AsyncExitStack() as stack:
         teams, absent = await gathered(world, stack)
-        records = await taken(teams, 1, 1.0, THINK, world.rounds(5, 1))
+        records = await taken(teams, 1, 1.0, THINK, world.rounds(3, 1))
     results = []
     for share, name in ((0.5, "p50"), (0.99, "p99")):
         read = Result("own", f"the context after an own message, {name}", "us")

@@ -29,7 +29,7 @@ async def run(world: World) -> list[Result]:
     seconds = world.some(3, 1)
     result.samples = {OURS: []}
     tails: list[str] = []
-    for _ in range(world.rounds(3, 1)):
+    for _ in range(world.rounds(2, 1)):
         async with parties(world) as found:
             low, high = LOW, HIGH
             for _ in range(STEPS):
