@@ -24,7 +24,7 @@ CAPTIONS = {
     "overview": "Every target: how much of what is allowed is taken up. Left of the line it is met.",
     "hot": "Hot reads, microseconds a call, by powers of ten.",
     "drain": "Workers moving a full log into the store: events a second by processes, and one process by hand.",
-    "propagation": "From a write's acknowledgement to the drop of the copy in another process.",
+    "propagation": "From a write's acknowledgement to another process that has it (live), or has dropped its copy.",
     "agents": "The same, and what Redis pays for a write, as agents are added.",
 }
 """What is said of each plot."""
@@ -156,10 +156,10 @@ def _machine(about: Mapping[str, str]) -> str:
 def _of_most_interest(found: list[Result]) -> list[tuple[str, ...]]:
     rows = []
     for figure in FIGURES:
-        places = list(_places(figure, found))
-        if not places:
+        where_measured = list(places(figure, found))
+        if not where_measured:
             rows.append((_upper(figure.what), "-", "not measured", "**not met**"))
-        for where, target in places:
+        for where, target in where_measured:
             what = f"{figure.what}: {where}" if where else figure.what
             bound = f"{target.sense} {target.bound:,g}"
             met = "met" if target.met else "**not met**"
@@ -167,7 +167,7 @@ def _of_most_interest(found: list[Result]) -> list[tuple[str, ...]]:
     return rows
 
 
-def _places(figure: Figure, found: list[Result]) -> Iterator[tuple[str, Target]]:
+def places(figure: Figure, found: list[Result]) -> Iterator[tuple[str, Target]]:
     """The targets that a figure is, each with what tells it from the others."""
     for result in found:
         match = re.fullmatch(figure.title, result.title) if result.task == figure.task else None

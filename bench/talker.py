@@ -17,7 +17,7 @@ import time
 import uuid
 from collections.abc import Sequence
 from contextlib import AsyncExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import orjson
@@ -47,6 +47,10 @@ class Record:
     lacking: int = 0
     back: int = 0
 
+    def add(self, other: Record) -> None:
+        for name, value in vars(other).items():
+            setattr(self, name, getattr(self, name) + value)
+
 
 def made_id() -> str:
     """A UUID; those of one machine sort by when they were made."""
@@ -74,7 +78,8 @@ class Agent:
         self._shown: Found = (), ()
         self._turns = 0
 
-    async def turn(self, record: Record) -> None:
+    async def turn(self) -> Record:
+        record = Record()
         self._turns += 1
         took = await self._read(record)
         wrote = await self._say()
@@ -85,6 +90,7 @@ class Agent:
         record.both.append(wrote + own)
         record.own.append(own)
         record.turns.append(took)
+        return record
 
     async def _read(self, record: Record) -> float:
         began = time.perf_counter()
@@ -129,22 +135,22 @@ class Talkers:
     async def talk(
         self, places: list[tuple[str, str]], warm: float, seconds: float, think: float
     ) -> dict[str, Any]:
-        """Have agents, each given by its room and its name, take turns for so long; what they do in the first ``warm``
-        seconds does not count but for what answers lack."""
-        early, record = Record(), Record()
+        """Have agents, each given by its room and its name, take turns for so long. How long those take that end in the
+        first ``warm`` seconds does not count, what they are answered does."""
+        record = Record()
         counts = time.perf_counter() + warm
         ends = counts + seconds
 
         async def live(agent: Agent) -> None:
             await asyncio.sleep(random.uniform(0, think))
-            while (now := time.perf_counter()) < ends:
-                await agent.turn(record if now >= counts else early)
+            while time.perf_counter() < ends:
+                taken = await agent.turn()
+                if time.perf_counter() < counts:
+                    taken = replace(taken, turns=[], own=[], both=[])
+                record.add(taken)
                 await asyncio.sleep(think * random.uniform(0.5, 1.5))
 
         await asyncio.gather(*(live(self._agent(*place)) for place in places))
-        record.reads += early.reads
-        record.lacking += early.lacking
-        record.back += early.back
         return vars(record)
 
     def _agent(self, room: str, name: str) -> Agent:

@@ -53,9 +53,8 @@ class Team:
         )
         record = Record()
         for part in found:
-            for into in (record, self.total):
-                for name, value in part.items():
-                    setattr(into, name, getattr(into, name) + value)
+            record.add(Record(**part))
+        self.total.add(record)
         return record
 
     @property
