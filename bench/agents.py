@@ -12,6 +12,7 @@ import struct
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import AsyncExitStack
+from functools import lru_cache, partial
 from itertools import chain, cycle, islice
 from pathlib import Path
 from typing import Any, TypeVar
@@ -21,9 +22,11 @@ from redis.asyncio import Redis
 
 import mnemobus
 from mnemobus import Memory, Settings
+from mnemobus.cache.l1 import LiveBucket
 from mnemobus.keys import room_scope
 from servers import eventually
 
+from .inside import all_of
 from .party import moment, serve, tell
 from .world import message
 
@@ -44,9 +47,13 @@ class Agents:
         self._holders: Counter[str] = Counter()
         """How many of the agents hold a scope; 0 again once all of them have dropped it."""
         self._drops: dict[str, list[int]] = {}
+        self._seen: dict[str, list[int]] = {}
+        """By version of a write: when each of the agents that watch its room had it."""
         self._load: asyncio.Task[None] | None = None
         self._unloading = False
         self._written = 0
+        self._before = 0
+        """What earlier loads wrote."""
 
     async def open(self, count: int) -> None:
         """So many agents more."""
@@ -66,7 +73,8 @@ class Agents:
             tell([scope, drops])
 
     async def hold(self, first: int, last: int, rooms: list[str]) -> list[list[int]]:
-        """Have agents read rooms until they have them; for each room the numbers of the newest message they got.
+        """Have agents, to which `MNEMOBUS_LIVE` allows nothing, read rooms until they have them; for each room the
+        numbers of the newest message they got.
 
         All of them having dropped a room is told: [scope, moments].
         """
@@ -88,6 +96,52 @@ class Agents:
         await eventually(held, 30)
         return newest
 
+    async def watch(self, first: int, last: int, table: str, room: str) -> None:
+        """Have agents hold a room live. All of them having an event in their window is told: [version, moments]."""
+        scope = room_scope(table, room)
+
+        def watched(bus: mnemobus.Bus) -> None:
+            changed = bus._local.changed
+
+            def see(bucket: LiveBucket) -> None:
+                changed(bucket)
+                if bucket.name == scope:  # from here on a read has it
+                    self._has(str(bucket.window.rows[-1].version), moment(), last - first)
+
+            bus._local.changed = see  # type: ignore[method-assign]
+
+        for bus in self._buses[first:last]:
+            watched(bus)
+        await self.follow(first, last, table, [room])
+
+    async def unwatch(self) -> None:
+        for bus in self._buses:
+            vars(bus._local).pop("changed", None)
+
+    async def follow(self, first: int, last: int, table: str, rooms: list[str]) -> None:
+        """Have agents read rooms until they hold them live."""
+
+        async def held(bus: mnemobus.Bus, room: str) -> bool:
+            bus._local.drop(room_scope(table, room))
+            await bus.recent(table, room=room, limit=5)
+            return bus._local.live(room_scope(table, room)) is not None
+
+        await all_of(
+            eventually(partial(held, bus, room), 60) for room in rooms for bus in self._buses[first:last]
+        )
+
+    def _has(self, version: str, at: int, watching: int) -> None:
+        seen = self._seen.setdefault(version, [])
+        seen.append(at)
+        if len(seen) == watching:
+            del self._seen[version]
+            tell([version, seen])
+
+    async def newest(self, room: str) -> list[int]:
+        """The number of the newest message that each agent reads."""
+        found = [await bus.recent("messages", room=room, limit=5) for bus in self._buses]
+        return [int(each[0].content["n"]) for each in found]
+
     async def figures(self) -> dict[str, float]:
         """Of all agents of this process, so far: bytes that came from Redis, the process's CPU seconds, counters."""
         usage = resource.getrusage(resource.RUSAGE_SELF)
@@ -98,6 +152,9 @@ class Agents:
             "beats": sum(bus._feed._beats for bus in self._buses),
             "invalidations": sum(s.invalidations for s in stats),
             "gaps": sum(s.gaps for s in stats),
+            "live_gaps": sum(s.live_gaps for s in stats),
+            "live_lost": sum(s.live_lost for s in stats),
+            "live_windows": sum(s.live_windows for s in stats),
             "replays": sum(s.replays for s in stats),
             "resets": sum(s.resets for s in stats),
             "failed_heartbeats": sum(s.failed_heartbeats for s in stats),
@@ -109,7 +166,7 @@ class Agents:
     async def flood(self, rooms: list[str], backlog: int) -> None:
         """Write so fast that the pool always has about so many events before it."""
         bus = self._buses[0]
-        memories = _made(rooms)
+        memories = _made(tuple(rooms))
 
         async def write() -> None:
             while not self._unloading:
@@ -123,7 +180,7 @@ class Agents:
     async def load(self, rooms: list[str], rate: float) -> None:
         """Write at a rate."""
         bus = self._buses[0]
-        memories = _made(rooms)
+        memories = _made(tuple(rooms))
 
         async def write() -> None:
             began, sent = moment(), 0
@@ -145,7 +202,7 @@ class Agents:
 
         client: Redis = Redis.from_url(self._settings.redis_url)
         self._stack.push_async_callback(client.aclose)
-        entries = [fields(memory) for memory in _made(rooms)]
+        entries = [fields(memory) for memory in _made(tuple(rooms))]
 
         async def write() -> None:
             began, sent = moment(), 0
@@ -162,16 +219,37 @@ class Agents:
 
         self._load = asyncio.create_task(write())
 
+    async def load_published(self, channel: str, payload: str, rate: float) -> None:
+        """PUBLISH at a rate, where nobody listens."""
+        client: Redis = Redis.from_url(self._settings.redis_url)
+        self._stack.push_async_callback(client.aclose)
+
+        async def write() -> None:
+            began, sent = moment(), 0
+            while not self._unloading:
+                due = int((moment() - began) / 1e9 * rate)
+                if due > sent:
+                    async with client.pipeline(transaction=False) as pipe:
+                        for _ in range(due - sent):
+                            pipe.publish(channel, payload)
+                        await pipe.execute()
+                sent = due
+                await asyncio.sleep(_TICK)
+
+        self._load = asyncio.create_task(write())
+
     async def unload(self) -> int:
-        """End the load; how many writes it has made so far."""
+        """End the load; how many writes it has made."""
         assert self._load is not None
         self._unloading = True  # not by cancelling: a call under way could swallow that
         await self._load
         self._load, self._unloading = None, False
-        return self._written
+        made, self._before = self._written - self._before, self._written
+        return made
 
 
-def _made(rooms: list[str]) -> list[Memory]:
+@lru_cache
+def _made(rooms: tuple[str, ...]) -> list[Memory]:
     """What a load writes, over and over: made ahead, so that the load takes little of the machine."""
     return [message(rooms[n % len(rooms)], n) for n in range(_MADE)]
 

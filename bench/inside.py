@@ -50,9 +50,11 @@ async def all_of(calls: Iterable[Any], at_once: int = 32) -> None:
 
 
 def forget_locally(bus: Bus, scopes: Iterable[str]) -> None:
-    """Empty L1 of these scopes."""
+    """Empty L1 of these scopes, as if this process had never read them: it would hold one live that it reads again."""
     for scope in scopes:
+        bus._local.drop_live(scope)
         bus._local.drop(scope)
+        bus._live._missed.pop(scope, None)
 
 
 async def forget(bus: Bus, scopes: Sequence[str]) -> None:

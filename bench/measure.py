@@ -13,7 +13,9 @@ import statistics
 import time
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
+
+T = TypeVar("T")
 
 OURS = "mnemobus"
 """What our own contestant is called in every task."""
@@ -91,6 +93,13 @@ class Result:
         if other in self.samples:
             self.targets.append(Target(f"{name} / {other}", self.ratio(name, other), bound))
 
+    def at_most_ever(self, bound: float, other: str, name: str = OURS) -> None:
+        """The same in every round, not only in most of them."""
+        if other in self.samples:
+            pairs = zip(self.samples[name], self.samples[other], strict=True)
+            worst = Spread.of([max(a / b for a, b in pairs)])
+            self.targets.append(Target(f"{name} / {other}, at its worst", worst, bound))
+
     def at_least(self, bound: float, other: str, name: str = OURS) -> None:
         """Our figure is to be at least so many times the other's: for rates, where more is better."""
         if other in self.samples:
@@ -123,11 +132,16 @@ Turn = Callable[[], Awaitable[float]]
 """One turn of a contestant: its figure of this round."""
 
 
-async def interleave(turns: Mapping[str, Turn], rounds: int) -> dict[str, list[float]]:
-    """The figures of every contestant: each has one turn a round, and each round another is first."""
-    samples: dict[str, list[float]] = {name: [] for name in turns}
+async def interleave(
+    turns: Mapping[str, Callable[[], Awaitable[T]]], rounds: int, *, warm: bool = True
+) -> dict[str, list[T]]:
+    """The figures of every contestant: each has one turn a round, and each round another is first.
+
+    warm: whether each has a turn before that does not count, for connections, caches, the interpreter's own
+    """
+    samples: dict[str, list[T]] = {name: [] for name in turns}
     names = list(turns)
-    for name in names:  # a turn that does not count: connections, caches, the interpreter's own
+    for name in names if warm else ():
         await turns[name]()
     # What was made ahead stays for all rounds: it is not looked through before each turn.
     gc.collect()

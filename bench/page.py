@@ -6,11 +6,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import re
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from .measure import Result, Spread, short
+from .measure import OURS, Result, Spread, Target, short
 
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "benchmarks.md"
@@ -23,10 +24,85 @@ CAPTIONS = {
     "overview": "Every target: how much of what is allowed is taken up. Left of the line it is met.",
     "hot": "Hot reads, microseconds a call, by powers of ten.",
     "drain": "Workers moving a full log into the store: events a second by processes, and one process by hand.",
-    "propagation": "From a write's acknowledgement to the drop of the copy in another process.",
+    "propagation": "From a write's acknowledgement to another process that has it (live), or has dropped its copy.",
     "agents": "The same, and what Redis pays for a write, as agents are added.",
 }
 """What is said of each plot."""
+
+
+class Figure(NamedTuple):
+    """One of the figures that matter most: which targets of the tasks it is.
+
+    what    in words
+    task    that measures it
+    title   a pattern for the results of the task; where there is one, what its group matches tells them apart
+    target  how its targets begin
+    """
+
+    what: str
+    task: str
+    title: str
+    target: str
+
+
+FIGURES = (
+    Figure(
+        "a turn, p50, against psycopg", "turn", r"a turn, (\d+ agents? a process), p50", f"{OURS} / psycopg"
+    ),
+    Figure(
+        "a turn, p50, against plain Redis lists (no store, no promises)",
+        "turn",
+        r"a turn, (\d+ agents? a process), p50",
+        f"{OURS} / plain Redis lists",
+    ),
+    Figure(
+        "a turn, p99, against psycopg", "turn", r"a turn, (\d+ agents? a process), p99", f"{OURS} / psycopg"
+    ),
+    Figure("the read after an own write, p50, us", "own", r"the context after an own message, p50", OURS),
+    Figure(
+        "the same in the midst of turns, us",
+        "turn",
+        r"the context after an own message, (\d+ agents? a process), p50",
+        OURS,
+    ),
+    Figure(
+        "logged to visible in another process (live), against a bare PUBLISH hop",
+        "propagation",
+        r"logged to visible elsewhere \(live\), (.*)",
+        OURS,
+    ),
+    Figure(
+        "logged to dropped (classic scopes), half load, against the chain by hand, in each repetition",
+        "propagation",
+        r"acknowledged to dropped elsewhere, at half load, (.*)",
+        OURS,
+    ),
+    Figure(
+        "one write until logged, against a raw-socket XADD",
+        "write",
+        r"one write, .*",
+        f"{OURS} / a raw-socket",
+    ),
+    Figure(
+        "100 memories without vectors, committed, against PostgresStore",
+        "write_many",
+        r".*, without embeddings",
+        f"{OURS}, committed / LangGraph PostgresStore",
+    ),
+    Figure("sustained writes a second, p99 propagation below 100 ms", "sustained", r".*", OURS),
+    Figure(
+        "a hot get, against a dict lookup", "hot", r"hot read of one memory, .*", f"{OURS} / an awaited dict"
+    ),
+    Figure(
+        "a hot recent, against a dict lookup", "hot", r"hot read of a room's .*", f"{OURS} / an awaited dict"
+    ),
+    Figure(
+        "memory of a live window of 64 small memories, against the same results cached",
+        "footprint",
+        r"bytes that a room's newest \d+ take, .*",
+        "held live / cached",
+    ),
+)
 
 
 def results(record: Mapping[str, Any]) -> list[Result]:
@@ -42,6 +118,9 @@ def text(record: Mapping[str, Any]) -> str:
     parts = [
         _machine(record["machine"]),
         f"{met} of {len(targets)} targets are met.",
+        "## The figures to reach",
+        _table(("what", "to reach", "measured: median (quartiles)", ""), _of_most_interest(found)),
+        "## Every target",
         *(_plot(name) for name in plots[:1]),
         _table(("task", "to reach", "reached: median (quartiles)", ""), list(_reached(found))),
         *(_plot(name) for name in plots[1:]),
@@ -72,6 +151,29 @@ def _machine(about: Mapping[str, str]) -> str:
     where = f"{about.pop('processors', '?')} processors, {memory}, {system}"
     versions = ", ".join(f"{name} {version}" for name, version in about.items())
     return f"One run of {seconds} s on {date}: {where}; {versions}."
+
+
+def _of_most_interest(found: list[Result]) -> list[tuple[str, ...]]:
+    rows = []
+    for figure in FIGURES:
+        where_measured = list(places(figure, found))
+        if not where_measured:
+            rows.append((_upper(figure.what), "-", "not measured", "**not met**"))
+        for where, target in where_measured:
+            what = f"{figure.what}: {where}" if where else figure.what
+            bound = f"{target.sense} {target.bound:,g}"
+            met = "met" if target.met else "**not met**"
+            rows.append((_upper(what), bound, spread(target.figure), met))
+    return rows
+
+
+def places(figure: Figure, found: list[Result]) -> Iterator[tuple[str, Target]]:
+    """The targets that a figure is, each with what tells it from the others."""
+    for result in found:
+        match = re.fullmatch(figure.title, result.title) if result.task == figure.task else None
+        for target in result.targets:
+            if match and target.what.startswith(figure.target):
+                yield " ".join(match.groups()), target
 
 
 def _reached(found: list[Result]) -> list[tuple[str, ...]]:

@@ -8,20 +8,28 @@ import json
 import secrets
 import subprocess
 from collections.abc import Callable
+from contextlib import AsyncExitStack
 from pathlib import Path
+from typing import Any
 
 import pytest
 import redis
 
+from bench.agents import started
 from bench.alternatives import NAMES, Item, Place, Unfit, load
 from bench.alternatives.survey import Findings, call, survey
-from bench.floors import chain, drain, reads, start, store, writes
+from bench.contexts import KEEPERS, MESSAGES, prepare
+from bench.floors import chain, drain, hop, reads, start, store, writes
+from bench.inside import fill
+from bench.party import Party
+from bench.talker import Agent, Record, goes_back, lacks, made_id
 from conftest import Connect
 from mnemobus import Memory, Settings
 from mnemobus.keys import Keyspace, Version
 from mnemobus.log.events import Event
 from mnemobus.memory import encode
 from mnemobus.store import Query, open_reader, open_writer
+from servers import Workers, eventually
 
 ROOT = Path(__file__).parent.parent
 
@@ -124,6 +132,133 @@ async def test_a_cached_copy_can_be_dropped(name: str, place: Callable[[str], Pl
     await call(alternative.close)
 
 
+# Those that keep a conversation
+
+
+@pytest.mark.parametrize("who", KEEPERS)
+async def test_what_keeps_a_conversation_gives_the_newest_to_every_process(
+    who: str,
+    redis_url: str,
+    prefix: str,
+    postgres_url: str,
+    tmp_path: Path,
+    workers: Callable[..., Workers],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    pytest.importorskip("cashews", reason="the extra `bench` is not installed")
+    own = Settings.load(
+        redis_url=redis_url, redis_key_prefix=prefix, database_url=postgres_url, data_dir=tmp_path / "bus"
+    )
+    for name, value in own.environment().items():
+        monkeypatch.setenv(name, value)
+    if who == "mnemobus":
+        workers(own, 1)
+    prepare(postgres_url)
+    place = {"redis_url": redis_url, "database_url": postgres_url, "prefix": f"{{{prefix}}}:talk"}
+    async with AsyncExitStack() as stack:
+        a, b = KEEPERS[who](place), KEEPERS[who](place)
+        try:
+            await a.open(stack)
+            await b.open(stack)
+        except Unfit as error:
+            pytest.skip(str(error))
+        # Given two that have read the room, before anything was said and in between
+        said, noted = [], []
+        for n in range(MESSAGES + 2):
+            for reader in (a, b):
+                await reader.context("kitchen", "ann")
+            # If one of them says something, and notes a fact
+            writer = (a, b)[n % 2]
+            said.insert(0, made_id())
+            noted.insert(0, made_id())
+            await writer.say("kitchen", "ann", said[0], {"text": "hello", "n": n})
+            await writer.note("kitchen", "ann", noted[0], {"text": "a fact", "n": n})
+            # Then both have it, the newest first, and no more than were asked for
+            for reader in (a, b):
+
+                async def has_it(reader: Any = reader) -> bool:
+                    found = reader.ids(await reader.context("kitchen", "ann"))
+                    return (list(found[0]), found[1][0]) == (said[:MESSAGES], noted[0])
+
+                await eventually(has_it)
+        # And another room is another conversation
+        assert [list(ids) for ids in a.ids(await a.context("hall", "bob"))] == [[], []]
+
+
+def test_what_an_answer_lacks_or_takes_back_is_told_from_what_others_pushed_out() -> None:
+    old, *newer = (made_id() for _ in range(6))
+    assert sorted([old, *newer]) == [old, *newer]
+    # An own memory that is not there is lacking; not if the listing is full of newer ones
+    assert lacks([], old, 5)
+    assert not lacks([], "", 5)
+    assert lacks(newer[:3], old, 5)
+    assert not lacks(newer[::-1], old, 5)
+    assert lacks([old, *newer[:4]][::-1], newer[4], 5)
+    # Newest first: what is pushed out at the end is gone for good, what is gone above it went back
+    assert not goes_back(["3", "2", "1"], ["4", "3", "2"])
+    assert not goes_back(["3", "2", "1"], ["6", "5", "4"])
+    assert not goes_back([], ["1"])
+    assert goes_back(["3", "2", "1"], ["2", "1", "0"])
+    assert goes_back(["3", "2", "1"], ["4", "3", "1"])
+
+
+@pytest.mark.parametrize(("late", "lacking"), [(0, 0), (1, 5)])
+async def test_answers_without_an_own_message_are_counted(late: int, lacking: int) -> None:
+    class Late:
+        """Shows all but the last so many messages."""
+
+        def __init__(self) -> None:
+            self.said: list[str] = []
+
+        async def context(self, room: str, entity: str) -> list[str]:
+            return self.said[late:]
+
+        async def say(self, room: str, entity: str, id: str, content: Any) -> None:
+            self.said.insert(0, id)
+
+        def ids(self, answer: list[str]) -> tuple[list[str], list[str]]:
+            return answer, []
+
+    record, talker = Record(), Agent(Late(), "kitchen", "ann")  # type: ignore[arg-type]
+    for _ in range(2):
+        record.add(await talker.turn())
+    # Given two turns, each a read, a message, and two more reads
+    assert record.reads == 6
+    assert (len(record.turns), len(record.own), len(record.both)) == (2, 2, 2)
+    # Then all reads after the first message lack it, of one who is late: of the first turn two, then three
+    assert (record.lacking, record.back) == (lacking, 0)
+
+
+async def test_agents_tell_when_a_write_is_in_the_window_of_each(
+    settings: Settings, connect: Connect, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PYTHONPATH", f"{ROOT}:{ROOT / 'tests'}")
+    # Given two agents in another process that hold a room live
+    fill(settings, [memory(0)])
+    told: list[Any] = []
+    async with connect() as bus, Party(**started(settings)) as party:
+        party.on_told = told.append
+        await party.ask("open", 2)
+        await party.ask("watch", 0, 2, "messages", "r0")
+        # If somebody writes into it, and into another room
+        await bus.write(memory(1))
+        receipt = await bus.write(memory(3))
+        # Then it is told once, when each of them had it, and both read it
+        await eventually(lambda: told)
+        [[version, moments]] = told
+        assert (version, len(moments)) == (str(receipt.version), 2)
+        assert await party.ask("newest", "r0") == [3, 3]
+        # And nothing more once that is over
+        await party.ask("unwatch")
+        await bus.write(memory(6))
+        await eventually(lambda: newest_of(party, [6, 6]))
+        assert len(told) == 1
+
+
+async def newest_of(party: Party, expected: list[int]) -> bool:
+    return bool(await party.ask("newest", "r0") == expected)
+
+
 # Floors
 
 
@@ -179,6 +314,14 @@ async def test_the_hand_written_chain_hears_of_every_write(redis_url: str, datab
     await reader.close()
 
 
+async def test_a_hop_by_hand_is_as_long_as_its_message_takes(redis_url: str) -> None:
+    async with hop.Hop(redis_url) as one:
+        found = [await one.publish(b"x" * 400) for _ in range(20)]
+    # From the call it takes some time, and longer than from the answer, which the message may overtake
+    assert all(0 < times.sent < 30e9 for times in found)
+    assert all(times.answered < times.sent for times in found)
+
+
 async def test_hand_written_reads_give_the_rows_of_the_store(
     redis_url: str, prefix: str, database_url: str
 ) -> None:
@@ -219,12 +362,17 @@ async def test_hand_written_writes_are_the_entries_of_the_log(
     keys = Keyspace(settings.redis_key_prefix, settings.log_partitions, settings.feed_partitions)
     async with redis.asyncio.Redis.from_url(redis_url) as client:
         ((_, written),) = await client.xrange(keys.log(keys.log_partition(one.room)))
-        # Then XADD by hand writes the same, alone and in pipelines
+        # Then XADD by hand writes the same, alone, in pipelines and over raw sockets
         key = f"{{{prefix}}}:floor"
         await writes.one(client, key, writes.fields(one))
         assert await writes.pipelined(client, key, [writes.fields(one)] * 250, size=100) > 0
+        wire, blocking = await writes.Wire.open(redis_url), writes.Blocking(redis_url)
+        await wire.call("XADD", key, "*", *writes.flat(one))
+        await asyncio.to_thread(blocking.call, "XADD", key, "*", *writes.flat(one))
+        wire.close()
+        blocking.close()
         entries = await client.xrange(key)
-        assert len(entries) == 251
+        assert len(entries) == 253
         assert all(fields == written for _, fields in entries)
 
 

@@ -18,8 +18,9 @@ from typing import Any, ClassVar, Literal
 
 from langgraph.store.base import PutOp
 from langgraph.store.postgres import AsyncPostgresStore, PostgresStore
+from psycopg.errors import FeatureNotSupported
 
-from . import Cannot, Item, Place, Value
+from . import Cannot, Item, Place, Unfit, Value
 
 Address = tuple[tuple[str, ...], str]
 
@@ -56,7 +57,10 @@ class _Common:
         """Once for a database. The asyncio class's own refuses ``flat`` in 3.2: it runs the migration that makes an
         index whatever its condition says."""
         with PostgresStore.from_conn_string(self._place.database_url, index=self._index()) as store:
-            store.setup()
+            try:
+                store.setup()
+            except FeatureNotSupported as error:
+                raise Unfit(str(error).partition("\n")[0]) from None
 
     def _embed(self, texts: Sequence[str]) -> list[Any]:
         return [self._vectors[text] for text in texts]

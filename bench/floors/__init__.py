@@ -1,4 +1,4 @@
-"""Hand-written floors: the shortest program on the same client libraries that does only the naked operation.
+"""Hand-written floors: the shortest program that does only the naked operation, on the same client libraries or less.
 
 None keeps a promise: no version is compared, nothing is repeated, no cache is guarded. What mnemobus takes beyond
 them is what its promises cost. They read and write what mnemobus does: the entries of its log, the rows of its table.
@@ -6,7 +6,8 @@ them is what its promises cost. They read and write what mnemobus does: the entr
 | | |
 |---|---|
 | `reads.py` | a coroutine over a dict; HGET; a query of the store between two round trips to Redis |
-| `writes.py` | XADD, one at a time, and in pipelines |
+| `writes.py` | XADD, one at a time over a raw socket or through redis-py, and in pipelines |
+| `hop.py` | PUBLISH, and a process that hears it |
 | `drain.py` | a process that moves the log into the store |
 | `chain.py` | XADD, a worker process that commits and publishes, a process that hears of it |
 | `start.py` | from nothing to the first answer |

@@ -37,13 +37,13 @@ class Chain:
 
     def __init__(self, redis_url: str, database_url: str) -> None:
         self._urls = redis_url, database_url
-        self._log = f"bench:{secrets.token_hex(4)}:log"
+        self.log = f"bench:{secrets.token_hex(4)}:log"
         self._acknowledged: dict[str, int] = {}
         self._heard: dict[str, int] = {}
 
     async def __aenter__(self) -> Self:
         self._client: AsyncRedis = AsyncRedis.from_url(self._urls[0])
-        await self._client.xgroup_create(self._log, _GROUP, id="0", mkstream=True)
+        await self._client.xgroup_create(self.log, _GROUP, id="0", mkstream=True)
         self._processes = [await self._start("reader"), await self._start("worker")]
         self._listening = asyncio.create_task(self._listen(self._processes[0]))
         return self
@@ -55,12 +55,12 @@ class Chain:
         await self._listening
         for process in self._processes:
             await process.wait()
-        await self._client.delete(self._log)
+        await self._client.delete(self.log)
         await self._client.aclose()
 
     async def _start(self, role: str) -> asyncio.subprocess.Process:
         process = await asyncio.create_subprocess_exec(
-            sys.executable, "-m", "bench.floors.chain", role, *self._urls, self._log,
+            sys.executable, "-m", "bench.floors.chain", role, *self._urls, self.log,
             stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE,
         )  # fmt: skip
         assert process.stdout is not None
@@ -75,10 +75,15 @@ class Chain:
             self._heard[id.decode()] = int(at)
 
     async def write(self, memory: Memory) -> str:
-        id: bytes = await self._client.xadd(self._log, fields(memory))
+        id: bytes = await self._client.xadd(self.log, fields(memory))
         at = time.monotonic_ns()
         self._acknowledged[id.decode()] = at
         return id.decode()
+
+    def clear(self) -> None:
+        """Forget what was written so far."""
+        self._acknowledged.clear()
+        self._heard.clear()
 
     async def delays(self, timeout: float = 30.0) -> list[float]:
         """Seconds, in the order of the writes, once all of them were heard of; TimeoutError if they are not."""

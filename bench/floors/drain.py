@@ -1,4 +1,4 @@
-"""A process that moves the log into the store by hand: XREADGROUP COUNT 500, one upsert, XACK, until nothing is left.
+"""A process that moves the log into the store by hand: XREADGROUP, one upsert, XACK, until nothing is left.
 
 `python -m bench.floors.drain REDIS_URL DATABASE_URL GROUP LOG...` says ``ready``, waits for a line, drains, and
 prints ``{"events": ..., "batches": ..., "seconds": ...}``. The group must be there (`group`), and the tables
@@ -15,9 +15,12 @@ from dataclasses import asdict, dataclass
 
 from redis import Redis
 
+from mnemobus import Settings
+
 from .store import sink
 
-COUNT = 500
+COUNT: int = Settings.model_fields["batch_size"].default
+"""Entries of a batch: as many as ours may have."""
 
 
 @dataclass(frozen=True)

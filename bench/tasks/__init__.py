@@ -12,6 +12,8 @@ Task = Callable[[World], Awaitable[list[Result]]]
 
 
 NAMES = (
+    "turn",
+    "own",
     "hot",
     "warm",
     "cold",
@@ -21,8 +23,10 @@ NAMES = (
     "drain",
     "single",
     "propagation",
+    "sustained",
     "dropping",
     "interest",
+    "holding",
     "agents",
     "footprint",
     "conversation",

@@ -1,4 +1,4 @@
-"""Agents 1, 10, 100, 500 beside one write stream: propagation, and what a write costs Redis."""
+"""Agents 1, 10, 100, 500 beside one write stream: propagation, and what a write costs Redis; classic and live."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from mnemobus import Bus, Memory, connect
 from mnemobus.keys import room_scope
 
 from ..agents import started
+from ..inside import TABLE
 from ..measure import Result, percentile
 from ..party import Party, moment
 from ..world import World
@@ -22,6 +23,9 @@ PROCESSES = 4
 FEW = 5
 WRITES = 10
 ALL, SOME = "all hold the room", "5 hold the room"
+LIVE = "all hold the room live"
+TALK = "talk"
+"""A table whose scopes may be held live; those of messages are not."""
 
 
 @dataclass
@@ -29,12 +33,14 @@ class Variant:
     """Rooms of one feed partition, and a message of each that lies there too: what is written, over and over.
 
     version  the number that the messages have now
+    watched  how many agents hold the first room live
     """
 
     name: str
     rooms: list[str]
     ids: list[str]
     version: int = -1
+    watched: int = 0
     reads: int = 0
     stale: int = 0
 
@@ -46,6 +52,7 @@ class Crowd:
     parties: list[Party]
     sizes: list[int]
     heard: dict[str, list[int]] = field(default_factory=dict)
+    """By scope that was dropped, or by version of a write that is in a window: when."""
     changed: asyncio.Event = field(default_factory=asyncio.Event)
 
     def __post_init__(self) -> None:
@@ -79,13 +86,22 @@ class Crowd:
         variant.reads += len(read)
         variant.stale += sum(number < variant.version for number in read)
 
-    async def drops(self, scope: str, count: int) -> list[int]:
-        """When each of so many agents dropped a scope."""
+    async def watch(self, room: str, count: int) -> None:
+        """Have so many agents hold a room live."""
+        self.heard.clear()
+        wanted = zip(self.parties, _spread(count, len(self.parties)), strict=True)
+        await asyncio.gather(*(party.ask("watch", 0, n, TALK, room) for party, n in wanted if n))
+
+    async def unwatch(self) -> None:
+        await asyncio.gather(*(party.ask("unwatch") for party in self.parties))
+
+    async def moments(self, what: str, count: int) -> list[int]:
+        """When each of so many agents dropped a scope, or had a write in its window."""
         async with asyncio.timeout(30):
-            while len(self.heard.get(scope, ())) < count:
+            while len(self.heard.get(what, ())) < count:
                 self.changed.clear()
                 await self.changed.wait()
-        return self.heard[scope]
+        return self.heard[what]
 
 
 def _spread(count: int, over: int) -> list[int]:
@@ -94,10 +110,12 @@ def _spread(count: int, over: int) -> list[int]:
 
 async def run(world: World) -> list[Result]:
     counts = [1, 10] if world.quick else [1, 10, 100, 500]
-    reach = Result("agents", "acknowledged to dropped by each agent that holds the room, p99", "ms")
+    reach = Result(
+        "agents", "acknowledged to dropped, or taken in, by each agent that holds the room, p99", "ms"
+    )
     cost = Result("agents", "CPU of Redis for one write", "us")
-    quiet = 0.4 if world.quick else 2.0
-    settings = world.settings(local_max_entries=1_000)
+    quiet = 0.4 if world.quick else 1.0
+    settings = world.settings(local_max_entries=1_000, live=f"all,-{TABLE}")
     with world.workers(settings):
         async with AsyncExitStack() as stack:
             bus = await stack.enter_async_context(connect(**settings.model_dump()))
@@ -111,12 +129,18 @@ async def run(world: World) -> list[Result]:
                     listeners = count if variant.name == ALL else FEW
                     if listeners > count:
                         continue
-                    name = f"{count} agents, {variant.name}" if count > 1 else "1 agent, holds the room"
+                    name = (
+                        f"{count} agents, {variant.name}"
+                        if count > 1
+                        else f"1 agent, {variant.name.replace('all hold', 'holds')}"
+                    )
                     tails, costs = reach.samples[name], cost.samples[name] = [], []
                     for _ in range(world.rounds(3, 2)):
-                        tail, used = await _round(bus, server, crowd, variant, listeners, quiet)
+                        one = _live_round if variant.name == LIVE else _round
+                        tail, used = await one(bus, server, crowd, variant, listeners, quiet)
                         tails.append(tail)
                         costs.append(used)
+                    await crowd.unwatch()
                     for result in (reach, cost):
                         curve = result.curves.setdefault(variant.name, [])
                         curve.append((count, result.spread(name).median))
@@ -127,6 +151,7 @@ async def run(world: World) -> list[Result]:
         f"one write at a time, {WRITES} a round, each into another room of one feed partition; agents in {PROCESSES}"
         " processes, SQLite. A write touches this partition alone; those that don't hold the room listen to another one"
     )
+    reach.notes.append("where the room is held live, all writes go into one, and each is a new message")
     reach.notes.append(
         f"reads of the rooms after each round: {sum(v.reads for v in variants):,}, of them stale:"
         f" {sum(v.stale for v in variants)}; gaps {sum(f['gaps'] for f in figures):.0f}, replays"
@@ -148,7 +173,7 @@ def _variants(places: Places) -> list[Variant]:
             [places.id(partition) for _ in range(WRITES)],
         )
 
-    return [variant(ALL, 0), variant(SOME, 1)]
+    return [variant(ALL, 0), variant(SOME, 1), Variant(LIVE, [f"live-{n}" for n in range(WRITES)], [])]
 
 
 async def _round(
@@ -165,10 +190,33 @@ async def _round(
     for room, id in zip(variant.rooms, variant.ids, strict=True):
         await bus.write(Memory(id=id, table="messages", room=room, content={"n": variant.version}))
         at = moment()
-        drops = await crowd.drops(room_scope("messages", room), listeners)
+        drops = await crowd.moments(room_scope(TABLE, room), listeners)
         delays += [(drop - at) / 1e6 for drop in drops]
     used = await _cpu(server) - before - rate * (time.monotonic() - began)
     return percentile(delays, 0.99), used / len(variant.rooms) * 1e6
+
+
+async def _live_round(
+    bus: Bus, server: redis.asyncio.Redis, crowd: Crowd, variant: Variant, listeners: int, quiet: float
+) -> tuple[float, float]:
+    """The same for one room that is held live: nobody has to read it again after each write."""
+    if variant.version < 0 or variant.watched != listeners:
+        variant.watched = listeners
+        await crowd.watch(variant.rooms[0], listeners)
+    began, before = time.monotonic(), await _cpu(server)
+    await asyncio.sleep(quiet)
+    rate = (await _cpu(server) - before) / (time.monotonic() - began)
+    delays: list[float] = []
+    began, before = time.monotonic(), await _cpu(server)
+    for _ in range(WRITES):
+        variant.version += 1
+        memory = Memory(table=TALK, room=variant.rooms[0], content={"n": variant.version})
+        receipt = await bus.write(memory)
+        at = moment()
+        taken = await crowd.moments(str(receipt.version), listeners)
+        delays += [(moment - at) / 1e6 for moment in taken]
+    used = await _cpu(server) - before - rate * (time.monotonic() - began)
+    return percentile(delays, 0.99), used / WRITES * 1e6
 
 
 async def _cpu(server: redis.asyncio.Redis) -> float:

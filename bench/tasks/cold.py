@@ -73,7 +73,7 @@ async def _of(world: World, store: str, title: str) -> list[Result]:
             addresses = Rolling([other.address(memory.room, memory.id) for memory in memories])
             gets[other.name] = partial(_timed, other, other.get, addresses, one)
             recents[other.name] = partial(_timed, other, partial(_recent, other), rooms, many)
-        rounds = world.rounds(15)
+        rounds = world.rounds(11)
         get.samples = await interleave(gets, rounds)
         recent.samples = await interleave(recents, rounds)
     for result in (get, recent):

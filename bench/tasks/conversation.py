@@ -115,7 +115,7 @@ class Contestant:
 
 async def run(world: World) -> list[Result]:
     rooms, which = conversations()
-    rounds, lines = world.rounds(3, 1), world.some(100, 20)
+    rounds, lines = world.rounds(3, 1), world.some(70, 20)
     hits = Result("conversation", "answered by the process itself, and not stale", "%")
     tight = Result("conversation", f"the same, with room for {FEW} results", "%")
     tiers = Result("conversation", "answers by tier", "%")

@@ -10,16 +10,19 @@ from typing import Any
 
 import orjson
 
-from mnemobus import Memory, connect
+from mnemobus import Memory, Settings, connect
+from mnemobus.keys import room_scope
 from mnemobus.memory import _dimensions
 
 from ..alternatives import Item, Place, Unfit, load
 from ..alternatives.survey import call
-from ..inside import TABLE, fill
+from ..inside import TABLE, fill, forget_locally
 from ..measure import OURS, Result
 from ..world import World, message, vector
 
 PER_ROOM = 20
+WINDOW: int = Settings.model_fields["live_window"].default
+LIVE, CLASSIC = "held live", "cached"
 BOUND = 400
 _TIMERS = tracemalloc.Filter(False, asyncio.events.__file__)
 OTHERS = ("cashews", "redis-py", "aiocache", "ccs-store")
@@ -39,6 +42,17 @@ async def run(world: World) -> list[Result]:
     one.samples[OURS] = [await _ours(world, plain, listed=False)]
     many.samples[OURS] = [await _ours(world, plain, listed=True)]
     vectors.samples[OURS] = [await _ours(world, embedded, listed=False)]
+    window = Result(
+        "footprint", f"bytes that a room's newest {WINDOW} take, small memories, content and all", "bytes"
+    )
+    small = [small_message(f"room-{n // WINDOW}", n) for n in range(WINDOW * rooms)]
+    for name, live in ((LIVE, "all"), (CLASSIC, "off")):
+        window.samples[name] = [await _window(world, small, live)]
+    window.at_most(1.3, CLASSIC, LIVE)
+    window.notes.append(
+        f"held live: {WINDOW} is the default size of a window; cached: the same listing with MNEMOBUS_LIVE=off. Both"
+        " have been read twice"
+    )
     for name in OTHERS:
         cls = load(name)
         for result, listed in ((one, False), (many, True)):
@@ -56,7 +70,38 @@ async def run(world: World) -> list[Result]:
             "exact (tracemalloc), so one round; content: the UTF-8 of names, id, content and metadata as JSON, and"
             " the floats"
         )
-    return [one, many, vectors]
+    return [one, many, vectors, window]
+
+
+def small_message(room: str, number: int) -> Memory:
+    """A message of a few words."""
+    return Memory(table=TABLE, room=room, agent="bench", content={"text": "it was served", "n": number})
+
+
+async def _window(world: World, memories: Sequence[Memory], live: str) -> float:
+    """Bytes by which this process grows for each room, when its newest are read until they stay."""
+    settings = world.settings(live=live)
+    warm = [small_message(f"warm-{n}", n) for n in range(300)]
+    fill(settings, [*memories, *warm])
+    _dimensions.clear()
+    async with connect(**settings.model_dump()) as bus:
+
+        async def newest(room: str) -> None:
+            for _ in range(2):
+                await bus.recent(TABLE, room=room, limit=WINDOW)
+                if live != "off" and bus._local.live(room_scope(TABLE, room)) is None:
+                    bus._local.drop(room_scope(TABLE, room))
+
+        # Connections, and listening to all channels and partitions, are there before what is counted.
+        rooms = list(dict.fromkeys(memory.room for memory in memories))
+        for room in [*(memory.room for memory in warm), *rooms]:
+            await newest(room)
+        for room in rooms:
+            forget_locally(bus, [room_scope(TABLE, room)])
+        took = await grown((), newest, rooms)
+        if live != "off" and bus.stats().live_windows < len(rooms):
+            raise RuntimeError("not everything that was read is held live")
+    return took / len(rooms)
 
 
 def content(memory: Memory) -> int:
@@ -84,7 +129,8 @@ def copy(text: str) -> str:
 async def grown(
     memories: Sequence[Memory], read: Callable[[str], Awaitable[Any]], keys: Sequence[str]
 ) -> float:
-    """Bytes beyond its content by which this process grows per memory, when all of them are read."""
+    """Bytes beyond its content by which this process grows per memory, when all of them are read; for no memories, all
+    of it."""
     gc.collect()
     tracemalloc.start()
     try:
@@ -97,7 +143,7 @@ async def grown(
     # Timeouts of what is long answered stay in the event loop's heap until their time has come: nobody's cache.
     left = snapshot.filter_traces([tracemalloc.Filter(False, asyncio.base_events.__file__), _TIMERS])
     size = sum(trace.size for trace in left.traces)
-    return (size - sum(content(memory) for memory in memories)) / len(memories)
+    return (size - sum(content(memory) for memory in memories)) / (len(memories) or 1)
 
 
 async def _ours(world: World, memories: Sequence[Memory], *, listed: bool) -> float:

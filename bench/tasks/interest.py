@@ -61,8 +61,8 @@ class Places:
 async def run(world: World) -> list[Result]:
     bytes_ = Result("interest", "one invalidation, 200 agents of which 5 hold the room: received", "bytes")
     cpu = Result("interest", "the same: CPU of an agent's process", "us")
-    seconds = world.some(4, 1)
-    settings = world.settings()
+    seconds = world.some(3, 1)
+    settings = world.settings(live="off")
     with world.workers(settings):
         async with AsyncExitStack() as stack:
             bus = await stack.enter_async_context(connect(**settings.model_dump()))
@@ -100,7 +100,7 @@ async def run(world: World) -> list[Result]:
             for sharing in (False, True):
                 if sharing:
                     await asyncio.gather(*(party.ask("hold", 0, EACH, [beside]) for party in far))
-                for _ in range(world.rounds(4, 1)):
+                for _ in range(world.rounds(3, 1)):
                     newest = (await near.ask("hold", 0, HOLDERS, ["kitchen"]))[0]
                     reads, stale = reads + HOLDERS, stale + sum(n < number for n in newest)
                     quiet_near, quiet_far, _ = await window(False)

@@ -37,7 +37,7 @@ async def run(world: World) -> list[Result]:
         return []
     settings, by_hand = world.settings("postgres"), world.database()
     prepare(by_hand)
-    events = world.some(500, 100)
+    events = world.some(300, 50)
     result = Result("single", "CPU time of a worker for a batch of one, PostgreSQL", "us")
     sizes = []
     with world.workers(settings) as pool:
@@ -59,7 +59,7 @@ async def run(world: World) -> list[Result]:
                     / events
                 )
 
-            result.samples = await interleave({OURS: ours, BY_HAND: chained}, world.rounds(7, 2))
+            result.samples = await interleave({OURS: ours, BY_HAND: chained}, world.rounds(3, 2))
     result.at_most(2, BY_HAND)
     result.notes.append(
         f"{RATE} events a second, {events} a round; one worker process; {max(sizes):.2f} events a batch at most, on"

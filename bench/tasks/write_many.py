@@ -70,7 +70,7 @@ async def _of(world: World, bus: Bus, *, embeddings: bool) -> Result:
         result.samples = await interleave(turns, world.rounds(15, 5))
     for name in STORES:
         result.at_most(1, load(name).name, LOGGED)
-        result.at_most(2, load(name).name, COMMITTED)
+        result.at_most(2 if embeddings else 2.5, load(name).name, COMMITTED)
     result.notes.append(
         "a pool of workers runs throughout; each turn waits until the store has what it wrote"
     )
