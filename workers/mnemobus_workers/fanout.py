@@ -204,7 +204,7 @@ class FanOut:
                     if letters:
                         body["d"] = letters
                     if part.read_in == epoch and epoch:
-                        body["l"] = 1
+                        body["m" if self._link.keys.shape.first else "l"] = 1
                         if last and len(versions) > 1:
                             places = {version: place for place, version in enumerate(versions)}
                             body["t"] = [places.get(scopes[scope], 0) for scope in some]
