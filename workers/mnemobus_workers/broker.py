@@ -386,8 +386,8 @@ class StreamConsumer(dramatiq.Consumer):
             self._broker.stopping.wait(block / 1000)
             return None
         epoch = self._link.epoch
-        # COUNT is for each stream. What a quiet one leaves of it goes to those that have more. Those that have ended have
-        # next to nothing.
+        # COUNT is for each stream. What a quiet one leaves of it goes to those that have more. Those that have ended
+        # have next to nothing.
         count = max(1, self._size.count // self._link.keys.log_partitions)
         try:
             parts = self._found(partitions, self._link.command(*self._command(partitions, count, block)))
