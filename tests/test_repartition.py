@@ -234,6 +234,33 @@ async def test_g9_what_is_held_live_stays_current(
         assert await shows("3", "2", "1", "0")
 
 
+async def test_g9_what_is_logged_after_the_change_is_shown_though_no_worker_runs(
+    settings: Settings, connect: Connect, log: Log
+) -> None:
+    async with connect() as writer, connect() as reader:
+
+        async def held() -> bool:
+            reader._local.drop("room:messages:r1")
+            await reader.recent("messages", room="r1", limit=4)
+            return reader._local.live("room:messages:r1") is not None
+
+        # Given a room that an agent holds live, a log that is laid out anew, and no worker any more
+        with worker_threads(settings):
+            await are_there(settings)
+            await writer.write(said("0"), durability="committed")
+            await eventually(held)
+            await to(settings, 3)
+        # When another agent writes
+        await writer.write(said("1"))
+
+        # Then that is shown within the bound: the feed will not tell of it
+        async def seen() -> bool:
+            found = await reader.recent("messages", room="r1", limit=4)
+            return [m.content["text"] for m in found] == ["1", "0"]
+
+        await eventually(seen, 10 * settings.max_staleness)
+
+
 async def test_g4_what_the_feed_names_of_a_new_partition_is_not_taken_for_heard(
     settings: Settings, connect: Connect, pool: Settings, log: Log
 ) -> None:
@@ -459,7 +486,7 @@ async def test_g7_what_waits_in_the_outbox_goes_to_the_new_partitions(
 # It may end at any moment
 
 
-async def test_a_log_that_was_closed_by_who_died_takes_writes_again(
+async def test_g1_a_log_that_was_closed_by_who_died_takes_writes_again(
     settings: Settings, connect: Connect, pool: Settings, log: Log, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     await are_there(settings)
@@ -616,7 +643,7 @@ async def test_dead_letters_and_the_log_of_ended_partitions_are_there(
     assert "2 log and 64 feed partitions; what is in 4 earlier log partitions is kept for now" in doctor.out
 
 
-async def test_versions_rise_though_the_clock_of_redis_was_set_back(
+async def test_g2_versions_rise_though_the_clock_of_redis_was_set_back(
     settings: Settings, own_redis: Callable[..., Any], wall_clock: Any
 ) -> None:
     server = own_redis(environment=wall_clock.environment)
