@@ -249,7 +249,7 @@ assert os.waitpid(pid, 0)[1] == 0
 receipts += loop.run_until_complete(keep(3))
 another = mnemobus.connect()
 try:
-    loop.run_until_complete(another._outbox._own.__class__(bus._outbox._own.path, bus._outbox._owner, 1).open())
+    loop.run_until_complete(another._outbox._own.__class__(bus._outbox._own.path, bus._link.keys, 1).open())
     print("the lock is gone")
 except mnemobus.OutboxInUse:
     print("locked", bus.stats().outbox)

@@ -112,6 +112,8 @@ async def test_agents_workers_and_operators_need_no_more_than_their_users_may(
                 await eventually(lambda: admin.xlen(dead(settings, longer)) == 1)
                 await run("replay")
                 await run("dead", "drop", "--all", "--yes")
+                await run("repartition", "2")
+                await alice.write(Memory(table="messages", room="r4", content={}), durability="committed")
                 tail = command("tail", "--json", settings=as_("operator"))
                 watching = command("verify", "--json", "--seconds", "3", settings=as_("operator"))
                 while watching.process.poll() is None:

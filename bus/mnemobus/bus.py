@@ -75,7 +75,7 @@ from .live.scopes import LiveScopes
 from .log.events import DELETE, DELETE_ROOM, PUT, UPDATE, Event
 from .log.outbox import Outbox
 from .log.pending import Marks, Write
-from .log.publisher import Publisher, Syncer, forget_producers, last_pending
+from .log.publisher import Publishers, Syncer, forget_producers, last_pending
 from .memory import (
     Context,
     Memories,
@@ -237,11 +237,8 @@ class Bus:
         )
         if self._outbox is not None:
             self._feed.on_good.append(self._outbox.hurry)
-        self._publishers = [
-            Publisher(self._link, p, self.id, self._logged, self._outbox)
-            for p in range(settings.log_partitions)
-        ]
-        self._syncers = [Syncer(self._link, p) for p in range(settings.log_partitions)]
+        self._publishers = Publishers(self._link, self.id, self._logged, self._outbox)
+        self._syncer = Syncer(self._link)
         self._dimensions: OrderedDict[str, Dimensions] = OrderedDict()
         self._deleted: set[str] = set()
         """Those of them that this bus deleted."""
@@ -258,6 +255,7 @@ class Bus:
         self._closing: asyncio.Task[None] | None = None
         self._epochs = 0
         self._link.on_epoch.append(self._count_epoch)
+        self._link.on_layout.append(self._on_layout)
 
     def _fork(self) -> None:
         """Called in a child process, for what it has inherited."""
@@ -367,8 +365,7 @@ class Bus:
             steps.push_async_callback(self._shadow.close)
             if self._outbox is not None:
                 steps.push_async_callback(self._outbox.close, self.settings.write_timeout)
-            for publisher in self._publishers:
-                steps.push_async_callback(publisher.close)
+            steps.push_async_callback(self._publishers.close)
 
     async def _close_store(self) -> None:
         with suppress(StoreError):
@@ -415,6 +412,10 @@ class Bus:
 
     def _count_epoch(self, epoch: str) -> None:
         self._epochs += 1
+
+    def _on_layout(self) -> None:
+        for partition in [p for p in self._seen if p < self._link.keys.shape.oldest]:
+            del self._seen[partition]  # all of it is applied
 
     @property
     def on_drop(self) -> Callable[[str], None] | None:
@@ -586,16 +587,8 @@ class Bus:
         if not isinstance(durability, str) or durability not in ("logged", "synced", "committed"):
             raise InvalidQuery(f"durability must be logged, synced or committed, not {durability!r}")
         if durability == "synced":
-            for syncer in self._syncers[:1]:
-                syncer.check()
-        log_partition = self._link.keys.log_partition
-        by_partition: dict[int, list[int]] = {}
-        for index, event in enumerate(events):
-            by_partition.setdefault(log_partition(event.dimensions.room), []).append(index)
-        futures = [
-            (indexes, self._publishers[partition].publish([events[index] for index in indexes]))
-            for partition, indexes in by_partition.items()
-        ]
+            self._syncer.check()
+        futures = self._publishers.publish(events)
         epoch = self._link.epoch
         writes: list[Any] = [None] * len(events)
         try:
@@ -621,7 +614,8 @@ class Bus:
                 raise DurabilityUnavailable(
                     "the log can't be reached: the write is in the outbox, and will be logged, but is not synced"
                 )
-            await asyncio.gather(*(self._syncers[partition].sync() for partition in by_partition))
+            if writes:
+                await self._syncer.sync()
             if epoch and epoch != self._link.epoch:
                 raise DurabilityUnavailable(
                     "Redis failed over or restarted before the write was synced: it may be lost"
@@ -663,6 +657,7 @@ class Bus:
         """A write is out of the outbox and in the log; None for one of an earlier process, or that nobody holds."""
         self._saw(partition, version)
         if write is not None:
+            write.partition = partition  # the log may have been laid out anew while it waited
             self._marks.logged(write, version)
         else:
             deadline = asyncio.get_running_loop().time() + self.settings.own_write_timeout
@@ -958,7 +953,7 @@ class Bus:
             wanted = {int(partition): Version.parse(version) for partition, version in state.items()}
         except (ValueError, TypeError, AttributeError, binascii.Error):
             raise InvalidQuery(f"{token!r} is not a token of this bus") from None
-        if any(not 0 <= partition < self.settings.log_partitions for partition in wanted):
+        if self._link.laid_out and any(p not in range(self._link.keys.shape.all.stop) for p in wanted):
             raise InvalidQuery("the token is of a bus with other log partitions")
         return wanted
 
@@ -1016,9 +1011,9 @@ class Bus:
             evictions=local.evictions,
             fills=shared.fills,
             refused_fills=shared.refused_fills,
-            writes=sum(p.events for p in self._publishers),
-            publish_calls=sum(p.calls for p in self._publishers),
-            publish_retries=sum(p.retries for p in self._publishers),
+            writes=sum(p.events for p in (self._publishers, *self._publishers)),
+            publish_calls=sum(p.calls for p in (self._publishers, *self._publishers)),
+            publish_retries=sum(p.retries for p in (self._publishers, *self._publishers)),
             outbox=0 if self._outbox is None else self._outbox.waiting,
             outboxed=0 if self._outbox is None else self._outbox.kept,
             marks=len(self._marks),

@@ -8,6 +8,7 @@ of one partition share a hash tag, so that a script on them touches one slot of 
 from __future__ import annotations
 
 import struct
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import NamedTuple
 from zlib import crc32
@@ -61,6 +62,8 @@ class Version(NamedTuple):
 
 ZERO = Version(0, 0)
 """Before every event."""
+LAST = Version(_LIMIT - 1, _LIMIT - 1)
+"""After every event."""
 
 
 def id_scope(id: str) -> str:
@@ -140,15 +143,60 @@ def partition_of(name: str, partitions: int) -> int:
     return crc32(name.encode("utf-8", "surrogatepass")) % partitions
 
 
+LAYOUT = ("log_partitions", "feed_partitions", "first", "count", "oldest")
+"""Fields of the layout's hash in Redis; see layout.lua."""
+
+
+class Shape(NamedTuple):
+    """How the log is laid out. Each of its partitions has a number of its own for ever: a log that is laid out anew
+    gets new ones, above all that there were.
+
+    first   the lowest number of those that are written to
+    size    how many these are
+    oldest  the lowest number of all that are kept: those below ``first`` take no more writes, and are read
+    """
+
+    first: int
+    size: int
+    oldest: int = 0
+
+    @classmethod
+    def read(cls, reply: Sequence[bytes | None]) -> Shape | None:
+        """By the values of `LAYOUT` in the layout's hash; None where it has none, or not all of it. ValueError for
+        values that make no sense."""
+        log, feed, first, count, oldest = reply
+        if log is None or feed is None:
+            return None
+        shape = cls(int(first or 0), int(count or log), int(oldest or 0))
+        if not (0 <= shape.oldest <= shape.first and shape.size > 0):
+            raise ValueError(f"{shape} is no layout of a log")
+        return shape
+
+    @property
+    def current(self) -> range:
+        """The partitions that are written to."""
+        return range(self.first, self.first + self.size)
+
+    @property
+    def all(self) -> range:
+        """These, and those before them that are still there."""
+        return range(self.oldest, self.first + self.size)
+
+    def partition(self, room: str) -> int:
+        """The partition of a room."""
+        return self.first + partition_of(room, self.size)
+
+
 class Keyspace:
     """The names of all keys and channels of one bus in Redis."""
 
     def __init__(self, prefix: str, log_partitions: int, feed_partitions: int) -> None:
         self.prefix = prefix
-        self.log_partitions = log_partitions
+        self.shape = Shape(0, log_partitions)
+        """How the log is laid out, as far as this process knows: it changes while a bus is in use."""
         self.feed_partitions = feed_partitions
         self.layout = f"{{{prefix}}}:layout"
-        """A hash: log_partitions and feed_partitions, as the first to connect wrote them."""
+        """A hash: log_partitions and feed_partitions, as the first to connect wrote them; see layout.lua."""
         self.epoch = f"{{{prefix}}}:epoch"
         """A hash: run_id of the server that the epoch began with, and the epoch."""
         self.identity = f"{{{prefix}}}:identity"
@@ -159,12 +207,17 @@ class Keyspace:
         """A hash: consumer name of a worker process -> what it last told of itself (health/vitals.py)."""
         self.probe = f"{{{prefix}}}:probe"
         """Never made: a write to it, where only a key that is there would change, shows whether writes are taken."""
-        self._log = [f"{{{prefix}:l{p}}}:" for p in range(log_partitions)]
         self._feed = [f"{{{prefix}:f{f}}}:" for f in range(feed_partitions)]
+
+    @property
+    def log_partitions(self) -> int:
+        """How many log partitions are written to."""
+        return self.shape.size
 
     def log_partition(self, room: str) -> int:
         """The log partition of a room. All writes to one room are in one total order."""
-        return crc32(room.encode("utf-8", "surrogatepass")) % self.log_partitions
+        first, size, _ = self.shape
+        return first + crc32(room.encode("utf-8", "surrogatepass")) % size
 
     def feed_partition(self, scope: str) -> int:
         """The feed partition that invalidations of a scope go through."""
@@ -172,31 +225,32 @@ class Keyspace:
 
     def log(self, partition: int) -> str:
         """The stream of events."""
-        return self._log[partition] + "log"
+        return f"{{{self.prefix}:l{partition}}}:log"
 
     def producers(self, partition: int) -> str:
         """A hash: producer id -> the last sequence number it used and the IDs that it was given."""
-        return self._log[partition] + "producers"
+        return f"{{{self.prefix}:l{partition}}}:producers"
 
     def meter(self, partition: int) -> str:
-        """A hash of two counters, events added and events applied; their difference is the backlog."""
-        return self._log[partition] + "meter"
+        """A hash of counters, events added and events applied among them; their difference is the backlog. Also whether
+        the partition takes writes: open, and closed for a moment."""
+        return f"{{{self.prefix}:l{partition}}}:meter"
 
     def heads(self, partition: int) -> str:
         """A hash: slot -> version of its last event, and n: how many events were announced."""
-        return self._log[partition] + "heads"
+        return f"{{{self.prefix}:l{partition}}}:heads"
 
     def live_channel(self, partition: int, slot: int) -> str:
         """The channel on which events of a slot are announced as they are logged."""
-        return f"{self._log[partition]}heads:{slot}"
+        return f"{{{self.prefix}:l{partition}}}:heads:{slot}"
 
     def dead(self, partition: int) -> str:
         """The stream of dead letters."""
-        return self._log[partition] + "dead"
+        return f"{{{self.prefix}:l{partition}}}:dead"
 
     def reasons(self, partition: int) -> str:
         """A hash: version -> what became of an event that could not be applied; see dead.lua."""
-        return self._log[partition] + "reasons"
+        return f"{{{self.prefix}:l{partition}}}:reasons"
 
     def feed(self, partition: int) -> str:
         """The stream of invalidations, and the channel that carries the same messages."""
@@ -215,9 +269,23 @@ class Keyspace:
         """The channel on which a bus probes its own link, and is asked what it holds."""
         return f"{{{self.prefix}}}:agent:{bus_id}"
 
+    def layout_channel(self, bus_id: str) -> str:
+        """The channel on which a bus is told that the log was laid out anew. Who listens there can go on by itself."""
+        return f"{{{self.prefix}}}:layout:{bus_id}"
+
     def verify_channel(self, name: str) -> str:
         """The channel on which agents answer what they were asked."""
         return f"{{{self.prefix}}}:verify:{name}"
+
+
+ENDED = 1 << 52
+"""Events by which the backlog of a partition that takes no more writes looks larger: agents of an older version, which
+know no other sign, take it for full."""
+
+
+def applied_of(counted: int) -> int:
+    """How many events of a partition were applied, by its meter."""
+    return counted if counted >= 0 else counted + ENDED
 
 
 APPLY_GROUP = "apply"

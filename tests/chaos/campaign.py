@@ -15,6 +15,7 @@ import asyncio
 import contextlib
 import json
 import math
+import os
 import random
 import shutil
 import signal
@@ -34,7 +35,7 @@ from redis.backoff import NoBackoff
 
 from mnemobus import Settings
 from mnemobus.connection.server_errors import AWAY
-from mnemobus.keys import APPLY_GROUP, Keyspace, Version
+from mnemobus.keys import APPLY_GROUP, LAYOUT, Keyspace, Shape, Version
 from mnemobus.log.events import decode
 from mnemobus.store import Query, open_reader
 from servers import NoServer, PostgresServer, RedisServer, redis_binaries
@@ -303,6 +304,7 @@ class Campaign:
 
     async def empty_redis(self) -> None:
         """Kill it and start it without data. What was in its log, and what of that was not applied, is noted first."""
+        await self.look_at_layout()
         await self._client.client_pause(60_000, all=False)  # what was not answered was not acknowledged
         async with self._client.pipeline(transaction=True) as pipe:
             self._ask_for_log(pipe)
@@ -312,13 +314,14 @@ class Campaign:
         await self.start_redis()
 
     async def flush_redis(self) -> None:
+        await self.look_at_layout()
         async with self._client.pipeline(transaction=True) as pipe:
             self._ask_for_log(pipe)
             pipe.flushall()
             self._note_log((await pipe.execute(raise_on_error=False))[:-1])
 
     def _ask_for_log(self, pipe: Any) -> None:
-        for partition in range(self.settings.log_partitions):
+        for partition in self.keys.shape.all:
             key = self.keys.log(partition)
             pipe.execute_command("XRANGE", key, "-", "+")
             pipe.execute_command("XINFO", "GROUPS", key)
@@ -336,6 +339,30 @@ class Campaign:
             if not isinstance(pending, Exception):
                 waiting = {_text(id) for id, *_ in pending}
             self._unapplied += [row for row in rows if Version.parse(row[0]) > last or row[0] in waiting]
+
+    async def look_at_layout(self) -> None:
+        """How the log is laid out now. After a flush it is the first to connect that says so."""
+        with contextlib.suppress(redis.RedisError, *AWAY):
+            shape = Shape.read(await self._client.hmget(self.keys.layout, list(LAYOUT)))
+            if shape is not None:
+                self.keys.shape = shape
+
+    async def repartition(self, partitions: int, killed_after: float | None) -> bool:
+        """Run the command, and kill it after so many seconds; whether the log was laid out anew."""
+        before = self.keys.shape
+        process = await asyncio.create_subprocess_exec(
+            sys.executable, "-m", "mnemobus", "repartition", str(partitions), "--timeout", "15",
+            env=os.environ | self.settings.environment(),
+            stdout=asyncio.subprocess.DEVNULL,
+            stderr=asyncio.subprocess.DEVNULL,
+        )  # fmt: skip
+        try:
+            await asyncio.wait_for(process.wait(), killed_after)
+        except TimeoutError:
+            process.kill()
+            await process.wait()
+        await self.look_at_layout()
+        return self.keys.shape[:2] != before[:2]
 
     async def trim_feed(self) -> int:
         """Leave one message in each partition; how many went."""
@@ -424,7 +451,8 @@ class Campaign:
                 found = (await self._ask(agent, "outbox"))["waiting"]
                 if found:
                     waiting = f"{found} writes in the outbox of {agent.name}"
-            for partition in range(self.settings.log_partitions):
+            await self.look_at_layout()
+            for partition in self.keys.shape.all:
                 if not await self._applied(partition):
                     waiting = f"events in log partition {partition}"
             if not waiting:
@@ -475,14 +503,14 @@ class Campaign:
 
     async def _log(self) -> list[list[str]]:
         out = []
-        for partition in range(self.settings.log_partitions):
+        for partition in self.keys.shape.all:
             entries = await self._client.xrange(self.keys.log(partition))
             out += [_row(id, fields) for id, fields in entries]
         return out
 
     async def _dead(self) -> list[str]:
         out = []
-        for partition in range(self.settings.log_partitions):
+        for partition in self.keys.shape.all:
             letters = await self._client.xrange(self.keys.dead(partition))
             for _, fields in letters:
                 letter = _named(fields)
@@ -514,7 +542,7 @@ class Campaign:
 
     def _lost_by_everysec(self, history: History, final: Final) -> list[list[str]]:
         """Acknowledged writes that Redis had not written to its file when it was killed."""
-        known = {(row[0], self.keys.log_partition(row[3])) for row in final.log}
+        known = {(row[0], row[3]) for row in final.log}
         told: list[tuple[float | None, list[str]]] = [
             (p.at, [p.version, p.op, p.table, p.room, p.id, p.value]) for p in history.of(Published)
         ]
@@ -526,7 +554,7 @@ class Campaign:
         return [
             row
             for at, row in told
-            if (row[0], self.keys.log_partition(row[3])) not in known
+            if (row[0], row[3]) not in known
             and any(kill - FSYNC_SECONDS <= (at or 0) <= kill + 0.2 for kill in self._everysec_kills)
         ]
 

@@ -321,6 +321,16 @@ async def redis_full(run: Campaign, rng: random.Random) -> None:
 
 
 @fault("servers")
+async def repartition(run: Campaign, rng: random.Random) -> None:
+    """The log gets another number of partitions; sometimes the command is killed at it."""
+    with run.fault("repartition", "redis") as effect:
+        await run.look_at_layout()
+        partitions = rng.choice([n for n in (1, 2, 3, 5) if n != run.keys.shape.size])
+        killed_after = None if rng.random() < 0.6 else rng.uniform(0.3, 3)
+        effect.felt = await run.repartition(partitions, killed_after)
+
+
+@fault("servers")
 async def clients_killed(run: Campaign, rng: random.Random) -> None:
     """CLIENT KILL of all connections that listen to the feed."""
     if await run.kill_clients():

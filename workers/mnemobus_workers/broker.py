@@ -49,7 +49,7 @@ from mnemobus.connection.link import Call, ThreadedLink, script
 from mnemobus.connection.server_errors import AWAY, code_of, is_away, meaning
 from mnemobus.connection.transport import Command
 from mnemobus.errors import MnemobusError
-from mnemobus.keys import APPLY_GROUP
+from mnemobus.keys import APPLY_GROUP, LAYOUT
 from mnemobus.settings import Settings
 
 from .fanout import FanOut
@@ -156,8 +156,18 @@ class StreamBroker(dramatiq.Broker):
         """What this process tells of itself."""
 
     def partitions(self) -> Sequence[int]:
-        """The log partitions that this process serves, as of now: whoever goes through them asks anew each time."""
-        return range(self.settings.log_partitions)
+        """The log partitions that this process serves, as of now: whoever goes through them asks anew each time.
+
+        All that there are, as far as it knows (see `look_at_layout`): also those that take no more writes, for dead
+        letters of theirs may be requeued.
+        """
+        return self.link.keys.shape.all
+
+    def look_at_layout(self) -> None:
+        """Find out whether the log was laid out anew. Raises if Redis can't be asked."""
+        shape = self.link.shape_in(self.link.command("HMGET", self.link.keys.layout, *LAYOUT))
+        if shape is not None:  # else it was flushed: the next to connect says how it is laid out
+            self.link.lay_out(shape)
 
     def declare_queue(self, queue_name: str) -> None:
         if queue_name in self.queues:
@@ -355,7 +365,11 @@ class StreamConsumer(dramatiq.Consumer):
             self._broker.state.goes_on(f"log partition {partition}")
 
     def _make_group(self, partition: int) -> None:
-        """The consumer group, from the log's beginning; also after Redis lost it."""
+        """The consumer group, from the log's beginning; also after Redis lost it. None where the partition was given
+        up."""
+        self._broker.look_at_layout()
+        if partition not in self._broker.partitions():
+            return
         try:
             self._link.run("group", [self._link.keys.log(partition)], [APPLY_GROUP])
             logger.info("log partition %d: made the consumer group %r", partition, APPLY_GROUP)
@@ -372,10 +386,11 @@ class StreamConsumer(dramatiq.Consumer):
             self._broker.stopping.wait(block / 1000)
             return None
         epoch = self._link.epoch
-        # COUNT is for each stream. What a quiet one leaves of it goes to those that have more.
-        count = max(1, self._size.count // len(partitions))
+        # COUNT is for each stream. What a quiet one leaves of it goes to those that have more. Those that have ended
+        # have next to nothing.
+        count = max(1, self._size.count // self._link.keys.log_partitions)
         try:
-            parts = self._found(self._link.command(*self._command(partitions, count, block)))
+            parts = self._found(partitions, self._link.command(*self._command(partitions, count, block)))
         except ResponseError as error:
             if is_away(error):
                 raise
@@ -398,18 +413,16 @@ class StreamConsumer(dramatiq.Consumer):
             "XREADGROUP", "GROUP", APPLY_GROUP, name, "COUNT", count, *waiting, "STREAMS", *logs, *(">" for _ in logs),
         )  # fmt: skip
 
-    def _found(self, reply: Any) -> Parts:
-        """What a read answered, by log partition."""
+    def _found(self, partitions: Sequence[int], reply: Any) -> Parts:
+        """What a read of these answered, by log partition."""
         streams = reply.items() if isinstance(reply, dict) else reply or ()
-        names = {
-            self._link.keys.log(partition).encode(): partition for partition in self._broker.partitions()
-        }
+        names = {self._link.keys.log(partition).encode(): partition for partition in partitions}
         return {names[name]: entries for name, entries in streams if entries}
 
     def _fill_up(self, parts: Parts, partitions: Sequence[int], count: int) -> None:
         """Ask those that had more than their share for the rest of the batch."""
         try:
-            more = self._found(self._link.command(*self._command(partitions, count, None)))
+            more = self._found(partitions, self._link.command(*self._command(partitions, count, None)))
         except (MnemobusError, RedisError, *AWAY) as error:
             logger.debug(
                 "no more is read for now: %s", error
@@ -426,7 +439,7 @@ class StreamConsumer(dramatiq.Consumer):
         for partition, reply in zip(partitions, replies, strict=True):
             if not isinstance(reply, Exception):
                 self._fine(partition)
-                parts |= self._found(reply)
+                parts |= self._found([partition], reply)
         for partition, reply in zip(partitions, replies, strict=True):
             if isinstance(reply, Exception):
                 try:

@@ -205,7 +205,7 @@ class FanOut:
                         body["d"] = letters
                     # Only the last part names the letters. Who holds a scope of another one live must ask anew as well.
                     if part.read_in == epoch and epoch and (last or reasons.keys().isdisjoint(versions)):
-                        body["l"] = 1
+                        body["m" if self._link.keys.shape.first else "l"] = 1
                         if last and len(versions) > 1:
                             places = {version: place for place, version in enumerate(versions)}
                             body["t"] = [places.get(scopes[scope], 0) for scope in some]

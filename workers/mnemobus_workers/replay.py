@@ -138,14 +138,11 @@ class Replay:
         dry_run: bool = False,
         on_progress: Callable[[int], None] | None = None,
     ) -> None:
-        for partition in partitions or ():
-            if not 0 <= partition < settings.log_partitions:
-                raise SettingsError(
-                    f"--partition {partition}: there are log partitions 0 to {settings.log_partitions - 1}"
-                )
         self.outcome = Outcome()
         self._since, self._until = since, until
-        self._partitions = sorted(set(partitions or range(settings.log_partitions)))
+        self._wanted = sorted(set(partitions or ()))
+        self._partitions: Sequence[int] = ()
+        """Those that are read: in the order in which they came to be, as the log may have been laid out anew."""
         self._fan_out = into is None
         self._partial, self._dry_run = partial, dry_run
         self._on_progress = on_progress
@@ -191,7 +188,16 @@ class Replay:
     # What is to be read
 
     def _begin(self) -> list[_Stretch]:
+        layout = self._link.keys.layout
+        gone, gone_to = self._link.client.execute_command("HMGET", layout, "gone", "gone_to")
         since, until = self._version(self._since), self._version(self._until)
+        there = self._link.keys.shape.all
+        for partition in self._wanted:
+            if partition not in there:
+                raise SettingsError(
+                    f"--partition {partition}: there are log partitions {there.start} to {there.stop - 1}"
+                )
+        self._partitions = self._wanted or there
         if since is not None and until is not None and until < since:
             raise SettingsError("--until is before --since")
         start = since.before() if since is not None else ZERO
@@ -199,7 +205,10 @@ class Replay:
             if self._link.run("hold", [self._link.keys.log(partition)], [self.group, str(start)]):
                 self._held.append(partition)
         found = []
-        gaps = []
+        gaps: list[tuple[int, Version | None]] = []
+        if gone_to is not None and (since is None or since <= Version.parse(gone_to)) and not self._wanted:
+            self.outcome.missing += int(gone)
+            gaps.append((self._partitions[0], None))
         for partition in self._partitions:
             reach = self._reach(partition)
             lost = reach.lost(since or ZERO)

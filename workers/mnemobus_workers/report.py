@@ -83,6 +83,7 @@ class State:
             )
             return Report(
                 version=mnemobus.__version__,
+                follows=True,
                 time=now,
                 every=every,
                 database=database,

@@ -208,19 +208,18 @@ class Standing:
             return
         low = now
         keys = self._link.keys
+        partitions = keys.shape.all
         calls = [
             (
                 script("applied"),
                 [keys.log(p), keys.dead(p), keys.reasons(p), keys.meter(p)],
                 (APPLY_GROUP,),
             )
-            for p in range(keys.log_partitions)
+            for p in partitions
         ]
         for answer, head in zip(
             self._link.pipeline(calls),
-            self._link.pipeline(
-                [("XREVRANGE", keys.log(p), "+", "-", "COUNT", 1) for p in range(keys.log_partitions)]
-            ),
+            self._link.pipeline([("XREVRANGE", keys.log(p), "+", "-", "COUNT", 1) for p in partitions]),
             strict=True,
         ):
             for reply in (answer, head):

@@ -21,7 +21,7 @@ from redis.exceptions import RedisError
 
 from mnemobus.connection.server_errors import AWAY, meaning
 from mnemobus.errors import IdentityMismatch, MnemobusError
-from mnemobus.keys import APPLY_GROUP, COPY_GROUP, REPLAY_GROUP, Version
+from mnemobus.keys import APPLY_GROUP, COPY_GROUP, ENDED, REPLAY_GROUP, Version
 
 from .apply import Applier
 from .broker import HELD_BATCHES, Stopping, StreamBroker
@@ -50,6 +50,8 @@ PRODUCERS = 20_000
 REASONS = 10_000
 """Requeued and dropped dead letters of a log partition of which is known what became of them; for `PRODUCER_IDLE`."""
 _REASONS_EVERY = 3600.0
+_LAYOUT_EVERY = 0.5
+"""Seconds between two looks whether the log was laid out anew: what is written to new partitions waits for it."""
 _TRIM_ROUNDS = 20
 _SCAN = 500
 
@@ -94,8 +96,11 @@ class Upkeep:
         self._delivered: defaultdict[int, Delivered] = defaultdict(
             lambda: Delivered(self._settings.retention)
         )
+        """By log partition."""
         self._leaving: dict[int, dict[bytes, tuple[bytes, float]]] = {}
-        """Producers that are about to be forgotten: their record, and since when it is watched."""
+        """Likewise, producers that are about to be forgotten: their record, and since when it is watched."""
+        self._given_up = 0
+        """Partitions with lower numbers were given up by the last round."""
         self.failures = 0
         self._said = ""
         self._reasons_at: dict[int, float] = {}
@@ -122,14 +127,17 @@ class Upkeep:
         opener.start()
         renew_every = self._settings.claim_idle / 3
         now = time.monotonic()
-        renew_at, tidy_at, tell_at = now + renew_every, now + random.uniform(0, TIDY_EVERY), now
+        renew_at, tidy_at, tell_at, look_at = now + renew_every, now + random.uniform(0, TIDY_EVERY), now, now
         while not self._stop.is_set():
             # What changes is told at once, but not several times in a fraction of a second.
-            if self._state.changed.wait(max(0.0, min(renew_at, tell_at) - now)):
+            if self._state.changed.wait(max(0.0, min(renew_at, tell_at, look_at) - now)):
                 self._stop.wait(_SETTLES)
             now = time.monotonic()
             if self._stop.is_set():
                 break
+            if now >= look_at:
+                self._look_at_layout()
+                look_at = now + _LAYOUT_EVERY
             if now >= renew_at:
                 self._attempt("renewing what is being applied", self._broker.renew)
                 renew_at = now + renew_every
@@ -175,6 +183,17 @@ class Upkeep:
             self.failures += 1
             logger.exception("looking after the store failed, trying again")
 
+    def _look_at_layout(self) -> None:
+        try:
+            self._broker.look_at_layout()
+        except (RedisError, MnemobusError, *AWAY) as error:
+            logger.debug(
+                "how the log is laid out can't be asked now: %s", error
+            )  # the consumers say that, too
+        except Exception:
+            self.failures += 1
+            logger.exception("looking at the log's layout failed, trying again")
+
     def _attempt(self, what: str, work: Any) -> None:
         try:
             work()
@@ -198,13 +217,39 @@ class Upkeep:
             link.run("reap", [log], [APPLY_GROUP, int(CONSUMER_IDLE * 1000)])
             self._forget_producers(partition)
             self._forget_reasons(partition)
-            off = link.run("settle", [log, keys.meter(partition)], [APPLY_GROUP])
+            off = link.run("settle", [log, keys.meter(partition)], [APPLY_GROUP, ENDED])
             if off:
                 logger.warning(
                     "log partition %d: the backlog was off by %d; somebody else deleted events",
                     partition,
                     off,
                 )
+
+        if self._broker.standing is None or not self._broker.standing.resyncing:
+            self._retire()
+
+    def _retire(self) -> None:
+        """Give up partitions that have ended, and of which nothing is asked for any more, the oldest first.
+
+        What they had is removed in the next round: workers are reading there until they have noticed. The meter stays,
+        for it keeps agents of an older version from writing there.
+        """
+        keys = self._link.keys
+        for p in range(int(self._link.client.hget(keys.layout, "swept") or 0), self._given_up):
+            names = (keys.log, keys.producers, keys.heads, keys.dead, keys.reasons)
+            if not self._link.run("sweep", [keys.layout, *(name(p) for name in names)], [p]):
+                break
+            self._link.client.hdel(keys.identity, f"w{p}")
+            for by_partition in (self._delivered, self._leaving, self._reasons_at):
+                by_partition.pop(p, None)
+        self._given_up = keys.shape.oldest
+        kept = int(self._settings.retention * 1000)
+        for p in range(keys.shape.oldest, keys.shape.first):
+            names = (keys.log, keys.producers, keys.dead, keys.reasons, keys.meter)
+            places = [keys.layout, *(name(p) for name in names)]
+            if not self._link.run("retire", places, [p, kept, APPLY_GROUP]):
+                break
+            logger.info("log partition %d, which had ended, is given up", p)
 
     def _forget_replays(self, partition: int) -> None:
         log = self._link.keys.log(partition)

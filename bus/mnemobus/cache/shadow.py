@@ -60,7 +60,6 @@ class Shadow:
         marks: Marks,
     ) -> None:
         self._share = settings.shadow_reads
-        self._partitions = range(settings.log_partitions)
         self._heartbeat = settings.heartbeat
         self._bound = settings.max_staleness + settings.heartbeat
         self._ask = ask
@@ -180,11 +179,15 @@ class Shadow:
     async def _fanned_out(self) -> None:
         """Return once all that workers were given so far is fanned out; TimeoutError if that takes too long."""
         async with asyncio.timeout(_PATIENCE):
-            states = await self._marks.state(self._partitions)
-            given = {p: state.last for p, state in enumerate(states) if state.last is not None}
-            while not all(states[p].passed(last) for p, last in given.items()):
+            partitions = self._marks.partitions_there
+            given = await self._marks.state(partitions)
+            states = given
+            while not all(
+                given.last is None or state.passed(given.last)
+                for given, state in zip(given, states, strict=True)
+            ):
                 await asyncio.sleep(self._heartbeat)
-                states = await self._marks.state(self._partitions)
+                states = await self._marks.state(partitions)
 
 
 def _behind(copy: Versions, truth: Versions) -> bool:

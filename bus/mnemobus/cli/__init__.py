@@ -448,6 +448,43 @@ def _dead_drop(
     )
 
 
+@app.command("repartition")
+def _repartition(
+    partitions: Annotated[
+        int, typer.Argument(min=1, max=1024, help="How many log partitions there are to be.", metavar="N")
+    ],
+    timeout: Annotated[float, typer.Option(min=0, help="Give up after so long.", metavar="SECONDS")] = 60.0,
+    pause: Annotated[
+        float, typer.Option(min=0, help="Have writes wait for so long at most.", metavar="SECONDS")
+    ] = 5.0,
+    force: Annotated[
+        bool, typer.Option("--force", help="Also if agents of an older version are connected.")
+    ] = False,
+    json: Json = False,
+) -> None:
+    """Change the number of log partitions, while agents and workers go on.
+
+    Writes wait until workers have applied what is in the log, a fraction of a
+    second as a rule. Then the log goes on in new partitions, and so do agents
+    and workers, by themselves: nothing has to be set or restarted. All writes
+    keep their order.
+
+    If it fails, is stopped or killed, the log goes on as before, after five
+    seconds at most; run the same command again.
+
+    The exit status is 1 if it can't be done now: no worker runs, agents or
+    workers of an older version are connected, or workers need too long.
+
+    \b
+    Examples:
+      mnemobus repartition 1
+      mnemobus repartition 8 --pause 30 --timeout 300
+    """
+    from .repartition import run
+
+    raise typer.Exit(run(partitions=partitions, timeout=timeout, pause=pause, force=force, json=json))
+
+
 @app.command("adopt")
 def _adopt(
     yes: Annotated[bool, typer.Option("--yes", "-y", help="Don't ask.")] = False, json: Json = False

@@ -101,14 +101,22 @@ class Letters:
 
     def __init__(self, link: Link, partition: int | None) -> None:
         self._link = link
-        partitions = link.settings.log_partitions
-        if partition is not None and partition >= partitions:
-            raise SettingsError(f"--partition {partition}: there are log partitions 0 to {partitions - 1}")
-        self._partitions = range(partitions) if partition is None else [partition]
+        self._partition = partition
+
+    async def _partitions(self) -> Sequence[int]:
+        await self._link.command("PING")  # from then on it is known how the log is laid out
+        there = self._link.keys.shape.all
+        if self._partition is None:
+            return there
+        if self._partition not in there:
+            raise SettingsError(
+                f"--partition {self._partition}: there are log partitions {there.start} to {there.stop - 1}"
+            )
+        return [self._partition]
 
     async def all(self) -> AsyncIterator[Letter]:
         """Those that there are now, partition by partition, oldest first."""
-        for partition in self._partitions:
+        for partition in await self._partitions():
             key = self._link.keys.dead(partition)
             newest = await self._ask("XREVRANGE", key, "+", "-", "COUNT", 1)
             last = str(ZERO)
@@ -130,7 +138,11 @@ class Letters:
         log partition: each counts on its own.
         """
         wanted = [str(_version(version)) for version in versions]
-        found = [letter for partition in self._partitions for letter in await self._named(partition, wanted)]
+        found = [
+            letter
+            for partition in await self._partitions()
+            for letter in await self._named(partition, wanted)
+        ]
         missing = [version for version in wanted if not any(letter.version == version for letter in found)]
         if missing:
             raise MnemobusError(f"there is no dead letter of version {', '.join(missing)}")

@@ -21,7 +21,7 @@ from ..health.checkup import AGENT_RIGHTS, NOBODY, WORKER_RIGHTS, forbidden, rig
 from ..health.diagnosis import Trouble, of_redis, of_server, of_store
 from ..health.vitals import LATE, Log, Worker, judge, read
 from ..identity import Registered, check, check_owner, misgivings
-from ..keys import Keyspace
+from ..keys import LAYOUT, Keyspace, Shape
 from ..settings import POLICIES, Settings, hide_password
 from ..store import SCHEMA, open_reader
 from .console import emit, out, size
@@ -248,27 +248,18 @@ def _persistence(server: dict[str, str]) -> Finding:
 
 async def _layout(settings: Settings, client: redis.asyncio.Redis) -> Finding:
     keys = Keyspace(settings.redis_key_prefix, settings.log_partitions, settings.feed_partitions)
-    found = await client.hmget(keys.layout, ["log_partitions", "feed_partitions"])
-    there = [int(n) for n in found if n is not None]
-    if len(there) < 2:
+    found = await client.execute_command("HMGET", keys.layout, *LAYOUT)
+    shape = Shape.read(found)
+    if shape is None:
         return Finding("layout", OK, f"nobody has used the prefix {keys.prefix!r} yet")
-    wrong = [
-        f"{name} is {mine} here but {theirs} there"
-        for name, mine, theirs in zip(
-            ("MNEMOBUS_LOG_PARTITIONS", "MNEMOBUS_FEED_PARTITIONS"),
-            (settings.log_partitions, settings.feed_partitions),
-            there,
-            strict=True,
-        )
-        if theirs != mine
-    ]
-    if wrong:
-        return Finding(
-            "layout", FAIL, "; ".join(wrong), "set it to what is there, or another REDIS_KEY_PREFIX"
-        )
-    return Finding(
-        "layout", OK, f"{settings.log_partitions} log and {settings.feed_partitions} feed partitions"
-    )
+    feed = int(found[1])
+    if feed != settings.feed_partitions:
+        wrong = f"MNEMOBUS_FEED_PARTITIONS is {settings.feed_partitions} here but {feed} there"
+        return Finding("layout", FAIL, wrong, "set it to what is there, or another REDIS_KEY_PREFIX")
+    said = f"{shape.size} log and {feed} feed partitions"
+    if shape.first > shape.oldest:
+        said += f"; what is in {shape.first - shape.oldest} earlier log partitions is kept for now"
+    return Finding("layout", OK, said)
 
 
 async def _registered(settings: Settings, client: redis.asyncio.Redis) -> Registered:

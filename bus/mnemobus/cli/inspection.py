@@ -16,7 +16,7 @@ from ..connection.link import Link, parse_info
 from ..connection.server_errors import SENSELESS
 from ..connection.transport import Command
 from ..health.vitals import table, text
-from ..keys import Keyspace
+from ..keys import LAYOUT, Keyspace, Shape
 from ..settings import Settings
 
 
@@ -71,9 +71,11 @@ async def now(client: redis.asyncio.Redis) -> float:
 async def keyspace(client: redis.asyncio.Redis, settings: Settings) -> Keyspace:
     """The keys of the bus as they are there; as configured, where nobody has connected yet."""
     keys = Keyspace(settings.redis_key_prefix, settings.log_partitions, settings.feed_partitions)
-    log, feed = await client.execute_command("HMGET", keys.layout, "log_partitions", "feed_partitions")
-    if log and feed:
-        keys = Keyspace(settings.redis_key_prefix, int(log), int(feed))
+    there = await client.execute_command("HMGET", keys.layout, *LAYOUT)
+    shape = Shape.read(there)
+    if shape is not None:
+        keys = Keyspace(settings.redis_key_prefix, shape.size, int(there[1]))
+        keys.shape = shape
     return keys
 
 

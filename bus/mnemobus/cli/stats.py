@@ -16,7 +16,7 @@ from ..connection.server_errors import AWAY, SENSELESS
 from ..errors import MnemobusError, SettingsError
 from ..health.diagnosis import of_redis
 from ..health.vitals import read, reading_clients
-from ..keys import APPLY_GROUP, COPY_GROUP, REPLAY_GROUP, SLOTS, Version
+from ..keys import APPLY_GROUP, COPY_GROUP, REPLAY_GROUP, SLOTS, Version, applied_of
 from ..settings import Settings, hide_password
 from ..store import open_reader
 from .console import emit, out, run_until_signal, size
@@ -83,7 +83,7 @@ async def _figures(settings: Settings) -> dict[str, Any]:
         async with looking_at(settings) as client:
             server = await info(client)
             keys = await keyspace(client, settings)
-            partitions = range(keys.log_partitions)
+            partitions = keys.shape.all
             replies = await ask(
                 client,
                 [
@@ -103,12 +103,17 @@ async def _figures(settings: Settings) -> dict[str, Any]:
                 ],
             )
             each = len(replies) // len(partitions)
-            of = [replies[each * p : each * (p + 1)] for p in partitions]
-            given = [_last_delivered(of[p][2]) for p in partitions]
+            told = [replies[n : n + each] for n in range(0, len(replies), each)]
             next_up = await ask(
-                client, [("XRANGE", keys.log(p), f"({given[p]}", "+", "COUNT", 1) for p in partitions]
+                client,
+                [
+                    ("XRANGE", keys.log(p), f"({_last_delivered(of_p[2])}", "+", "COUNT", 1)
+                    for p, of_p in zip(partitions, told, strict=True)
+                ],
             )
-            replays = [await _replays(client, keys.log(p), of[p][2]) for p in partitions]
+            replays = [
+                await _replays(client, keys.log(p), of_p[2]) for p, of_p in zip(partitions, told, strict=True)
+            ]
             feeds = [keys.feed(f) for f in range(keys.feed_partitions)]
             listeners, epoch, clients, reports, *lengths = await ask(
                 client,
@@ -134,8 +139,11 @@ async def _figures(settings: Settings) -> dict[str, Any]:
         "policy": server.get("maxmemory_policy"),
         "clients": int(server.get("connected_clients", 0)),
         "reading": None if isinstance(clients, Exception) else reading_clients(clients),
-        "log": [_partition(p, [*of[p][:7], next_up[p]], replays[p], clock) for p in partitions],
-        "live": _live(of),
+        "log": [
+            {"current": p in keys.shape.current, **_partition(p, [*of_p[:7], after], reading, clock)}
+            for p, of_p, after, reading in zip(partitions, told, next_up, replays, strict=True)
+        ],
+        "live": _live(told),
         "feed": {
             "partitions": keys.feed_partitions,
             "messages": sum(n for n in lengths if isinstance(n, int)),
@@ -182,6 +190,7 @@ def _partition(number: int, replies: list[Any], replays: list[Any], clock: float
         None if isinstance(reply, Exception) else reply for reply in replies
     )
     added, applied, left_out, given_up = (int(n or 0) for n in meter or (0, 0, 0, 0))
+    applied = applied_of(applied)
     waiting = [pending[1]] if pending and pending[0] else [entry[0] for entry in next_up or ()]
     return {
         "partition": number,
@@ -257,7 +266,7 @@ def render(figures: dict[str, Any]) -> Any:
     for p in figures["log"]:
         dead = f"[red]{p['dead_letters']:,}[/red]" if p["dead_letters"] else "0"
         log.add_row(
-            str(p["partition"]),
+            str(p["partition"]) if p["current"] else f"[dim]{p['partition']} (ended)[/dim]",
             f"{p['length']:,}",
             f"{p['backlog']:,}",
             _span(p["waiting_seconds"]),

@@ -80,7 +80,7 @@ class Tail:
     async def begin(self, client: redis.asyncio.Redis, since: float | Version | None) -> None:
         keys = await keyspace(client, self._settings)
         if self._events:
-            self._log = {keys.log(p): p for p in range(keys.log_partitions)}
+            self._log = {keys.log(p): p for p in keys.shape.all}
         if self._invalidations:
             self._feed = {keys.feed(f): f for f in range(keys.feed_partitions)}
         streams = [*self._log, *self._feed]
@@ -162,9 +162,7 @@ class LiveTail:
 
 def _places(keys: Keyspace) -> dict[str, tuple[int, int]]:
     """Log partition and slot of each channel."""
-    return {
-        keys.live_channel(p, slot): (p, slot) for p in range(keys.log_partitions) for slot in range(SLOTS)
-    }
+    return {keys.live_channel(p, slot): (p, slot) for p in keys.shape.current for slot in range(SLOTS)}
 
 
 async def _main(

@@ -10,12 +10,16 @@ its last second. A server that was a replica meanwhile may have lost more: it to
 that very connection and before anything else is sent on it:
 
 1. the eviction policy is checked: under ``allkeys-*`` Redis may drop the log, and is refused;
-2. the layout (how many partitions) is agreed on: whoever is configured differently is refused;
+2. the layout (how many partitions) is agreed on: what is there counts, whatever is configured; who is configured for
+   other partitions of the feed is refused;
 3. the epoch is agreed on. An unseen run id, or an unseen promotion, begins a new one; the first to say so names it.
 
 L2 buckets carry the epoch in their key, so what was cached before a restart is out of reach after it. An
 epoch that changes while a command is on its way makes that command's keys those of the old epoch: whoever put
 an epoch into keys compares it with ``link.epoch`` once the answer is there, and starts again if it differs.
+
+How the log is laid out changes while a bus is in use (`mnemobus repartition`). The log refuses a writer that knows an
+old layout; the heartbeat, and the workers' upkeep, look. Who finds another takes it (`lay_out`), and goes on.
 
 redis-py would repeat a command that timed out ten times without a word; here that is off. What may be
 repeated is decided where it is known to be safe.
@@ -44,7 +48,7 @@ from redis.maint_notifications import MaintNotificationsConfig
 
 from .. import password
 from ..errors import AccessDenied, SettingsError, UnsafeRedis
-from ..keys import Keyspace
+from ..keys import Keyspace, Shape
 from ..settings import POLICIES, Settings, hide_password
 from ..tasks import end
 from .server_errors import AWAY, PASSING, REPLACED, SENSELESS, Unfit, code_of, meaning
@@ -168,6 +172,10 @@ class _Link:
         """The epoch in force, as far as this process knows; empty before the first connection."""
         self.on_epoch: list[Callable[[str], None]] = []
         """Called, with the new epoch, whenever it changed; never for the first."""
+        self.on_layout: list[Callable[[], None]] = []
+        """Called whenever the log's layout, in `keys`, turned out to be another than it was taken for."""
+        self.laid_out = False
+        """Whether Redis has told how the log is laid out."""
         self.on_late: list[Callable[[], None]] = []
         """Called when the log answered a write in another epoch than it was asked in."""
         self._class, self._address = _address(settings.redis_url)
@@ -234,21 +242,22 @@ class _Link:
 
     def agree(self, server: Server) -> Generator[Command, Any, None]:
         """Agree with everyone who uses this prefix on layout and epoch."""
-        mine = (self.keys.log_partitions, self.keys.feed_partitions)
-        reply = yield evaluate((script("layout"), [self.keys.layout], mine))
-        theirs = tuple(int(n) for n in reply)
-        if theirs != mine:
-            names = ("MNEMOBUS_LOG_PARTITIONS", "MNEMOBUS_FEED_PARTITIONS")
-            wrong = [
-                f"{n} is {m} here but {t} there"
-                for n, m, t in zip(names, mine, theirs, strict=True)
-                if m != t
-            ]
-            raise SettingsError(
-                f"the bus {self.keys.prefix!r} at {self.address} is laid out differently: {'; '.join(wrong)}."
-                " Partition counts can't change while a bus is in use: set it to what is there,"
-                " or use another REDIS_KEY_PREFIX"
-            )
+        shape = self.keys.shape
+        while True:
+            meters = map(self.keys.meter, shape.current)
+            arguments = (self.keys.feed_partitions, shape.first)
+            reply = yield evaluate((script("layout"), [self.keys.layout, *meters], arguments))
+            feed, first, count, oldest = map(int, reply)
+            if feed != self.keys.feed_partitions:
+                raise SettingsError(
+                    f"the bus {self.keys.prefix!r} at {self.address} is laid out differently: MNEMOBUS_FEED_PARTITIONS"
+                    f" is {self.keys.feed_partitions} here but {feed} there. The feed's partitions can't change while a"
+                    " bus is in use: set it to what is there, or use another REDIS_KEY_PREFIX"
+                )
+            known, shape = shape, Shape(first, count, oldest)
+            if known[:2] == shape[:2]:
+                break
+        self.lay_out(shape)
         reply = yield evaluate(
             (script("epoch"), [self.keys.epoch], (server.run_id, secrets.token_hex(6), server.promotion))
         )
@@ -258,6 +267,13 @@ class _Link:
         """The epoch that Redis answered; SettingsError if it is none."""
         try:
             return str(reply, "ascii")
+        except SENSELESS as error:
+            raise self.senseless(error) from error
+
+    def shape_in(self, reply: Any) -> Shape | None:
+        """The log's layout that Redis answered to HMGET of `LAYOUT`, if it has any; SettingsError if it is none."""
+        try:
+            return Shape.read(reply)
         except SENSELESS as error:
             raise self.senseless(error) from error
 
@@ -275,6 +291,29 @@ class _Link:
             logger.warning("Redis at %s restarted or lost data: epoch %s begins", self.address, epoch)
             for callback in self.on_epoch:
                 callback(epoch)
+
+    def lay_out(self, shape: Shape) -> None:
+        """Take the layout that the log has."""
+        configured = self.settings.log_partitions
+        if not self.laid_out and shape.size != configured:
+            logger.info(
+                "the log of the bus %r has %d partitions; MNEMOBUS_LOG_PARTITIONS (%d here) counts for a new bus only",
+                self.keys.prefix,
+                shape.size,
+                configured,
+            )
+        before, self.keys.shape = self.keys.shape, shape
+        if self.laid_out and before.current != shape.current:
+            logger.info(
+                "the log of the bus %r was laid out anew: %d partitions instead of %d",
+                self.keys.prefix,
+                shape.size,
+                before.size,
+            )
+        self.laid_out = True
+        if before.current != shape.current:
+            for callback in self.on_layout:
+                callback()
 
     def proof(self) -> Command:
         """A command that only a server which takes writes carries out, without effect on one that a connection met."""

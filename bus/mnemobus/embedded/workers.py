@@ -19,7 +19,6 @@ from .. import private
 from ..connection.link import Link
 from ..connection.server_errors import AWAY
 from ..health.vitals import reading_clients
-from ..keys import Keyspace
 from ..settings import Settings
 from . import tethered
 from .processes import STOP_TIMEOUT, end, spawn
@@ -114,12 +113,13 @@ async def await_workers(settings: Settings, processes: int = 1) -> None:
 
     Cancel it to give up.
     """
-    keys = Keyspace(settings.redis_key_prefix, settings.log_partitions, settings.feed_partitions)
-    partitions = range(settings.log_partitions)
     link = Link(settings)
+    keys = link.keys
     try:
         while True:
             with suppress(RedisError, *AWAY):
+                await link.command("PING")  # from then on it is known how the log is laid out
+                partitions = keys.shape.all
                 clients, *groups = await link.pipeline(
                     [("CLIENT", "LIST"), *(("XINFO", "GROUPS", keys.log(p)) for p in partitions)]
                 )

@@ -24,6 +24,8 @@ long as someone goes through the stream from the position on:
   left behind) verifies nothing. A server that only can't (full, or without room on its disk) and says that it is the
   master does: nobody else can write either.
 - A new epoch (Redis restarted, failed over or was flushed) drops everything, and positions are read anew.
+- A heartbeat also reads how the log is laid out. Where that has changed, what is held live is of channels on which
+  nothing comes any more: it is dropped. All else does not depend on it: what was in the log before is fanned out.
 
 Joining a partition: SUBSCRIBE, its confirmation, then the head as the position; what arrives meanwhile is kept
 and goes through the rules above once the position is known. Partitions that hold no bucket for a while are left.
@@ -50,7 +52,7 @@ from ..connection.link import Call, Link, parse_info, script
 from ..connection.server_errors import AWAY, Unfit, code_of, meaning
 from ..connection.transport import Busy, Command
 from ..errors import AccessDenied, BusClosed, SettingsError
-from ..keys import Version
+from ..keys import LAYOUT, Version
 from ..log.pending import Marks
 from ..tasks import end
 from .audit import Inquiry, decode_inquiry, encode_holding
@@ -104,7 +106,8 @@ def decode(id: bytes | str, previous: bytes | str, payload: bytes) -> Invalidati
 
     Payload: {"p": log partition, "e": epoch, "v": [versions], "s": [scopes], "d": {version: reason}, "l": 1,
     "t": [places]}, "d" and "l" only where needed. "t" is there where there is more than one version: for each scope the
-    place in "v" of the last version that touched it.
+    place in "v" of the last version that touched it. "m" is in place of "l" where the log was laid out anew: an older
+    agent listens to channels on which nothing comes any more, and has to drop what it holds live.
     """
     body = orjson.loads(payload)
     if not isinstance(body, dict):
@@ -126,7 +129,7 @@ def decode(id: bytes | str, previous: bytes | str, payload: bytes) -> Invalidati
         tuple(scopes),
         {Version.parse(str(v)): str(reason) for v, reason in dead.items()},
         epoch,
-        body.get("l") == 1,
+        1 in (body.get("l"), body.get("m")),
         named * len(scopes) if len(named) == 1 else _last_of(body.get("t", []), named, len(scopes)),
     )
 
@@ -182,6 +185,7 @@ class Feed:
         self._marks = marks
         self._bus_id = bus_id
         self._own_channel = link.keys.agent_channel(bus_id).encode()
+        self._layout_channel = link.keys.layout_channel(bus_id).encode()
         self.live: LiveScopes | None = None
         """What is held live: it listens on the same connection, and is verified by the same heartbeat."""
         self._partitions: dict[int, _Partition] = {}
@@ -231,6 +235,7 @@ class Feed:
         AccessDenied if Redis does not let us do one of them.
         """
         self._link.on_epoch.append(self._on_epoch)
+        self._link.on_layout.append(self._on_layout)
         self._link.on_late.append(self._on_late)
         self._link.on_given_up.append(self._on_given_up)
         self._spawn("feed-listen", self._listen)
@@ -253,6 +258,7 @@ class Feed:
                 await self._connection.disconnect(nowait=True)
         with suppress(ValueError):
             self._link.on_epoch.remove(self._on_epoch)
+            self._link.on_layout.remove(self._on_layout)
             self._link.on_late.remove(self._on_late)
             self._link.on_given_up.remove(self._on_given_up)
 
@@ -324,7 +330,7 @@ class Feed:
                 self._connection = connection
                 self._listening_to = "" if self._link.server is None else self._link.server.run_id
                 channels = [p.channel for p in self._partitions.values()]
-                await self.send("SUBSCRIBE", self._own_channel, *channels, *live)
+                await self.send("SUBSCRIBE", self._own_channel, self._layout_channel, *channels, *live)
                 while True:
                     self._hear(await connection.read_response(timeout=float("inf"), push_request=True))
             except (*AWAY, RedisError, SettingsError) as error:
@@ -361,6 +367,8 @@ class Feed:
                 if channel == self._own_channel:
                     if not data.isdigit():
                         self._asked(data)
+                elif channel == self._layout_channel:
+                    self._wake.set()
                 elif self.live is not None:
                     try:
                         self.live.listener.hear(channel, data)
@@ -582,13 +590,14 @@ class Feed:
     async def _verify(self) -> None:
         """Compare every position with its head, and bring it there; raises if that can't be done."""
         for _ in range(3):
-            epoch = self._link.epoch
+            epoch, laid_out = self._link.epoch, self._link.keys.shape
             # With the positions as they are now: a head that is read later can't honestly lie before one of them.
             known = [
                 (p, p.position) for p in self._partitions.values() if p.confirmed or p.position is not None
             ]
             commands: list[Command | Call] = [
                 ("HGET", self._link.keys.epoch, "epoch"),
+                ("HMGET", self._link.keys.layout, *LAYOUT),
                 ("PUBLISH", self._own_channel, str(self._beats)),
                 *(self._head(p) for p, _ in known),
                 self._link.proof(),
@@ -599,16 +608,21 @@ class Feed:
                     raise reply
             refusal = await self._unwilling(proof) if isinstance(proof, Exception) else ""
             # Another connection may have been faster, and this answer may be of before: then begin again.
-            if epoch != self._link.epoch:
+            if epoch != self._link.epoch or laid_out != self._link.keys.shape:
                 continue
-            if replies[0] is None:
+            shape = self._link.shape_in(replies[1])
+            if replies[0] is None or shape is None:
                 await self._link.renew_epoch()
+                shape = self._link.keys.shape
             elif (current := self._link.epoch_in(replies[0])) != epoch:
                 self._link.enter(current)
+            if shape != self._link.keys.shape:
+                self._link.lay_out(shape)
+                continue
             if epoch != self._link.epoch:  # Redis lost what it knew: begin again
                 continue
             heads = [
-                (p, before, Version.parse(head)) for (p, before), head in zip(known, replies[2:], strict=True)
+                (p, before, Version.parse(head)) for (p, before), head in zip(known, replies[3:], strict=True)
             ]
             for partition, before, head in heads:
                 if partition.position is None:
@@ -631,7 +645,7 @@ class Feed:
             if epoch == self._link.epoch:
                 self._accept(refusal)
                 return
-        raise TimeoutError("Redis restarts again and again")
+        raise TimeoutError("Redis restarts, or is laid out anew, again and again")
 
     async def _unwilling(self, error: Exception) -> str:
         """Why a server takes no writes that is the master nevertheless; raises if it may not be."""
@@ -743,6 +757,13 @@ class Feed:
             partition.ready.clear()
         if self.live is not None:
             self.live.on_epoch()
+        self._wake.set()
+
+    def _on_layout(self) -> None:
+        """What is held live has to be joined anew. Classic copies may depend on windows that were: they go as well."""
+        self._local.clear()
+        if self.live is not None:
+            self.live.on_layout()
         self._wake.set()
 
     @property

@@ -27,7 +27,7 @@ from ..connection.link import Call, Link, parse_info, script
 from ..connection.server_errors import AWAY, SENSELESS, code_of
 from ..connection.transport import Argument, Command
 from ..errors import MnemobusError, SettingsError
-from ..keys import APPLY_GROUP, Keyspace, Version
+from ..keys import APPLY_GROUP, Keyspace, Version, applied_of
 from ..settings import Settings
 from ..stats import Health
 from ..store import Reader
@@ -203,7 +203,7 @@ class Checkup:
 
     async def _ask(self) -> _Part:
         link, keys = self._link, self._link.keys
-        partitions = range(self._settings.log_partitions)
+        partitions = keys.shape.all
         head: list[Command | Call] = [
             ("INFO",),
             write_probe(keys),
@@ -244,12 +244,12 @@ class Checkup:
             if isinstance(reply, Exception):
                 troubles.append(of_redis(reply, link.address))
                 return _Part(troubles[0].what, list(map(str, troubles)), backlog=-1, dead_letters=-1)
-        backlogs = [max(int(added or 0) - int(applied or 0), 0) for added, applied, *_ in meters]
+        backlogs = [max(int(added or 0) - applied_of(int(applied or 0)), 0) for added, applied, *_ in meters]
         problems = list(map(str, troubles))
-        full = [p for p, backlog in enumerate(backlogs) if backlog >= self._settings.max_backlog]
+        full = [(p, n) for p, n in zip(partitions, backlogs, strict=True) if n >= self._settings.max_backlog]
         if full:
             problems.append(
-                f"log partition {full[0]} takes no more: {backlogs[full[0]]:,} events wait there"
+                f"log partition {full[0][0]} takes no more: {full[0][1]:,} events wait there"
                 " (MNEMOBUS_MAX_BACKLOG): start more workers (mnemobus worker)"
             )
         dead = sum(letters)
@@ -267,7 +267,7 @@ class Checkup:
             known = read(reports, moment) if isinstance(reports, (dict, list)) else []
             # Where nothing can be written, workers can't say how they are; that is told already.
             if writable:
-                log = await self._log(known, moment, backlogs, groups, pending)
+                log = await self._log(partitions, known, moment, backlogs, groups, pending)
                 workers, stuck = judge(self._settings, known, log)
                 problems += map(str, stuck)
             else:
@@ -276,7 +276,13 @@ class Checkup:
         return _Part(state, problems, sum(backlogs), dead, workers)
 
     async def _log(
-        self, workers: list[Worker], now: float, backlogs: list[int], groups: list[Any], pending: list[Any]
+        self,
+        partitions: range,
+        workers: list[Worker],
+        now: float,
+        backlogs: list[int],
+        groups: list[Any],
+        pending: list[Any],
     ) -> Log:
         """What can be known of the log's readers; a second round trip if the first did not tell."""
         keys = self._link.keys
@@ -286,12 +292,12 @@ class Checkup:
         alone = not any(worker.alive for worker in workers)
         commands: list[Command] = [
             ("XRANGE", keys.log(p), f"({last or '0-0'}", "+", "COUNT", 1)
-            for p, last in enumerate(given)
-            if backlogs[p] > counts[p]
+            for p, last, backlog, count in zip(partitions, given, backlogs, counts, strict=True)
+            if backlog > count
         ]
         if alone and all(given):
             commands.append(("CLIENT", "LIST"))
-            commands += [("XINFO", "CONSUMERS", keys.log(p), APPLY_GROUP) for p in range(len(given))]
+            commands += [("XINFO", "CONSUMERS", keys.log(p), APPLY_GROUP) for p in partitions]
         replies = await self._link.pipeline(commands, pool=self._link.probe) if commands else []
         reading, idle = None, []
         for command, reply in zip(commands, replies, strict=True):

@@ -46,6 +46,7 @@ class Report:
     why           the error that it waits to go away
     error         the last error of any other kind; empty if there was none
     failed        seconds since that
+    follows       whether it goes on by itself when the log is laid out anew; an older version does not
     """
 
     version: str
@@ -60,6 +61,7 @@ class Report:
     why: str = ""
     error: str = ""
     failed: float | None = None
+    follows: bool = False
 
     def encode(self) -> bytes:
         cut = {"why": self.why[:_TEXT], "error": self.error[:_TEXT]}
@@ -81,6 +83,8 @@ def decode(value: bytes) -> Report:
     for name in ("applied", "failed"):
         if type(found.get(name)) not in (int, float, type(None)):
             raise ValueError(f"{name} is no number")
+    if type(found.get("follows", False)) is not bool:
+        raise ValueError("follows is neither true nor false")
     for name in ("version", "database", "waits_for", "why", "error"):
         if not isinstance(found.get(name, ""), str):
             raise ValueError(f"{name} is no text")

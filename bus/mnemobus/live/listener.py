@@ -350,6 +350,8 @@ class Listener:
     def forget(self) -> None:
         """A new epoch: nothing that was known holds."""
         self._unannounced.clear()
+        for partition in [p for p in self._mixed_until if p < self._link.keys.shape.oldest]:
+            del self._mixed_until[partition]
         for channel in self._channels.values():
             channel.forget()
 

@@ -99,6 +99,7 @@ class LiveScopes:
     ) -> None:
         self._settings = settings
         self._knows = knows
+        self._wake = wake
         self._link = link
         self._local = local
         self._shared = shared
@@ -251,7 +252,7 @@ class LiveScopes:
 
     async def _open(self, plan: Plan) -> tuple[LiveBucket | None, str]:
         assert plan.window is not None
-        epoch = self._link.epoch
+        epoch, shape = self._link.epoch, self._link.keys.shape
         places = self._places(plan)
         if not all(self.listener.is_announced(partition) for partition, _ in places):
             return None, ""
@@ -273,7 +274,9 @@ class LiveScopes:
             applied = [state.pending.before() if state.pending else state.last or ZERO for state in states]
             base, complete, source = await self._base(plan)
             tails = await self._tails(plan, partitions, applied)
-            if tails is None or opening.cancelled or epoch != self._link.epoch:
+            if tails is None or opening.cancelled:
+                return None, ""
+            if epoch != self._link.epoch or shape != self._link.keys.shape:
                 return None, ""
             settings = self._settings
             size = 1 if plan.kind.name == GET else settings.live_window + _SPARE
@@ -304,7 +307,7 @@ class LiveScopes:
         for kind in ("entity", "agent", "world"):
             name = getattr(query, kind)
             if name is not None:
-                return [(partition, slot_of(kind, name)) for partition in range(keys.log_partitions)]
+                return [(partition, slot_of(kind, name)) for partition in keys.shape.current]
         raise AssertionError("a query names a dimension")
 
     async def _base(self, plan: Plan) -> tuple[list[Memory], bool, str]:
@@ -436,8 +439,12 @@ class LiveScopes:
 
     def invalidated(self, message: Invalidation) -> None:
         """The feed named what was committed. A window has it from the log, or gets it before it answers again. What was
-        refused, or never was in the log, takes windows along."""
-        if not message.first_hand or message.dead:
+        refused, or never was in the log, takes windows along; so does what is of a partition that nobody listens to
+        yet, as the log was laid out anew."""
+        elsewhere = message.log_partition not in self._link.keys.shape.current
+        if elsewhere:
+            self._wake()
+        if elsewhere or not message.first_hand or message.dead:
             for scope in message.scopes:
                 self._give_up(scope)
             return
@@ -496,12 +503,19 @@ class LiveScopes:
                 self._marks.cover(partition, version, deadline)
         self._shown.clear()
 
+    def on_layout(self) -> None:
+        """The log was laid out anew: on the channels so far nothing comes any more."""
+        for opening in self._openings.values():
+            opening.cancelled = True
+        self._applied.clear()
+        self.listener.forget()
+
     def on_epoch(self) -> None:
         """Redis may have lost what was shown. What is left of it in the log is committed yet, and not to be missing."""
         for opening in self._openings.values():
             opening.cancelled = True
         self._applied.clear()
-        self._doubted = set(range(self._link.keys.log_partitions))
+        self._doubted = set(self._link.keys.shape.all)
         self.listener.forget()
 
     # What was shown

@@ -9,6 +9,9 @@ reach the log once, whoever dies when:
   crash the same call is made again, and `publish.lua` answers it without doing it twice.
 - A call that was on its way when the log went away, its outcome unknown, enters the file with the number it had.
 - Writes leave the file when their call was answered, not before.
+- Which log partition a write goes to is settled with its call: the log may be laid out anew while it waits. A call of
+  unknown outcome is made again where it was made first; if that partition has ended, none of it is there, nor will be,
+  and its writes go to the new ones.
 
 A disk that is full takes no more writes. But those that are in the file must still get out once the log is back, and to
 take them out takes some space, too: so a second file beside it keeps some, and is given up then.
@@ -42,11 +45,11 @@ from .. import private
 from ..connection.link import Link
 from ..connection.server_errors import AWAY
 from ..errors import BacklogFull, BadEvent, LogFull, MnemobusError, OutboxError, OutboxFull, OutboxInUse
-from ..keys import ZERO, Version
+from ..keys import ZERO, Keyspace, Shape, Version
 from ..tasks import end, in_background
 from .events import Event, decode
 from .pending import Write
-from .publisher import CALL_BYTES, CALL_EVENTS, Field, Overtaken, append
+from .publisher import CALL_BYTES, CALL_EVENTS, Ended, Field, Overtaken, append
 
 logger = logging.getLogger("mnemobus.outbox")
 
@@ -58,6 +61,8 @@ _SPARE = 1 << 20
 """Bytes of disk that are kept to take writes out; to them comes room for the largest one."""
 _SPARE_CALL = 1 << 17
 """What a call carries at most when these are in use."""
+_LAID_OUT = 100
+"""Writes that are gone through at a time when the log was laid out anew: each may hold a megabyte."""
 _CHECKPOINT = 64
 """Pages of SQLite's WAL after which it is gone through, so that it stays smaller than that space."""
 
@@ -81,15 +86,19 @@ class Call:
 class OutboxFile:
     """One file. All its calls raise OutboxError if the file can't be used."""
 
-    def __init__(self, path: Path, owner: str, max_bytes: int, *, own: bool = True, largest: int = 0) -> None:
+    def __init__(
+        self, path: Path, keys: Keyspace, max_bytes: int, *, own: bool = True, largest: int = 0
+    ) -> None:
         self.path = path
+        self._keys = keys
         self._spare = path.with_name(path.name + "-spare")
         self._spare_bytes = _SPARE + 3 * largest
-        self._owner = owner
         self._max_bytes = max_bytes
         self._own = own
         self._database: aiosqlite.Connection | None = None
         self._producer = ""
+        self._laid_out: Shape | None = None
+        """The layout of the log by which writes that are in no call have their partitions; None if it is not known."""
         self._lock = asyncio.Lock()
         self.entries = 0
         self.bytes = 0
@@ -144,22 +153,25 @@ class OutboxFile:
             await database.execute(
                 "CREATE TABLE sequences (partition INTEGER PRIMARY KEY, last INTEGER NOT NULL)"
             )
-            meta = [("owner", self._owner), ("producer", secrets.token_hex(8))]
+            owner = f"{self._keys.prefix}, {self._keys.log_partitions} log partitions"
+            meta = [("owner", owner), ("producer", secrets.token_hex(8))]
             await database.executemany("INSERT INTO meta VALUES (?, ?)", meta)
             await database.execute(f"PRAGMA user_version={_SCHEMA}")
         await database.execute("COMMIT")
         rows = await database.execute_fetchall("SELECT name, value FROM meta")
         values = {str(name): str(value) for name, value in rows}
-        if values.get("owner") != self._owner or "producer" not in values:
-            owner = values.get("owner", "nobody")
+        owner = values.get("owner", "nobody")
+        if owner.rpartition(", ")[0] != self._keys.prefix or "producer" not in values:
             raise OutboxError(
-                f"the outbox {self.path} has writes for {owner}, not for {self._owner}: it belongs to another bus"
+                f"the outbox {self.path} has writes for {owner}, not for {self._keys.prefix}: it belongs to another bus"
             )
         self._producer = values["producer"]
         self.entries, self.bytes = await self._one("SELECT count(*), coalesce(sum(size), 0) FROM writes") or (
             0,
             0,
         )
+        if not self.entries:
+            self._laid_out = self._keys.shape
 
     async def _one(self, statement: str, parameters: Iterable[object] = ()) -> tuple[int, ...] | None:
         assert self._database is not None
@@ -195,6 +207,7 @@ class OutboxFile:
     ) -> list[int]:
         """Put writes into the file, all or none; their numbers.
 
+        partition: where that was, or where they would be published now
         call: producer and sequence number under which they may have been published already
         OutboxFull if they would make it larger than it may be, or the disk is full.
         """
@@ -251,6 +264,9 @@ class OutboxFile:
         if first is None:
             return None
         number, partition, sequence = first
+        if not sequence and self._laid_out != self._keys.shape:
+            await self._lay_out()
+            [partition] = await self._one("SELECT partition FROM writes WHERE n = ?", (number,)) or (0,)
         if not sequence:
             rows = await self._first_rows(partition)
             last = await self._one("SELECT last FROM sequences WHERE partition = ?", (partition,))
@@ -271,6 +287,26 @@ class OutboxFile:
         )
         events = tuple(_unpack(fields, self.path) for _, _, fields in found)
         return Call(partition, str(found[0][1]), sequence, tuple(n for n, _, _ in found), events)
+
+    async def _lay_out(self) -> None:
+        """The log was laid out anew: say of each write that is in no call where it goes now."""
+        assert self._database is not None
+        shape = self._keys.shape
+        number = 0
+        while rows := list(
+            await self._database.execute_fetchall(
+                "SELECT n, partition, fields FROM writes WHERE sequence IS NULL AND n > ? ORDER BY n LIMIT ?",
+                (number, _LAID_OUT),
+            )
+        ):
+            number = rows[-1][0]
+            moved = [
+                (now, n)
+                for n, before, fields in rows
+                if (now := shape.partition(_room(_unpack(fields, self.path)))) != before
+            ]
+            await self._database.executemany("UPDATE writes SET partition = ? WHERE n = ?", moved)
+        self._laid_out = shape
 
     async def _first_rows(self, partition: int) -> list[int]:
         """Those that go together in one call: of one partition, none of them in a call yet."""
@@ -296,6 +332,18 @@ class OutboxFile:
 
         size = sum(sum(len(field) + _LENGTH.size for field in event) + _OVERHEAD for event in call.events)
         await self._insist(delete, -len(call.rows), -size)
+
+    async def ended(self, call: Call) -> None:
+        """Nothing of it was written, nor ever will be, as its partition has ended: its writes are in no call now."""
+
+        async def update() -> None:
+            assert self._database is not None
+            await self._database.executemany(
+                "UPDATE writes SET producer = NULL, sequence = NULL WHERE n = ?", [(n,) for n in call.rows]
+            )
+            await self._lay_out()
+
+        await self._insist(update)
 
     async def renumber(self, call: Call) -> None:
         """Its number is used up: give its writes a new one, of a producer that nobody has been."""
@@ -418,6 +466,11 @@ def _pack(event: Sequence[Field]) -> bytes:
     return bytes(out)
 
 
+def _room(fields: Sequence[bytes]) -> str:
+    """The room of an event, given by its fields."""
+    return fields[fields.index(b"room") + 1].decode()
+
+
 def _unpack(packed: bytes, path: Path) -> list[bytes]:
     fields, at = [], 0
     while at < len(packed):
@@ -454,8 +507,6 @@ class Outbox:
         self._on_kept = on_kept
         self._on_published = on_published
         self._on_empty = on_empty
-        keys = link.keys
-        self._owner = f"{keys.prefix}, {keys.log_partitions} log partitions"
         self._max_bytes = settings.outbox_max_bytes
         self._largest = settings.max_memory_bytes
         self._auto = settings.outbox == "auto"
@@ -479,7 +530,7 @@ class Outbox:
         self.kept = 0
 
     def _file(self, path: Path, *, own: bool = True) -> OutboxFile:
-        return OutboxFile(path, self._owner, self._max_bytes, own=own, largest=self._largest)
+        return OutboxFile(path, self._link.keys, self._max_bytes, own=own, largest=self._largest)
 
     @property
     def waiting(self) -> int:
@@ -623,6 +674,11 @@ class Outbox:
             versions = logged.versions
             if len(versions) != len(call.events):
                 raise Overtaken(f"call {call.sequence} of producer {call.producer} was another one")
+        except Ended as error:
+            logger.info("%s: %d writes of the outbox go to another", error, len(call.rows))
+            await self._link.renew_epoch()
+            await file.ended(call)
+            return
         except Overtaken as error:
             # Only a copy of the file can have used the number for something else.
             logger.error("%s: was the outbox %s copied? Publishing under another number", error, file.path)

@@ -37,7 +37,7 @@ from ..connection.link import Call, Link, script
 from ..connection.server_errors import AWAY
 from ..connection.transport import Command
 from ..errors import BusClosed, NotCommitted, SettingsError, WriteRejected
-from ..keys import APPLY_GROUP, ZERO, Version
+from ..keys import APPLY_GROUP, LAST, ZERO, Version
 from ..tasks import end
 
 logger = logging.getLogger("mnemobus.marks")
@@ -299,12 +299,19 @@ class Marks:
         """The log partitions that have writes of this bus which are not known to be applied."""
         return sorted({*self._writes, *self._covers})
 
+    @property
+    def partitions_there(self) -> list[int]:
+        """All log partitions that there are."""
+        return list(self._link.keys.shape.all)
+
     def _over(self, scope: str) -> list[int]:
         """The log partitions whose covers a scope is under."""
-        if scope.startswith("room:"):
-            partition = self._link.keys.log_partition(scope.split(":", 2)[2])
-            return [partition] if partition in self._covers else []
-        return list(self._covers)
+        if not scope.startswith("room:"):
+            return list(self._covers)
+        shape = self._link.keys.shape
+        own = shape.partition(scope.split(":", 2)[2])
+        # In partitions that have ended, any may have been the room's.
+        return [p for p in self._covers if p == own or p not in shape.current]
 
     def on(self, scope: str) -> list[Write]:
         """The writes with marks of their own that a query on this scope has to wait for."""
@@ -518,6 +525,10 @@ class Marks:
         states = []
         for (partition, asked), answer in zip(named.items(), answers, strict=True):
             last, pending, known, unnoted, forgotten, *flags = answer
+            # All of a partition that was given up is done with.
+            given_up = not last and partition < self._link.keys.shape.oldest
+            if given_up:
+                last = str(LAST)
             state = Applied(
                 Version.parse(last) if last else None, Version.parse(pending) if pending else None
             )
@@ -541,7 +552,7 @@ class Marks:
                 if fate.requeued is not None and fate.requeued != entry:
                     write.entry = fate.requeued  # it has to be applied from there
                     continue
-                unknown = not fate.noted and floor is not None and write.version <= floor
+                unknown = not fate.noted and (given_up or (floor is not None and write.version <= floor))
                 self._applied(write, fate.rejected, passed=state.passed(write.version), unknown=unknown)
             cover = self._covers.get(partition)
             if cover is not None and state.passed(cover.version):

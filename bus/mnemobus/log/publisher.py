@@ -13,6 +13,11 @@ backoff with jitter); a late first copy of it, arriving after its repetition, fi
 that go by one producer id (a copied outbox, a process that was forked) must not take each other's answers for their
 own: a repetition is known by a digest of its events, too.
 
+The log may be laid out anew while writes are under way (`mnemobus repartition`). A partition that has ended refuses
+new calls for ever, and goes on to answer those that it had. So a call of unknown outcome is repeated there, to the end.
+Once no call is under way, all that waits goes to the new partitions, in its order, before anything that came later
+(`Publishers`).
+
 A log that can't be reached for a moment is waited for. Where that goes on, what the call carries, and everything after
 it, goes to the outbox (log/outbox.py) if there is one, which makes the same call once the log is back.
 
@@ -24,17 +29,25 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import random
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from hashlib import blake2b
-from itertools import repeat
+from itertools import islice, repeat
 from typing import Any, NamedTuple, Protocol
 
 from redis.exceptions import RedisError, ResponseError
-from tenacity import AsyncRetrying, RetryCallState, retry_if_exception_type, wait_random_exponential
+from tenacity import (
+    AsyncRetrying,
+    RetryCallState,
+    retry_if_exception_type,
+    retry_if_not_exception_type,
+    wait_random,
+    wait_random_exponential,
+)
 
 from ..cache.l2 import give_way
 from ..connection.link import Link, ThreadedLink, evalsha, script
@@ -64,6 +77,9 @@ CALL_BYTES = 8 << 20
 _SEARCHED = 500
 _SEARCHED_BYTES = 1 << 20
 """Entries that a search of the log reads at a time, and about how many bytes."""
+
+_CLOSED_PAUSE = (0.01, 0.05)
+"""Seconds between two looks whether a log that is being laid out anew takes writes again: between these."""
 
 _PATIENCE = 0.5
 """Seconds that a log which can't be reached is waited for before writes go to the outbox."""
@@ -96,8 +112,8 @@ async def append(
     """One call: put events, as field names and values, into a log partition.
 
     May be repeated, and is answered the same then. Raises one of AWAY if the outcome is unknown; Unready, BacklogFull,
-    LogFull, another WriteFailed, or a SettingsError if nothing was written; Overtaken if the producer has gone on to
-    another call.
+    LogFull, another WriteFailed, or a SettingsError if nothing was written; Ended if nothing was, and nothing ever will
+    be by this call; Overtaken if the producer has gone on to another call.
     """
     epoch = link.epoch
     call = publish_call(link, partition, producer, sequence, events)
@@ -182,6 +198,15 @@ def _refusal(link: Link, partition: int, producer: str, error: ResponseError) ->
             f"Redis at {link.address} is out of memory (maxmemory); nothing was written. Raise maxmemory,"
             " or lower MNEMOBUS_RETENTION"
         )
+    if code == "CLOSED":
+        return Closed(
+            "the log is being laid out anew (mnemobus repartition), and takes no writes for up to"
+            f" {int(number) / 1000:g} s; nothing was written"
+        )
+    if code == "ENDED":
+        return Ended(
+            f"log partition {partition} takes no more writes: the log was laid out anew; nothing was written"
+        )
     if code == "BACKLOG":
         return BacklogFull(
             f"log partition {partition} holds {number} events that no worker has applied yet"
@@ -240,6 +265,14 @@ class Unready(LogUnavailable):
     """The server takes no writes now: it fails over, starts, or has no room on its disk, say. Nothing was written."""
 
 
+class Closed(Unready):
+    """The log is about to be laid out anew. Nothing was written, but a copy of the call may be yet."""
+
+
+class Ended(Unready):
+    """The partition takes no more writes. Nothing was written, and no copy of the call ever will be."""
+
+
 class Overtaken(WriteFailed):
     """The producer has made this call, or a later one, with other events."""
 
@@ -284,6 +317,21 @@ class _Pending:
     done: asyncio.Future[list[Write]]
 
 
+def parcels(events: Iterable[Event], deadline: float) -> list[_Pending]:
+    """Events as they go together in a call, each parcel with a future of its own."""
+    loop = asyncio.get_running_loop()
+    made: list[_Pending] = []
+    for event in events:
+        fields = event.fields()
+        size = sum(map(len, fields))
+        if not made or made[-1].size + size > CALL_BYTES or len(made[-1].events) == CALL_EVENTS:
+            made.append(_Pending([], [], 0, deadline, loop.create_future()))
+        made[-1].events.append(event)
+        made[-1].fields.append(fields)
+        made[-1].size += size
+    return made
+
+
 def _fields(batch: Iterable[_Pending]) -> list[list[bytes]]:
     return [fields for pending in batch for fields in pending.fields]
 
@@ -294,10 +342,19 @@ that is in the log, before its writer knows; what it returns is the writer's ans
 
 
 class Publisher:
-    """Appends events to one partition of the log."""
+    """Appends events to one partition of the log.
+
+    on_rest  called when it is at rest, having been told to be
+    """
 
     def __init__(
-        self, link: Link, partition: int, producer: str, on_logged: OnLogged, overflow: Overflow | None = None
+        self,
+        link: Link,
+        partition: int,
+        producer: str,
+        on_logged: OnLogged,
+        overflow: Overflow | None = None,
+        on_rest: Callable[[], None] = lambda: None,
     ) -> None:
         self._link = link
         self._settings: Settings = link.settings
@@ -305,6 +362,9 @@ class Publisher:
         self._producer = self.producer = producer
         self._on_logged = on_logged
         self._overflow = overflow
+        self._on_rest = on_rest
+        self.resting = False
+        """Whether to make no more calls, for now: what is under way is seen to the end."""
         self._queue: deque[_Pending] = deque()
         self._task: asyncio.Task[None] | None = None
         self._flying: list[_Pending] | None = None
@@ -323,27 +383,36 @@ class Publisher:
     def publish(self, events: Sequence[Event]) -> list[asyncio.Future[list[Write]]]:
         """Queue events, which go in one call as far as they fit; the futures give their Writes, in order, once they
         are in the log or in the outbox, else a WriteFailed."""
-        loop = asyncio.get_running_loop()
-        deadline = loop.time() + self._settings.write_timeout
-        futures = []
-        pending = None
-        for event in events:
-            fields = event.fields()
-            size = sum(map(len, fields))
-            if pending is None or pending.size + size > CALL_BYTES or len(pending.events) == CALL_EVENTS:
-                pending = _Pending([], [], 0, deadline, loop.create_future())
-                self._queue.append(pending)
-                futures.append(pending.done)
-            pending.events.append(event)
-            pending.fields.append(fields)
-            pending.size += size
-        if self._task is None and self._flying is None and self._queue:
+        return self.enqueue(parcels(events, asyncio.get_running_loop().time() + self._settings.write_timeout))
+
+    def enqueue(self, waiting: Iterable[_Pending]) -> list[asyncio.Future[list[Write]]]:
+        """The same, of events that are made up into parcels."""
+        before = len(self._queue)
+        self._queue.extend(waiting)
+        futures = [pending.done for pending in islice(self._queue, before, None)]
+        if self._is_idle and self._queue and not self.resting:
             self._begin()
         return futures
 
+    def rest(self) -> bool:
+        """Make no more calls until `enqueue` is called after `resting` was unset; whether none is under way."""
+        self.resting = True
+        return self._is_idle
+
+    def take_queue(self) -> list[_Pending]:
+        """What waits, in order; it is the caller's from now on."""
+        queue = list(self._queue)
+        self._queue.clear()
+        return queue
+
+    @property
+    def _is_idle(self) -> bool:
+        """Whether no call is under way."""
+        return self._task is None and self._flying is None
+
     async def close(self) -> None:
         """Wait until what is queued is in the log, or has failed."""
-        while self._task is not None or self._flying is not None:
+        while not self._is_idle:
             if self._task is not None:
                 await asyncio.shield(self._task)
             else:
@@ -353,8 +422,7 @@ class Publisher:
     @property
     def done(self) -> bool:
         """Whether the log may forget this producer: it has made calls, each was answered, and none will come."""
-        idle = self._task is None and self._flying is None and not self._queue
-        return self._sequence > 0 and idle and not self._copies
+        return self._sequence > 0 and self._is_idle and not self._queue and not self._copies
 
     def _begin(self) -> None:
         """Make the next call: at once, if a connection is idle; else a task sees to it."""
@@ -392,7 +460,9 @@ class Publisher:
             except Exception as error:  # every writer must hear of it, whatever it is
                 logger.exception("publishing to log partition %d failed", self._partition)
                 self._fail(batch, error)
-            if self._queue:
+            if self.resting:
+                self._on_rest()
+            elif self._queue:
                 self._begin()
         self._landed.set()
 
@@ -409,22 +479,28 @@ class Publisher:
     async def _drain(self, batch: list[_Pending] | None, unanswered: bool) -> None:
         made = None if batch is None else self._made
         try:
-            while batch or self._queue:
+            while batch or (self._queue and not self.resting):
                 batch = batch or self._take()
                 try:
                     await self._publish(batch, made, unanswered)
+                except Ended:
+                    # Whoever knows the new layout by now has us rest, and takes these along. Else it is the same again.
+                    self._queue.extendleft(reversed(batch))
                 except Exception as error:  # every writer must hear of it, whatever it is
                     if not isinstance(error, MnemobusError):
                         logger.exception("publishing to log partition %d failed", self._partition)
                     self._fail(batch, error)
                 batch, made, unanswered = None, None, False
-        finally:
+        except BaseException:  # the loop is shutting down, and cancelled this task
             self._task = None
-            # Only if the loop is shutting down and cancelled this task is anything left.
             self._copies = self._copies or bool(batch)
             self._queue.extendleft(batch or ())
             self._fail(self._queue, LogUnavailable("the bus was shut down before the write was published"))
             self._queue.clear()
+            raise
+        self._task = None
+        if self.resting:
+            self._on_rest()
 
     def _take(self) -> list[_Pending]:
         batch: list[_Pending] = []
@@ -457,6 +533,8 @@ class Publisher:
             try:
                 self._tell(batch, await self._insist(batch, made, unanswered))
                 return
+            except Ended:
+                raise
             except LogUnavailable as error:
                 if overflow is None:
                     raise
@@ -503,23 +581,22 @@ class Publisher:
             raise self._unreachable("no answer in time")
 
         def stop(state: RetryCallState) -> bool:
-            if isinstance(_error(state), BacklogFull):
+            if isinstance(_error(state), (BacklogFull, Closed)):
                 return loop.time() >= deadline
             return loop.time() + state.upcoming_sleep >= spill_at
 
         backoff = wait_random_exponential(multiplier=self._settings.redis_create_retry_interval / 1000, max=2)
+        soon = wait_random(*_CLOSED_PAUSE)
 
         def wait(state: RetryCallState) -> float:
-            pause = backoff(state)
+            error = _error(state)
+            pause = soon(state) if isinstance(error, Closed) else backoff(state)
             # Workers may make room until the very end.
-            return (
-                min(pause, max(deadline - loop.time(), 0))
-                if isinstance(_error(state), BacklogFull)
-                else pause
-            )
+            last = isinstance(error, (BacklogFull, Closed))
+            return min(pause, max(deadline - loop.time(), 0)) if last else pause
 
         retrying = AsyncRetrying(
-            retry=retry_if_exception_type((*AWAY, Unready, BacklogFull)),
+            retry=retry_if_exception_type((*AWAY, Unready, BacklogFull)) & retry_if_not_exception_type(Ended),
             wait=wait,
             stop=stop,
             before_sleep=self._before_sleep,
@@ -537,6 +614,9 @@ class Publisher:
                     except AWAY:
                         unanswered = self._copies = True
                         raise
+                    except Ended:
+                        await self._learn()
+                        raise
                     except SettingsError as error:
                         # It was fit for use when the bus was opened: somebody will see to it, and the outbox can wait.
                         if self._overflow is None and not unanswered:
@@ -545,13 +625,21 @@ class Publisher:
         except AWAY as error:
             raise self._unreachable(error) from error
         except (BacklogFull, LogFull, Unready) as error:
-            if not unanswered:
+            if not unanswered or isinstance(error, Ended):
                 raise
             # A first copy of the call may be on its way yet, and arrive when there is room again.
             raise LogUnavailable(
                 f"the write was not answered, and may or may not be in the log; when it was repeated: {error}"
             ) from error
         raise AssertionError("unreachable")
+
+    async def _learn(self) -> None:
+        """Find out how the log is laid out: as it is known here, it is not."""
+        shape = self._link.keys.shape
+        with suppress(*AWAY, RedisError, SettingsError):
+            await self._link.renew_epoch()
+        if shape == self._link.keys.shape:  # or Redis was flushed, and has made the partition anew
+            await asyncio.sleep(random.uniform(*_CLOSED_PAUSE))
 
     def _unreachable(self, reason: object) -> LogUnavailable:
         return LogUnavailable(
@@ -568,20 +656,139 @@ class Publisher:
         log("log partition %d: %s; trying again", self._partition, error)
 
 
+class Publishers:
+    """The publishers of all log partitions that this bus has written to.
+
+    Once the log is laid out anew, all of them come to rest, and what comes meanwhile waits. Then what waited with them
+    goes to the new partitions, and after that what came meanwhile: of what is written to one room, nothing overtakes.
+    """
+
+    def __init__(
+        self, link: Link, producer: str, on_logged: OnLogged, overflow: Overflow | None = None
+    ) -> None:
+        self._link = link
+        self._producer = producer
+        self._on_logged = on_logged
+        self._overflow = overflow
+        self._by_partition: dict[int, Publisher] = {}
+        self.events = self.calls = self.retries = 0
+        """Figures of publishers that are gone, as their partitions are."""
+        self._line: list[_Pending] | None = None
+        """What waits until all have come to rest; None while none has to."""
+        link.on_layout.append(self._on_layout)
+
+    def __iter__(self) -> Iterator[Publisher]:
+        return iter(list(self._by_partition.values()))
+
+    def publish(self, events: Sequence[Event]) -> list[tuple[list[int], list[asyncio.Future[list[Write]]]]]:
+        """Queue events. For each log partition, which of them go there, by their places, and the futures that give
+        their Writes in this order; see `Publisher.publish`."""
+        partition_of = self._link.keys.log_partition
+        by_partition: dict[int, list[int]] = {}
+        for index, event in enumerate(events):
+            by_partition.setdefault(partition_of(event.dimensions.room), []).append(index)
+        queued = []
+        for partition, indexes in by_partition.items():
+            those = [events[index] for index in indexes]
+            if self._line is None:
+                queued.append((indexes, self._of(partition).publish(those)))
+                continue
+            deadline = asyncio.get_running_loop().time() + self._link.settings.write_timeout
+            waiting = parcels(those, deadline)
+            self._line += waiting
+            queued.append((indexes, [pending.done for pending in waiting]))
+        return queued
+
+    def _of(self, partition: int) -> Publisher:
+        publisher = self._by_partition.get(partition)
+        if publisher is None:
+            publisher = self._by_partition[partition] = Publisher(
+                self._link, partition, self._producer, self._on_logged, self._overflow, self._on_rest
+            )
+        return publisher
+
+    async def close(self) -> None:
+        """Wait until what is queued is in the log, or has failed."""
+        while self._line is not None or not all(publisher._is_idle for publisher in self):
+            for publisher in self:
+                await publisher.close()
+            await asyncio.sleep(0)
+
+    def _on_layout(self) -> None:
+        if self._line is None:
+            self._line = []
+        for publisher in self:
+            publisher.rest()
+        self._on_rest()
+
+    def _on_rest(self) -> None:
+        """One of them has come to rest."""
+        if self._line is None or not all(publisher._is_idle for publisher in self):
+            return
+        line = [pending for publisher in self for pending in publisher.take_queue()] + self._line
+        self._line = None
+        for partition, publisher in list(self._by_partition.items()):
+            publisher.resting = False
+            if partition < self._link.keys.shape.oldest:
+                del self._by_partition[partition]
+                self.events += publisher.events
+                self.calls += publisher.calls
+                self.retries += publisher.retries
+        for pending in line:
+            self._again(pending)
+
+    def _again(self, pending: _Pending) -> None:
+        """Queue what was queued for another layout."""
+        partition_of = self._link.keys.log_partition
+        by_partition: dict[int, list[int]] = {}
+        for index, event in enumerate(pending.events):
+            by_partition.setdefault(partition_of(event.dimensions.room), []).append(index)
+        if len(by_partition) == 1:
+            self._of(next(iter(by_partition))).enqueue([pending])
+            return
+        writes: list[Write | None] = [None] * len(pending.events)
+        left = len(by_partition)
+
+        def answered(indexes: list[int], done: asyncio.Future[list[Write]]) -> None:
+            nonlocal left
+            left -= 1
+            if pending.done.done():
+                return
+            error = done.exception()
+            if error is not None:
+                pending.done.set_exception(error)
+                pending.done.exception()  # a writer that was cancelled won't fetch it
+                return
+            for index, write in zip(indexes, done.result(), strict=True):
+                writes[index] = write
+            if not left:
+                pending.done.set_result([write for write in writes if write is not None])
+
+        for partition, indexes in by_partition.items():
+            part = _Pending(
+                [pending.events[index] for index in indexes],
+                [pending.fields[index] for index in indexes],
+                sum(len(field) for index in indexes for field in pending.fields[index]),
+                pending.deadline,
+                asyncio.get_running_loop().create_future(),
+            )
+            part.done.add_done_callback(partial(answered, indexes))
+            self._of(partition).enqueue([part])
+
+
 def _error(state: RetryCallState) -> BaseException | None:
     return state.outcome.exception() if state.outcome else None
 
 
 class Syncer:
-    """Waits until what was logged in one partition is on disk or on a replica, many waiters at once.
+    """Waits until what was logged is on disk or on a replica, many waiters at once.
 
     WAITAOF and WAIT speak of what the same connection wrote before: a small write goes ahead of them, which
     is after everything that was logged when the wait began.
     """
 
-    def __init__(self, link: Link, partition: int) -> None:
+    def __init__(self, link: Link) -> None:
         self._link = link
-        self._meter = link.keys.meter(partition)
         self._waiting: list[asyncio.Future[None]] = []
         self._task: asyncio.Task[None] | None = None
 
@@ -642,8 +849,9 @@ class Syncer:
         local = server.aof and server.speaks >= (7, 2)
         wait = ("WAITAOF", 1, 0, patience) if local else ("WAIT", 1, patience)
         while loop.time() < deadline:
+            meter = self._link.keys.meter(self._link.keys.shape.first)
             try:
-                replies = await self._link.pipeline([("HINCRBY", self._meter, "syncs", 1), wait])
+                replies = await self._link.pipeline([("HINCRBY", meter, "syncs", 1), wait])
             except (SettingsError, *AWAY) as error:
                 raise DurabilityUnavailable(
                     f"the write is in the log, but Redis went away before it was synced: {error}"

@@ -1,14 +1,28 @@
 -- Agree on how the bus is laid out: the first to connect writes it, everyone after reads it.
 --
--- KEYS[1]  layout: a hash, log_partitions and feed_partitions
--- ARGV[1]  log partitions that the caller is configured for
--- ARGV[2]  feed partitions that the caller is configured for
--- Returns  {log partitions, feed partitions} as they stand
+-- KEYS[1]  layout: a hash. log_partitions and feed_partitions; 0 log partitions once the log was laid out anew: an older
+--          mnemobus, which knows these two only, must not take part. first and count: the numbers of the log partitions that
+--          are written to. oldest: the lowest number of those that are kept. closing: see close.lua
+-- KEYS[2..] meters of the log partitions that the caller takes for those that are written to; open, where one is
+-- ARGV[1]  feed partitions that the caller is configured for
+-- ARGV[2]  the number of the first of these log partitions
+-- Returns  {feed partitions, first, count, oldest} as they stand. Where first and count are not the caller's, it asks once
+--          more, with those as KEYS.
 
-local there = redis.call('HMGET', KEYS[1], 'log_partitions', 'feed_partitions')
-if there[1] and there[2] then
-  return there -- without trying to write, which a full Redis refuses
+local there = redis.call('HMGET', KEYS[1], 'log_partitions', 'feed_partitions', 'first', 'count', 'oldest')
+local first, count, oldest = there[3] or '0', there[4] or there[1], there[5] or '0'
+if not there[1] or not there[2] then
+  redis.call('HSETNX', KEYS[1], 'log_partitions', #KEYS - 1)
+  redis.call('HSETNX', KEYS[1], 'feed_partitions', ARGV[1])
+  there = redis.call('HMGET', KEYS[1], 'log_partitions', 'feed_partitions')
+  first, count, oldest = '0', there[1], '0'
 end
-redis.call('HSETNX', KEYS[1], 'log_partitions', ARGV[1])
-redis.call('HSETNX', KEYS[1], 'feed_partitions', ARGV[2])
-return redis.call('HMGET', KEYS[1], 'log_partitions', 'feed_partitions')
+if tonumber(first) == tonumber(ARGV[2]) and tonumber(count) == #KEYS - 1 then
+  for i = 2, #KEYS do
+    if not redis.call('HGET', KEYS[i], 'open') then -- else without trying to write, which a full Redis refuses
+      redis.call('HDEL', KEYS[i], 'open')
+      redis.call('HSET', KEYS[i], 'open', '1')
+    end
+  end
+end
+return {there[2], first, count, oldest}

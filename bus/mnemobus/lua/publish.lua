@@ -4,7 +4,8 @@
 -- KEYS[2]  producers: a hash, producer id -> JSON {seq, d, t, runs}: its last call, and what it was answered: for each
 --          run of IDs with one number after the other, the first of them and how many; {seq, d, t, ids} of an older
 --          mnemobus
--- KEYS[3]  meter: a hash, added and applied; their difference is the backlog
+-- KEYS[3]  meter: a hash, added and applied; their difference is the backlog. open: there while the partition is one that
+--          is written to; closed: see close.lua
 -- KEYS[4]  heads: a hash, slot -> version of its last event, and n: how many events were announced. Followed by a colon
 --          and the slot it names the slot's channel.
 -- ARGV[1]  producer id
@@ -19,6 +20,9 @@
 --          event after those of another (of all, only of the one that followed). A repetition is answered with the IDs of
 --          the first time, and nothing else.
 -- Errors   BACKLOG n      the backlog stands at n; nothing was written
+--          CLOSED n       for n ms at most the partition takes no new calls; nothing was written
+--          ENDED          it takes none any more, or never did: the log is laid out differently; nothing was written, and
+--                         no copy of this call will be
 --          SUPERSEDED n   the producer has gone on to call n; nothing was written
 --          TAKEN n        call n of this producer was another one: two go by the same id; nothing was written
 
@@ -47,7 +51,18 @@ if record then
   end
 end
 
-local meter = redis.call('HMGET', KEYS[3], 'added', 'applied')
+local meter = redis.call('HMGET', KEYS[3], 'added', 'applied', 'open', 'closed')
+if not meter[3] then
+  return redis.error_reply('ENDED')
+end
+if meter[4] then
+  local time = redis.call('TIME')
+  local now = tonumber(time[1]) * 1000 + math.floor(tonumber(time[2]) / 1000)
+  local since, till = string.match(meter[4], ' (%d+) (%d+)$')
+  if tonumber(since) <= now and now < tonumber(till) then -- else that has lapsed, or the clock was set back since
+    return redis.error_reply('CLOSED ' .. string.format('%d', tonumber(till) - now))
+  end
+end
 local backlog = (tonumber(meter[1]) or 0) - (tonumber(meter[2]) or 0)
 if backlog >= tonumber(ARGV[3]) then
   return redis.error_reply('BACKLOG ' .. string.format('%d', backlog))

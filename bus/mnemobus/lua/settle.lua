@@ -6,6 +6,7 @@
 -- KEYS[1]  log: the stream of events
 -- KEYS[2]  meter: a hash, added and applied
 -- ARGV[1]  the consumer group
+-- ARGV[2]  by how much the backlog of a partition that has ended looks larger: see relayout.lua
 -- Returns  by how many the backlog was off; 0 also where something is left
 
 if redis.call('EXISTS', KEYS[1]) == 1 then
@@ -28,7 +29,9 @@ if redis.call('EXISTS', KEYS[1]) == 1 then
 end
 local meter = redis.call('HMGET', KEYS[2], 'added', 'applied')
 local off = (tonumber(meter[1]) or 0) - (tonumber(meter[2]) or 0)
-if off ~= 0 then
-  redis.call('HSET', KEYS[2], 'applied', meter[1] or '0')
+local ended = (tonumber(meter[2]) or 0) < 0 and tonumber(ARGV[2]) or 0
+if off ~= ended then
+  redis.call('HSET', KEYS[2], 'applied', string.format('%d', (tonumber(meter[1]) or 0) - ended))
 end
+off = off - ended
 return off

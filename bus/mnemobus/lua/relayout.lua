@@ -1,0 +1,87 @@
+-- Lay the log out anew, in one step, once all that is in it is applied.
+--
+-- KEYS[1]  layout: a hash, as in layout.lua and close.lua
+-- KEYS[2..] of each log partition that is written to: log, meter; then of each new one, which has a number that no partition
+--          has had: log, meter
+-- ARGV[1]  token of the caller, which has closed the log
+-- ARGV[2]  the consumer group that applies events
+-- ARGV[3]  first, as the caller knows it
+-- ARGV[4]  count, likewise
+-- ARGV[5]  how many partitions there are to be
+-- ARGV[6]  by how much the backlog of those that end is to look larger: an older mnemobus writes nothing there any more
+-- Returns  0 if it is done; else the number of partitions that have something left to apply: nothing has changed
+-- Errors   LAYOUT     the log is laid out differently, or somebody else has closed it, or new partitions have
+--            events already; nothing has changed
+--
+-- A partition that has ended keeps all that it has: the log for replays, the producers' last calls, which may be repeated
+-- yet, the dead letters. New ones begin above the last event of any before them, whatever the clock says (G2).
+
+local function before(a, b)
+  local a_ms, a_seq = string.match(a, '^(%d+)-(%d+)$')
+  local b_ms, b_seq = string.match(b, '^(%d+)-(%d+)$')
+  if a_ms == b_ms then
+    a_ms, b_ms = a_seq, b_seq
+  end
+  if #a_ms ~= #b_ms then
+    return #a_ms < #b_ms
+  end
+  return a_ms < b_ms
+end
+
+local function fields_of(list)
+  local fields = {}
+  for i = 1, #list, 2 do
+    fields[list[i]] = list[i + 1]
+  end
+  return fields
+end
+
+local there = redis.call('HMGET', KEYS[1], 'first', 'count', 'log_partitions', 'closing')
+local token = there[4] and string.match(there[4], '^(%S+) ')
+if (there[1] or '0') ~= ARGV[3] or (there[2] or there[3]) ~= ARGV[4] or token ~= ARGV[1] then
+  return redis.error_reply('LAYOUT')
+end
+
+local count = tonumber(ARGV[4])
+local left, last = 0, '0-0'
+for i = 2, 2 * count, 2 do
+  if redis.call('EXISTS', KEYS[i]) == 1 then
+    local stream = fields_of(redis.call('XINFO', 'STREAM', KEYS[i]))
+    local applied
+    for _, group in ipairs(redis.call('XINFO', 'GROUPS', KEYS[i])) do
+      group = fields_of(group)
+      if group['name'] == ARGV[2] and group['pending'] == 0 then
+        applied = group['last-delivered-id']
+      end
+    end
+    if not applied or #redis.call('XRANGE', KEYS[i], '(' .. applied, '+', 'COUNT', 1) > 0 then
+      left = left + 1
+    elseif before(last, stream['last-generated-id']) then
+      last = stream['last-generated-id']
+    end
+  end
+end
+if left > 0 then
+  return left
+end
+for i = 2 * count + 2, #KEYS, 2 do
+  if redis.call('XLEN', KEYS[i]) > 0 then
+    return redis.error_reply('LAYOUT')
+  end
+end
+
+redis.call('HDEL', KEYS[1], 'closing') -- a full Redis takes what follows only after another write of the same script
+for i = 3, 2 * count + 1, 2 do
+  redis.call('HDEL', KEYS[i], 'open', 'closed')
+  redis.call('HINCRBY', KEYS[i], 'applied', '-' .. ARGV[6])
+end
+for i = 2 * count + 2, #KEYS, 2 do
+  redis.pcall('XGROUP', 'CREATE', KEYS[i], ARGV[2], '0', 'MKSTREAM') -- a worker may have made it
+  redis.call('XSETID', KEYS[i], last)
+end
+for i = 2 * count + 3, #KEYS, 2 do
+  redis.call('HSET', KEYS[i], 'open', '1')
+end
+redis.call('HSET', KEYS[1], 'log_partitions', '0',
+  'first', string.format('%d', tonumber(ARGV[3]) + count), 'count', ARGV[5])
+return 0

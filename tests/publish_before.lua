@@ -1,0 +1,109 @@
+-- Append a producer's events to the log, once, however often the call is repeated, and announce them.
+--
+-- KEYS[1]  log: the stream of events
+-- KEYS[2]  producers: a hash, producer id -> JSON {seq, d, t, runs}: its last call, and what it was answered: for each
+--          run of IDs with one number after the other, the first of them and how many; {seq, d, t, ids} of an older
+--          mnemobus
+-- KEYS[3]  meter: a hash, added and applied; their difference is the backlog
+-- KEYS[4]  heads: a hash, slot -> version of its last event, and n: how many events were announced. Followed by a colon
+--          and the slot it names the slot's channel.
+-- ARGV[1]  producer id
+-- ARGV[2]  sequence number of the call: one more than the producer's last
+-- ARGV[3]  backlog at which the log takes no more
+-- ARGV[4]  digest of the call's events: a repetition has the same
+-- ARGV[5]  epoch, as far as the producer knows
+-- ARGV[6..] for each event: how many slots follow (-1: all that have a head, besides the one that follows), the slots; the
+--          sizes of its fields, with commas between (empty: announced without them); how many arguments follow, then its
+--          field names and values, alternating
+-- Returns  {IDs, previous}: the ID of each event, in order, and the event before it in each of its slots, slots of one
+--          event after those of another (of -1 only the first). A repetition is answered with the IDs of the first time,
+--          and nothing else.
+-- Errors   BACKLOG n      the backlog stands at n; nothing was written
+--          SUPERSEDED n   the producer has gone on to call n; nothing was written
+--          TAKEN n        call n of this producer was another one: two go by the same id; nothing was written
+
+local seq = tonumber(ARGV[2])
+local record = redis.call('HGET', KEYS[2], ARGV[1])
+if record then
+  local last = cjson.decode(record)
+  if last.seq == seq then
+    if last.d and last.d ~= ARGV[4] then -- none where an older mnemobus made the call
+      return redis.error_reply('TAKEN ' .. ARGV[2])
+    end
+    if last.ids then
+      return {last.ids}
+    end
+    local ids = {}
+    for _, run in ipairs(last.runs) do
+      local ms, number = string.match(run[1], '^(%d+)-(%d+)$')
+      ids[#ids + 1] = run[1]
+      for n = 1, run[2] - 1 do
+        ids[#ids + 1] = ms .. '-' .. string.format('%d', tonumber(number) + n)
+      end
+    end
+    return {ids}
+  elseif last.seq > seq then
+    return redis.error_reply('SUPERSEDED ' .. string.format('%d', last.seq))
+  end
+end
+
+local meter = redis.call('HMGET', KEYS[3], 'added', 'applied')
+local backlog = (tonumber(meter[1]) or 0) - (tonumber(meter[2]) or 0)
+if backlog >= tonumber(ARGV[3]) then
+  return redis.error_reply('BACKLOG ' .. string.format('%d', backlog))
+end
+
+local ids, before = {}, {}
+local at = 6
+while at <= #ARGV do
+  local count = tonumber(ARGV[at])
+  local told = math.max(count, 1) -- slots whose previous event the producer hears of
+  local slots = {unpack(ARGV, at + 1, at + told)}
+  at = at + told + 1
+  if count < 0 then
+    local own = slots[1]
+    for _, slot in ipairs(redis.call('HKEYS', KEYS[4])) do
+      if slot ~= own and slot ~= 'n' then
+        slots[#slots + 1] = slot
+      end
+    end
+  end
+  local first, last = at + 2, at + 1 + tonumber(ARGV[at + 1])
+  local id = redis.call('XADD', KEYS[1], '*', unpack(ARGV, first, last))
+  local heads = redis.call('HMGET', KEYS[4], unpack(slots))
+  local after = ' ' .. ARGV[5] .. ' ' .. ARGV[at] .. '\n'
+  if ARGV[at] ~= '' then
+    after = after .. table.concat(ARGV, '', first, last)
+  end
+  local moved = {}
+  for i, slot in ipairs(slots) do
+    local previous = heads[i] or '0-0'
+    redis.call('PUBLISH', KEYS[4] .. ':' .. slot, id .. ' ' .. previous .. after)
+    moved[2 * i - 1], moved[2 * i] = slot, id
+    if i <= told then
+      before[#before + 1] = previous
+    end
+  end
+  redis.call('HSET', KEYS[4], unpack(moved))
+  ids[#ids + 1] = id
+  at = last + 1
+end
+redis.call('HINCRBY', KEYS[4], 'n', #ids)
+redis.call('HINCRBY', KEYS[3], 'added', #ids)
+local time = redis.call('TIME')
+local now = tonumber(time[1]) * 1000 + math.floor(tonumber(time[2]) / 1000)
+local runs, run, ms, number = {}, nil, nil, nil
+for _, id in ipairs(ids) do
+  -- A number too large to be counted in Lua is followed by none: its ID makes a run of its own.
+  if run and id == ms .. string.format('%d', number + run[2]) then
+    run[2] = run[2] + 1
+  else
+    ms, number = string.match(id, '^(%d+%-)(%d+)$')
+    run = {id, 1}
+    runs[#runs + 1] = run
+  end
+end
+redis.call('HSET', KEYS[2], ARGV[1],
+  '{"seq":' .. ARGV[2] .. ',"d":"' .. ARGV[4] .. '","t":' .. string.format('%d', now)
+    .. ',"runs":' .. cjson.encode(runs) .. '}')
+return {ids, before}
