@@ -5,7 +5,7 @@ fans it out and confirms it, in four steps; it may be killed before any of them,
 claims its batch while it still lives. Upkeep trims the log at any time. Redis's clock may be set back: it then hides
 how long an entry was idle, until its worker renews it, or another has seen that nobody does.
 
-Modelled after broker.py, unmoved.py, apply.py, lua/ack.lua and lua/trim.lua (with a retention of nothing).
+Modelled after broker.py, unmoved.py, apply.py, lua/fanout.lua and lua/trim.lua (with a retention of nothing).
 """
 
 from __future__ import annotations
