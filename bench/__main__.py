@@ -30,7 +30,7 @@ from .tasks import tasks
 from .world import World, postgres_server, redis_server
 
 RESULTS = Path(__file__).with_name("results")
-PATIENCE = 240.0
+PATIENCE = 400.0
 """Seconds that a task may take, before it is given up."""
 PACKAGES = (
     "redis",

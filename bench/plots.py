@@ -284,6 +284,8 @@ def _dots(found: Sequence[Result], label: str) -> Figure | None:
             if name not in result.samples:
                 continue
             spread = result.spread(name)
+            if spread.low <= 0:
+                continue  # it has no place on such an axis; the table has it
             at = y + 0.24 * ((number + 0.5) / len(names) - 0.5)
             colour = COLOURS[number % len(COLOURS)]
             axes.plot([spread.low, spread.high], [at, at], color=colour, linewidth=1.4, alpha=0.5)

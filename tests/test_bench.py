@@ -240,7 +240,8 @@ async def test_agents_tell_when_a_write_is_in_the_window_of_each(
         party.on_told = told.append
         await party.ask("open", 2)
         await party.ask("watch", 0, 2, "messages", "r0")
-        # If somebody writes into it, and into another room
+        await party.ask("follow", 0, 2, "messages", ["r1"])
+        # If somebody writes into it, and into another room that they hold
         await bus.write(memory(1))
         receipt = await bus.write(memory(3))
         # Then it is told once, when each of them had it, and both read it

@@ -24,7 +24,7 @@ AGENTS = (1, 4, 16, 64)
 """In each process."""
 THINK = 0.1
 """Seconds between an agent's turns, on average."""
-WARM = 0.4
+WARM = 0.3
 SOME = ("mnemobus", "psycopg", "plain-redis")
 """Who takes part in a quick run."""
 
@@ -115,7 +115,7 @@ async def _of(world: World, teams: dict[str, Team], agents: int) -> list[Result]
     middle = Result("turn", f"a turn, {who}, p50", "ms")
     tail = Result("turn", f"a turn, {who}, p99", "ms")
     own = Result("turn", f"the context after an own message, {who}, p50", "us")
-    seconds = world.some(3, 1) if agents == 1 else world.some(2, 1) / 2  # few agents take few turns
+    seconds = world.some(5, 2) / 2 if agents == 1 else world.some(2, 1) / 2  # few agents take few turns
     records = await taken(teams, agents, seconds, THINK, world.rounds(3, 1))
     fill(middle, records, lambda record: percentile(record.turns, 0.5) / 1e3)
     fill(tail, records, lambda record: percentile(record.turns, 0.99) / 1e3)
