@@ -939,6 +939,7 @@ class Bus:
         deadline = asyncio.get_running_loop().time() + timeout
         try:
             async with asyncio.timeout_at(deadline):
+                await self._check_token(wanted)
                 await self._observe(wanted, deadline)
         except TimeoutError:
             raise NotCommitted(
@@ -953,9 +954,16 @@ class Bus:
             wanted = {int(partition): Version.parse(version) for partition, version in state.items()}
         except (ValueError, TypeError, AttributeError, binascii.Error):
             raise InvalidQuery(f"{token!r} is not a token of this bus") from None
-        if self._link.laid_out and any(p not in range(self._link.keys.shape.all.stop) for p in wanted):
-            raise InvalidQuery("the token is of a bus with other log partitions")
         return wanted
+
+    async def _check_token(self, wanted: Iterable[int]) -> None:
+        """InvalidQuery for log partitions that there never were."""
+        if not self._link.laid_out or all(p in range(self._link.keys.shape.all.stop) for p in wanted):
+            return
+        with suppress(*AWAY, RedisError, SettingsError):
+            await self._link.renew_epoch()  # who made it may know a newer layout
+            if not all(p in range(self._link.keys.shape.all.stop) for p in wanted):
+                raise InvalidQuery("the token is of a bus with other log partitions")
 
     async def _observe(self, wanted: dict[int, Version], deadline: float) -> None:
         """Return once all of it is applied and fanned out, and that is known here; TimeoutError after the deadline."""

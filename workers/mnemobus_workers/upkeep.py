@@ -50,7 +50,7 @@ PRODUCERS = 20_000
 REASONS = 10_000
 """Requeued and dropped dead letters of a log partition of which is known what became of them; for `PRODUCER_IDLE`."""
 _REASONS_EVERY = 3600.0
-_LAYOUT_EVERY = 0.5
+_LAYOUT_EVERY = 0.25
 """Seconds between two looks whether the log was laid out anew: what is written to new partitions waits for it."""
 _TRIM_ROUNDS = 20
 _SCAN = 500

@@ -21,7 +21,7 @@ from rich.text import Text
 from ..connection.server_errors import AWAY, DENIED, code_of, is_away, meaning
 from ..errors import BadEvent
 from ..feed.subscription import Invalidation, decode_entry
-from ..keys import SLOTS, Keyspace, Version
+from ..keys import SLOTS, ZERO, Keyspace, Version
 from ..live.channel import decode_announced
 from ..log.events import DELETE_ROOM, Event, decode
 from ..settings import Settings, hide_password
@@ -112,7 +112,17 @@ class Tail:
                 self._last[stream] = str(version)
                 number = self._log.get(stream, self._feed.get(stream, 0))
                 items.append((version, self._decode(stream, id, fields), number))
+        if not items and self._events:
+            await self._look(client)
         return sorted(items, key=lambda item: item[0])
+
+    async def _look(self, client: redis.asyncio.Redis) -> None:
+        """The log may have been laid out anew: read new partitions from their beginning."""
+        keys = await keyspace(client, self._settings)
+        for partition in keys.shape.current:
+            if keys.log(partition) not in self._log:
+                self._log[keys.log(partition)] = partition
+                self._last[keys.log(partition)] = str(ZERO)
 
     def _decode(self, stream: str, id: bytes, fields: list[bytes]) -> Item:
         try:
@@ -157,7 +167,18 @@ class LiveTail:
             before = found.get((partition, told.version))
             slots = (*(before.slots if before else ()), slot)
             found[partition, told.version] = Announcement(told.event, slots)
+        if not found:
+            await self._look(client)
         return bad + [(version, item, partition) for (partition, version), item in sorted(found.items())]
+
+    async def _look(self, client: redis.asyncio.Redis) -> None:
+        """The log may have been laid out anew: listen to the channels of new partitions."""
+        assert self._pubsub is not None
+        places = _places(await keyspace(client, self._settings))
+        new = places.keys() - self._places.keys()
+        if new:
+            self._places |= places
+            await self._pubsub.subscribe(*new)
 
 
 def _places(keys: Keyspace) -> dict[str, tuple[int, int]]:

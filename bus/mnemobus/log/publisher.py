@@ -36,7 +36,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from hashlib import blake2b
-from itertools import islice, repeat
+from itertools import repeat
 from typing import Any, NamedTuple, Protocol
 
 from redis.exceptions import RedisError, ResponseError
@@ -387,12 +387,11 @@ class Publisher:
 
     def enqueue(self, waiting: Iterable[_Pending]) -> list[asyncio.Future[list[Write]]]:
         """The same, of events that are made up into parcels."""
-        before = len(self._queue)
+        waiting = list(waiting)
         self._queue.extend(waiting)
-        futures = [pending.done for pending in islice(self._queue, before, None)]
         if self._is_idle and self._queue and not self.resting:
             self._begin()
-        return futures
+        return [pending.done for pending in waiting]
 
     def rest(self) -> bool:
         """Make no more calls until `enqueue` is called after `resting` was unset; whether none is under way."""
