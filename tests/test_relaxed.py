@@ -82,7 +82,7 @@ async def reached(postgres: Crashing) -> int:
     return int(moment or 0)
 
 
-async def test_g1_what_a_crash_of_postgresql_lost_is_applied_again_though_newer_commits_hide_it(
+async def test_g1_what_a_crash_lost_is_applied_again_though_newer_commits_hide_it(
     settings: Settings, postgres: Crashing, pool_of: PoolOf, caplog: Any
 ) -> None:
     log = Log(settings)
@@ -116,7 +116,7 @@ async def is_all(settings: Settings, texts: list[str]) -> bool:
     return await stored(settings) == sorted(texts)
 
 
-async def test_g1_nothing_acknowledged_is_lost_as_postgresql_crashes_while_writes_go_on(
+async def test_g1_nothing_acknowledged_is_lost_as_the_server_crashes_while_writes_go_on(
     settings: Settings, postgres: Crashing, pool_of: PoolOf
 ) -> None:
     written: list[str] = []
