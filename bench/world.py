@@ -80,9 +80,9 @@ class World:
         return self.postgres_url.rpartition("/")[0] + "/" + name
 
     @contextlib.contextmanager
-    def workers(self, settings: Settings, processes: int = 1, threads: int = 4) -> Iterator[Workers]:
+    def workers(self, settings: Settings, processes: int = 1, threads: int = 0) -> Iterator[Workers]:
         """The worker pool as it is run for real."""
-        pool = Workers(settings, self.folder, processes, threads)
+        pool = Workers(settings, self.folder, processes, threads or settings.worker_threads)
         try:
             yield pool
         finally:

@@ -22,6 +22,7 @@ from typing import Any
 import dramatiq
 import pytest
 from dramatiq.errors import QueueNotFound
+from redis.exceptions import ResponseError
 
 from chaos.clocks import WallClock
 from mnemobus import Settings
@@ -39,7 +40,7 @@ from mnemobus_workers.broker import (
     StreamBroker,
     StreamConsumer,
 )
-from mnemobus_workers.fanout import FanOut
+from mnemobus_workers.fanout import FanOut, Part
 from mnemobus_workers.pool import make_broker
 from mnemobus_workers.upkeep import Upkeep
 from servers import RedisServer, wait_until
@@ -48,12 +49,13 @@ CLAIM_IDLE = 0.3
 BROKER = importlib.import_module(
     "mnemobus_workers.broker"
 )  # the package's attribute of that name is the broker
+FANOUT = importlib.import_module("mnemobus_workers.fanout")
 UPKEEP = importlib.import_module("mnemobus_workers.upkeep")
 
 
 @dataclass
 class Worker:
-    """One worker process's view of the only partition of the log."""
+    """One worker process's view of the log, and of its first partition where nothing else is said."""
 
     broker: StreamBroker
     consumer: StreamConsumer
@@ -77,10 +79,11 @@ class Worker:
                 return False
         return True
 
-    def confirm(self, proxy: BatchProxy) -> None:
-        """As a worker does once a batch is committed; nobody is told."""
+    def confirm(self, proxy: BatchProxy) -> list[bytes]:
+        """As a worker does once a batch is committed; nobody is told. IDs of its events."""
         self.everyone.confirm(self.link.epoch, [], proxy.batch.ids())
         self.consumer.ack(proxy)
+        return ids_of(proxy.batch)
 
     def tidy(self) -> None:
         Upkeep(self.broker, None).tidy()  # type: ignore[arg-type]
@@ -92,25 +95,28 @@ class Worker:
     def log(self) -> str:
         return self.link.keys.log(0)
 
-    def publish(self, *texts: str) -> list[bytes]:
+    def publish(self, *texts: str, partition: int = 0) -> list[bytes]:
         """Events in the log, as a bus puts them there; their IDs."""
         events = [event(text).fields() for text in texts]
-        ids, _ = self.link.run("publish", *publish_call(self.link, 0, secrets.token_hex(8), 1, events))
+        ids, _ = self.link.run(
+            "publish", *publish_call(self.link, partition, secrets.token_hex(8), 1, events)
+        )
         return list(ids)
 
-    def pending(self) -> dict[bytes, tuple[str, int, int]]:
+    def pending(self, partition: int = 0) -> dict[bytes, tuple[str, int, int]]:
         """Of each pending entry: whose it is, for how many ms it has been idle, how often it was delivered."""
-        reply = self.call("XPENDING", self.log, APPLY_GROUP, "-", "+", 1000)
+        reply = self.call("XPENDING", self.link.keys.log(partition), APPLY_GROUP, "-", "+", 1000)
         return {id: (consumer.decode(), idle, deliveries) for id, consumer, idle, deliveries in reply}
 
-    def forsake(self, *ids: bytes, deliveries: int = 1) -> None:
+    def forsake(self, *ids: bytes, deliveries: int = 1, partition: int = 0) -> None:
         """As if nobody had renewed these entries for long, after so many deliveries."""
         for id in ids:
-            claim = ("XCLAIM", self.log, APPLY_GROUP, self.pending()[id][0], 0, id)
+            log, owner = self.link.keys.log(partition), self.pending(partition)[id][0]
+            claim = ("XCLAIM", log, APPLY_GROUP, owner, 0, id)
             self.call(*claim, "IDLE", 86_400_000, "RETRYCOUNT", deliveries, "JUSTID")
 
-    def backlog(self) -> int:
-        added, applied = self.call("HMGET", self.link.keys.meter(0), "added", "applied")
+    def backlog(self, partition: int = 0) -> int:
+        added, applied = self.call("HMGET", self.link.keys.meter(partition), "added", "applied")
         return int(added or 0) - int(applied or 0)
 
     def ids(self) -> list[bytes]:
@@ -327,6 +333,157 @@ def test_g1_a_batch_that_is_renewed_is_nobody_elses(settings: Settings, worker: 
     assert {(owner, n) for owner, _, n in slow.pending().values()} == {(slow.broker.consumer_name, 1)}
     slow.confirm(proxy)
     assert slow.backlog() == 0
+
+
+# Several log partitions
+
+
+@pytest.fixture
+def three(each_server: Settings) -> Settings:
+    return each_server.model_copy(update={"log_partitions": 3})
+
+
+def test_what_has_gathered_in_all_log_partitions_comes_as_one_batch(
+    three: Settings, worker: StartWorker
+) -> None:
+    me = worker(three)
+    # Given events in two of three partitions
+    first, second = me.publish("0", "1"), me.publish("2", partition=2)
+    # Then they are one batch, and one call confirms it
+    proxy = me.take()
+    assert proxy.batch.ids() == {0: first, 2: second}
+    assert sorted(texts(proxy.batch)) == ["0", "1", "2"]
+    assert {me.backlog(p) for p in range(3)} == {0, 1, 2}
+    me.confirm(proxy)
+    assert [me.backlog(p) for p in range(3)] == [0, 0, 0]
+    assert [me.pending(p) for p in range(3)] == [{}, {}, {}]
+
+
+def test_mnemobus_batch_size_is_for_all_log_partitions_together(three: Settings, worker: StartWorker) -> None:
+    me = worker(three, batch_size=9)
+    # Given two partitions that are busy, and one that is quiet
+    for partition in (0, 1):
+        me.publish(*map(str, range(15)), partition=partition)
+    sizes = []
+    while sum(map(sum, sizes)) < 30:
+        proxy = me.take()
+        sizes.append([len(ids) for ids in proxy.batch.ids().values()])
+        me.confirm(proxy)
+    # Then what the quiet one leaves goes to the others
+    assert sizes == [[4, 4], [4, 4], [4, 4], [3, 3]]
+    # and one that is busy alone has all of it
+    me.publish(*map(str, range(15)), partition=2)
+    assert [len(me.confirm(me.take())) for _ in range(2)] == [9, 6]
+
+
+def test_g1_what_a_dead_worker_left_in_several_log_partitions_is_claimed_together(
+    three: Settings, worker: StartWorker
+) -> None:
+    dead, heir = worker(three), worker(three)
+    first, second = dead.publish("0"), dead.publish("1", "2", partition=1)
+    dead.take()
+    dead.forsake(*first)
+    dead.forsake(*second, partition=1)
+    proxy = heir.take()
+    assert proxy.batch.ids() == {0: first, 1: second}
+    # and what it hands back is anybody's
+    heir.consumer.requeue([proxy])
+    assert all(n == 1 for p in (0, 1) for _, _, n in heir.pending(p).values())
+    assert heir.take().batch.ids() == {0: first, 1: second}
+
+
+@pytest.mark.parametrize("trouble", ["wrong type", "gone"])
+def test_a_log_partition_that_cannot_be_read_does_not_stop_the_others(
+    three: Settings, worker: StartWorker, caplog: Any, trouble: str
+) -> None:
+    me = worker(three)
+    me.publish("0", partition=1)
+    me.confirm(me.take())
+    # Given a partition in whose place somebody put something else, or nothing, with a batch in a worker's hands
+    me.publish("1")
+    me.publish("2", partition=1)
+    held = me.take()
+    me.call("DEL", me.log)
+    if trouble == "wrong type":
+        me.call("SET", me.log, "x")
+    # Then the others go on: what is held is confirmed there, and what comes is delivered
+    me.confirm(held)
+    assert me.backlog(1) == 0
+    more = me.publish("3", partition=1)
+    proxy = me.take()
+    assert proxy.batch.ids() == {1: more}
+    me.confirm(proxy)
+    if trouble == "wrong type":
+        assert "log partition 0 can't be read, the others go on" in caplog.text
+        assert f"{me.log} holds something else than a log" in caplog.text
+        assert me.broker.state.report(0, 1, "").waits_for == "log partition 0"
+        me.call("DEL", me.log)
+    # and once that is mended, it is read again
+    again = me.publish("4")
+    assert me.take().batch.ids() == {0: again}
+    assert me.broker.state.report(0, 1, "").waits_for == ""
+
+
+def test_a_worker_of_the_version_before_shares_the_log(three: Settings, worker: StartWorker) -> None:
+    me = worker(three)
+    # Given a worker that reads each partition by itself, and confirms it by itself
+    me.consumer._make_group(0)
+    me.publish("0", "1")
+    other = ("XREADGROUP", "GROUP", APPLY_GROUP, "older", "COUNT", 1, "STREAMS", me.log, ">")
+    [[_, [[taken, _]]]] = me.call(*other).items() if three.redis_protocol == 3 else me.call(*other)
+    # Then each gets what the other has not
+    proxy = me.take()
+    assert taken not in ids_of(proxy.batch)
+    me.confirm(proxy)
+    assert list(me.pending()) == [taken]
+    me.call("XACK", me.log, APPLY_GROUP, taken)
+    me.call("HINCRBY", me.link.keys.meter(0), "applied", 1)
+    assert me.backlog() == 0
+
+
+def test_g4_a_batch_is_confirmed_in_the_epoch_whose_buckets_are_dropped_or_not_at_all(
+    each_server: Settings, worker: StartWorker
+) -> None:
+    me = worker(each_server)
+    me.publish("0")
+    proxy = me.take()
+    known = me.link.epoch
+    feed = me.link.keys.feed(0)
+    # When another epoch has begun that this process has not met
+    me.call("HSET", me.link.keys.epoch, "epoch", "another")
+    message = Part(
+        0, [Event(PUT, Dimensions("messages", "r1"), new_id(), b"{}", b"{}", version=Version(1, 1))]
+    )
+    assert not me.everyone.confirm(known, [message], proxy.batch.ids())
+    # Then nothing is said and nothing confirmed, and it knows better now
+    assert me.link.epoch == "another"
+    assert len(me.pending()) == 1
+    assert me.call("KEYS", feed.replace("f0", "f*")) == []
+    assert me.everyone.confirm("another", [message], proxy.batch.ids())
+    assert me.pending() == {}
+
+
+def test_g5_nothing_is_confirmed_that_not_everyone_was_told(
+    settings: Settings, worker: StartWorker, monkeypatch: Any
+) -> None:
+    # Given a batch that takes several calls, of which the first goes wrong
+    monkeypatch.setattr(FANOUT, "SCOPES_PER_CALL", 1)
+    me = worker(settings)
+    me.publish("0")
+    proxy = me.take()
+    scopes = [Dimensions("messages", f"r{n}") for n in range(8)]
+    part = Part(
+        0, [Event(PUT, each, new_id(), b"{}", b"{}", version=Version(1, n)) for n, each in enumerate(scopes)]
+    )
+    wrong = me.link.keys.feed(me.link.keys.feed_partition("room:messages:r0"))
+    me.call("SET", wrong, "no feed")
+    with pytest.raises(ResponseError, match="WRONGTYPE"):
+        me.everyone.confirm(me.link.epoch, [part], proxy.batch.ids())
+    # Then it is not confirmed before that is mended
+    assert len(me.pending()) == 1
+    me.call("DEL", wrong)
+    assert me.everyone.confirm(me.link.epoch, [part], proxy.batch.ids())
+    assert me.pending() == {}
 
 
 # Whose a batch is while Redis's clock is set

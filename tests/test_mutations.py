@@ -190,6 +190,37 @@ MUTATIONS = [
         "test_workers.py::test_g1_whatever_a_worker_was_at_when_it_was_killed_is_done_by_another",
     ),
     Mutation(
+        "nothing is confirmed in an epoch whose buckets were not dropped (G4)",
+        "bus/mnemobus/lua/fanout.lua",
+        "if current ~= '' and current ~= ARGV[1] then\n",
+        "if false then\n",
+        "test_broker.py::test_g4_a_batch_is_confirmed_in_the_epoch_whose_buckets_are_dropped_or_not_at_all",
+    ),
+    Mutation(
+        "nothing is confirmed that not everyone was told (G5)",
+        "workers/mnemobus_workers/fanout.py",
+        "            yield [self._call(epoch, group) for group in groups[:-1]]\n"
+        "        yield [self._call(epoch, groups[-1], done, witnesses)]\n",
+        "            pass\n"
+        "        yield [*(self._call(epoch, group) for group in groups[:-1]),"
+        " self._call(epoch, groups[-1], done, witnesses)]\n",
+        "test_broker.py::test_g5_nothing_is_confirmed_that_not_everyone_was_told",
+    ),
+    Mutation(
+        "the epoch of the server: what a crash lost of relaxed commits is noticed (G1)",
+        "workers/mnemobus_workers/standing.py",
+        "        if there.epoch and self._writer.epoch() != there.epoch:\n",
+        "        if False:\n",
+        "test_relaxed.py::test_g1_what_a_crash_lost_is_applied_again_though_newer_commits_hide_it",
+    ),
+    Mutation(
+        "the log keeps what the store may not have on its disk (G1)",
+        "workers/mnemobus_workers/upkeep.py",
+        "        if standing is not None and standing.reached is not None:\n",
+        "        if False:\n",
+        "test_relaxed.py::test_g1_nothing_acknowledged_is_lost_as_the_server_crashes_while_writes_go_on",
+    ),
+    Mutation(
         "the own-write mark (G6)",
         "bus/mnemobus/cache/read_path.py",
         "        stale = plan.scope in self._marks and not await self._wait_for_own_writes(plan.scope)\n",

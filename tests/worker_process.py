@@ -22,6 +22,7 @@ import dramatiq
 from mnemobus import Settings
 from mnemobus.connection.link import Script, ThreadedLink, evaluate
 from mnemobus.store import merge
+from mnemobus.store.postgres import PostgresWriter
 from mnemobus_workers.apply import Applier
 from mnemobus_workers.broker import StreamConsumer
 from mnemobus_workers.pool import make_broker
@@ -79,6 +80,7 @@ def main(point: str) -> None:
     if point == "batch":
         wrap(Applier, "_commit", before=lambda *_: die())
     elif point == "transaction":
+        PostgresWriter._apply_at_once = lambda *_: None  # type: ignore[method-assign,assignment]
         wrap(merge, "apply", after=lambda *_: die())
     elif point == "commit":
         wrap(Applier, "_commit", after=lambda *_: die())

@@ -54,6 +54,8 @@ _LEARN_EVERY = 1.0
 class Registered:
     """What Redis has about a bus: see lua/identity.lua.
 
+    epoch      of the store's server, which a server that crashed has forgotten; "" while all commits are on disk before
+               they count (MNEMOBUS_COMMIT)
     witnesses  by log partition, a memory's id and the version that it has at least
     beats      rises while workers commit at ``place``
     stamped    whether the store was told of this life
@@ -71,6 +73,7 @@ class Registered:
     beats: int = 0
     stamped: bool = False
     rival: str = ""
+    epoch: str = ""
     resync: dict[str, Any] | None = None
     resynced: dict[str, Any] | None = None
     witnesses: Mapping[int, tuple[str, Version]] = field(default_factory=dict)
@@ -99,7 +102,7 @@ class Registered:
         return cls(
             **{
                 name: fields.get(name, "")
-                for name in ("bus", "store", "where", "life", "place", "history", "rival")
+                for name in ("bus", "store", "where", "life", "place", "history", "rival", "epoch")
             },
             served="served" in fields,
             beats=int(fields.get("beats", 0)),

@@ -137,8 +137,9 @@ class Settings(BaseSettings):
     batch_size: int = _own("BATCH_SIZE", 1_000, ge=1, le=10_000)
     batch_bytes: Count = _own("BATCH_BYTES", 16 << 20)
     claim_idle: float = _own("CLAIM_IDLE", 5.0, ge=0.1)
+    commit: Literal["full", "relaxed"] = _own("COMMIT", "full")
     worker_processes: Count = _own("WORKER_PROCESSES", 2)
-    worker_threads: Count = _own("WORKER_THREADS", 4)
+    worker_threads: Count = _own("WORKER_THREADS", 2)
 
     dead_letter_bytes: Count = _own("DEAD_LETTER_BYTES", 64 << 20)
 

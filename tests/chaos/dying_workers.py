@@ -20,6 +20,7 @@ from typing import Any
 
 from mnemobus.connection.link import ThreadedLink
 from mnemobus.store import merge
+from mnemobus.store.postgres import PostgresWriter
 from mnemobus_workers import broker
 from mnemobus_workers.apply import Applier
 from mnemobus_workers.broker import StreamConsumer
@@ -52,6 +53,7 @@ def die_in_fan_out(link: ThreadedLink, calls: list[Any]) -> None:
 
 
 set_ahead(float(os.environ.get("CHAOS_AHEAD", "0")))
+wrap(PostgresWriter, "_apply_at_once", before=lambda *_: die_at("transaction"))
 wrap(merge, "apply", after=lambda *_: die_at("transaction"))
 wrap(Applier, "_commit", after=lambda *_: die_at("commit"))
 wrap(ThreadedLink, "pipeline", before=die_in_fan_out)

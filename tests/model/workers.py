@@ -1,11 +1,13 @@
 """World "workers": every event gets into the store and is fanned out, whoever dies when (G1).
 
 One log partition and its consumer group, and some workers. A worker reads a batch of what has gathered, commits it,
-fans it out and confirms it, in four steps; it may be killed before any of them, or be held up for so long that another
-claims its batch while it still lives. Upkeep trims the log at any time. Redis's clock may be set back: it then hides
-how long an entry was idle, until its worker renews it, or another has seen that nobody does.
+fans it out and confirms it; the last two in one step, or in two where the batch is large. It may be killed before any
+of them, or be held up for so long that another claims its batch while it still lives. Upkeep trims the log at any
+time. Redis's clock may be set back: it then hides how long an entry was idle, until its worker renews it, or another
+has seen that nobody does.
 
-Modelled after broker.py, unmoved.py, apply.py, lua/fanout.lua and lua/trim.lua (with a retention of nothing).
+Modelled after broker.py, unmoved.py, apply.py, fanout.py, lua/fanout.lua and lua/trim.lua (with a retention of
+nothing).
 """
 
 from __future__ import annotations
@@ -165,6 +167,7 @@ class Workers(World):
             sent = tuple(sorted({*s.sent, *batch}))
             if self.keeps("fan-out-confirmed"):
                 yield f"{name(batch)} fanned out", Worker(batch, SENT), s._replace(sent=sent)
+                yield f"{name(batch)} fanned out and confirmed", Worker(), confirmed._replace(sent=sent)
             else:
                 yield f"{name(batch)} confirmed", Worker(batch, SENT), confirmed
         elif self.keeps("fan-out-confirmed"):

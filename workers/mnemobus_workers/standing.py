@@ -5,8 +5,14 @@ upkeep: one question to the store and one to Redis. A process that does not belo
 those that it has; it looks again in each round.
 
 A store that went back in time is found by the first process that looks. It writes into Redis what has to be applied
-again, and begins a new epoch. One process at a time does the work, by a lease; if it dies, another begins afresh, to no
-other effect. Batches go on meanwhile. Until it is done the store is not told how far it reaches.
+again, and begins a new epoch. One process at a time does the work, by a lease; if it dies, another begins afresh, to
+no other effect. Batches go on meanwhile. Until it is done the store is not told how far it reaches.
+
+Where commits are relaxed (MNEMOBUS_COMMIT), a crash of the server is such a return, of some tenths of a second, and
+may be over before anybody looks: newer commits hide it. So the server and Redis both keep an *epoch of the server*,
+which a crash makes the server forget. A new one begins before the log is read again, and Redis hears of it after that
+is noted: whatever is killed in between, the log is applied again once too often, never once too little. The log is
+trimmed only up to where the store is known to reach on disk.
 """
 
 from __future__ import annotations
@@ -15,6 +21,7 @@ import logging
 import threading
 from collections.abc import Collection, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from typing import Any
 
 import orjson
@@ -33,7 +40,7 @@ logger = logging.getLogger("mnemobus.standing")
 
 REACH_EVERY = 10_000
 """ms between two notes of how far the store reaches."""
-_MARGIN = 1_000
+MARGIN = 1_000
 """ms before that moment from which the log is applied again."""
 _LEASE = 15_000
 """ms for which a process that shows no sign of life keeps others from applying the log again."""
@@ -93,6 +100,8 @@ class Standing:
         """Whether the store was there once: before that there is nothing to look at."""
         self.refused = ""
         """Why this process must not take part, or empty."""
+        self.reached: int | None = None
+        """What the log had before this moment (ms) is on the store's disk; None: all that was acknowledged is."""
         self.resyncing = False
         """Whether the log is being applied again, by whomever: nothing of it may be trimmed."""
 
@@ -115,6 +124,14 @@ class Standing:
             raise
         self._writer.expect(identity.store)
         self._place = identity.place
+        if self._settings.commit == "relaxed":
+            if not there.epoch and (epoch := self._writer.epoch(begin=True)):
+                with suppress(OutOfMemoryError):  # it makes room by and by
+                    if self._link.client.hsetnx(self._key, "epoch", epoch):
+                        there = replace(there, epoch=epoch)
+            # Not before both sides know the epoch: what is lost with it is noticed then.
+            self._writer.relax(bool(there.epoch))
+        self.reached = (identity.reached or 0) if there.epoch else None
         if self.refused:
             logger.info("taking part again in the bus %r", self._link.keys.prefix)
         self.refused = ""
@@ -126,7 +143,7 @@ class Standing:
         self._look_for_rivals(identity, there)
         why = self._went_back(identity, there)
         if why and there.resync is None:
-            self._begin(identity, why)
+            self._begin(identity, there, why)
         elif there.resync is None:
             self._reach(there)
         if (identity.place, identity.history) != (there.place, there.history):
@@ -169,6 +186,8 @@ class Standing:
             return f"{identity.where} is at another place than it was"
         if identity.history and there.history and identity.history != there.history:
             return f"{identity.where} goes on from an earlier state: timeline {identity.history}"
+        if there.epoch and self._writer.epoch() != there.epoch:
+            return f"{identity.where} crashed, and may have lost the last commits"
         lost = self._writer.lacks(dict(there.witnesses.values()))
         if lost:
             return f"{identity.where} lacks the last write to {', '.join(lost[:3])}"
@@ -230,16 +249,21 @@ class Standing:
                 low = min(low, Version.parse(pending).ms)
             elif head and (not last or Version.parse(last) < Version.parse(head[0][0])):
                 low = min(low, Version.parse(last).ms if last else 0)
-        self._writer.reach(low)
+        if not self._writer.reach(low, there.epoch):
+            return  # it crashed just now: the next round sees to that
         self._reached_at, self._stretch = now, dict(there.witnesses)
 
     # Applying the log again
 
-    def _begin(self, identity: Identity, why: str) -> None:
-        since = "" if identity.reached is None else str(Version(max(identity.reached - _MARGIN, 0), 0))
+    def _begin(self, identity: Identity, there: Registered, why: str) -> None:
+        since = "" if identity.reached is None else str(Version(max(identity.reached - MARGIN, 0), 0))
         work = orjson.dumps({"why": why, "since": since})
+        # A crash from here on is another one. What was lost until here is in the log, and is read to its end of later.
+        epoch = self._writer.epoch(begin=True) if there.epoch else ""
         # The one that says so first says from where on: the store reaches further again as soon as it is told.
         if self._link.client.hsetnx(self._key, "resync", work):
+            if epoch:
+                self._link.client.hset(self._key, "epoch", epoch)
             logger.error(
                 "the store went back in time: %s. A new epoch begins, and the log is applied again since %s",
                 why,

@@ -26,6 +26,7 @@ from mnemobus.keys import APPLY_GROUP, COPY_GROUP, ENDED, REPLAY_GROUP, Version
 from .apply import Applier
 from .broker import HELD_BATCHES, Stopping, StreamBroker
 from .report import Reporter
+from .standing import MARGIN
 
 logger = logging.getLogger("mnemobus.upkeep")
 
@@ -264,8 +265,14 @@ class Upkeep:
         keys = [self._link.keys.log(partition), self._link.keys.meter(partition)]
         kept = int(self._settings.retention * 1000)
         delivered = self._delivered[partition]
+        old = delivered.old
+        standing = self._broker.standing
+        if standing is not None and standing.reached is not None:
+            seconds, micros = self._link.client.time()
+            kept = max(kept, seconds * 1000 + micros // 1000 - standing.reached + MARGIN)
+            old = b"0-0"  # however long ago it was: the store may not have it on its disk
         for _ in range(_TRIM_ROUNDS):
-            removed, last = self._link.run("trim", keys, [kept, APPLY_GROUP, delivered.old])
+            removed, last = self._link.run("trim", keys, [kept, APPLY_GROUP, old])
             if not removed:
                 break
         delivered.note(last, self._link.epoch)

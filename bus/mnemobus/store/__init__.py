@@ -201,8 +201,17 @@ class Writer(Protocol):
         """Note that this bus commits here; in the place of another one only if ``instead``. What was known of how
         far the store reaches was about the log of the life before."""
 
-    def reach(self, moment: int) -> None:
-        """Note that all that the log had before this moment (ms) is in the store."""
+    def reach(self, moment: int, epoch: str = "") -> bool:
+        """Note, on disk, that all that the log had before this moment (ms) is in the store; False, and it is not noted,
+        if this epoch of the server (see `epoch`; "" for any) is over."""
+
+    def relax(self, relaxed: bool) -> None:
+        """Whether batches need not wait until they are on the server's disk; who asks for it sees to what a crash
+        loses, by its `epoch`. Without effect on a store that has none."""
+
+    def epoch(self, *, begin: bool = False) -> str:
+        """What the server forgets if it ends before all that was committed is on disk. Empty if it has forgotten it,
+        where ``begin`` makes another; and for a store that writes before it answers."""
 
     def lacks(self, memories: Mapping[str, Version]) -> list[str]:
         """Which of these memories, by id, the store does not have with this version or a later one."""

@@ -14,7 +14,7 @@ the login named is not that of the process that answers, for the pooler makes up
 prepared, and each transaction says by itself what it needs (:meth:`Server.begin`).
 
 What roles and databases set for themselves (ALTER ROLE ... SET) is overruled where a promise rests on it: isolation,
-time limits, and `synchronous_commit = off`.
+time limits, and `synchronous_commit = off`, unless it is asked for (`MNEMOBUS_COMMIT`).
 
 Errors of the driver pass through as they are.
 """
@@ -73,8 +73,8 @@ def _set(local: str) -> str:
         set_config('idle_in_transaction_session_timeout', %(idle)s, {local}),
         CASE WHEN current_setting('transaction_timeout', true) IS NOT NULL
             THEN set_config('transaction_timeout', '0', {local}) END,
-        CASE WHEN current_setting('synchronous_commit') = 'off'
-            THEN set_config('synchronous_commit', 'on', {local}) END
+        CASE WHEN %(relaxed)s THEN set_config('synchronous_commit', 'off', {local})
+            WHEN current_setting('synchronous_commit') = 'off' THEN set_config('synchronous_commit', 'on', {local}) END
     """
 
 
@@ -191,14 +191,14 @@ class Target(NamedTuple):
 class Link(Connection[Any]):
     """A worker's connection. ``prepared``: whether the statements of `at_once` are."""
 
-    pooled = prepared = False
+    pooled = prepared = relaxed = False
     opened = used = 0.0
 
 
 class AsyncLink(AsyncConnection[Any]):
     """An agent's connection. ``until``: when it is to be replaced; ``idle``: for how long it may be unused."""
 
-    pooled = False
+    pooled = relaxed = False
     opened = used = until = idle = 0.0
 
     @property
@@ -215,6 +215,8 @@ class Server:
         """Whether it turned out that there is a pooler that can't be told otherwise."""
         milliseconds = str(round(target.timeout * 1000))
         self._limits = {"timeout": milliseconds, "idle": milliseconds}
+        self.relaxed = False
+        """Whether connections that are opened from now on need not wait for the server's disk to commit."""
 
     def connect(self) -> Link:
         link = Link.connect(self.target.conninfo, autocommit=True, context=self.target.context)
@@ -261,13 +263,14 @@ class Server:
         return _share(await cursor.fetchone())
 
     def _greeting(self, link: Link | AsyncLink) -> dict[str, Any]:
-        return {**self._limits, "pid": link.info.backend_pid}
+        return {**self._limits, "pid": link.info.backend_pid, "relaxed": self.relaxed}
 
     def _know(self, link: Link | AsyncLink, direct: bool) -> None:
         link.pooled = self.pooled or not direct
         if link.pooled:
             link.prepare_threshold = None
         link.opened = link.used = time.monotonic()
+        link.relaxed = self.relaxed
 
     def begin(self, link: Link, patience: float = 1.0) -> None:
         """Begin a transaction, whose statements may take ``patience`` times as long as usual; inf for any time."""
@@ -278,7 +281,7 @@ class Server:
     def limit(self, link: Link, patience: float) -> None:
         """The same for a transaction that has begun."""
         timeout = 0 if patience == math.inf else round(self.target.timeout * patience * 1000)
-        link.execute(_TRANSACTION, {**self._limits, "timeout": str(timeout)})
+        link.execute(_TRANSACTION, {**self._limits, "timeout": str(timeout), "relaxed": link.relaxed})
 
     async def read(self, link: AsyncLink, query: bytes, parameters: Any) -> list[tuple[Any, ...]]:
         """The rows of one query, in one round trip."""
@@ -298,7 +301,7 @@ class Server:
 
     async def _read_within(self, link: AsyncLink, cursor: Any, query: bytes, parameters: Any) -> None:
         await link.execute(_BEGIN_READING)
-        await link.execute(_TRANSACTION, self._limits)
+        await link.execute(_TRANSACTION, {**self._limits, "relaxed": False})
         await cursor.execute(query, parameters)
 
     def busy(self) -> StoreUnavailable:
@@ -345,6 +348,7 @@ def _fit(link: Link | AsyncLink, server: Server) -> bool:
         not link.closed
         and link.pgconn.transaction_status == TransactionStatus.IDLE
         and (link.pooled or not server.pooled)
+        and link.relaxed == server.relaxed
     )
 
 

@@ -41,7 +41,15 @@ from psycopg.conninfo import conninfo_to_dict, make_conninfo
 from psycopg.pq import Format, TransactionStatus
 from psycopg.types.string import ByteaBinaryLoader
 
-from ..errors import MnemobusError, Rejected, SchemaError, SettingsError, StoreTooSlow, StoreUnavailable
+from ..errors import (
+    MnemobusError,
+    Rejected,
+    SchemaError,
+    SettingsError,
+    StoreError,
+    StoreTooSlow,
+    StoreUnavailable,
+)
 from ..keys import Dimensions, Version
 from ..log.events import Event
 from ..settings import Settings
@@ -269,6 +277,19 @@ class _Statements:
         self.reach = (
             f"UPDATE {names.identity} SET reached_ms = %s WHERE coalesce(reached_ms, 0) < %s".encode()
         )
+        # A server that ends without having written all that was committed empties tables that are not logged.
+        self.forgetful = f"{names.identity.rpartition('.')[0]}.server_epoch"
+        self.make_epoch = (
+            f"CREATE UNLOGGED TABLE IF NOT EXISTS {self.forgetful} (one boolean PRIMARY KEY, epoch uuid NOT NULL)"
+        ).encode()
+        self.begin_epoch = (
+            f"INSERT INTO {self.forgetful} VALUES (true, %s) ON CONFLICT (one) DO NOTHING".encode()
+        )
+        self.epoch = f"SELECT epoch::text FROM {self.forgetful}".encode()
+        self.reach_in = (
+            f"UPDATE {names.identity} SET reached_ms = greatest(%s, reached_ms)"
+            f" WHERE (SELECT epoch FROM {self.forgetful}) = %s RETURNING true"
+        ).encode()
         self.has = (
             f"SELECT id::text FROM unnest(%s::uuid[], %s::bytea[]) AS w (id, version)"
             f" JOIN {names.memories} AS m USING (id) WHERE greatest(put_version, content_version,"
@@ -770,8 +791,41 @@ class PostgresWriter:
     def serve(self, bus: str, prefix: str, life: str, *, instead: bool = False) -> None:
         self._do(self._server.sql.serve, (bus, prefix, life, life, bus, instead))
 
-    def reach(self, moment: int) -> None:
-        self._do(self._server.sql.reach, (moment, moment))
+    def reach(self, moment: int, epoch: str = "") -> bool:
+        if not epoch:
+            self._do(self._server.sql.reach, (moment, moment))
+            return True
+
+        def work(link: Link) -> bool:
+            with _transaction(self._server, link) as transaction:
+                # What comes before it in the server's log is on disk once this is.
+                transaction.run("SET LOCAL synchronous_commit = on", ())
+                return bool(transaction.run(self._server.sql.reach_in, (moment, uuid.UUID(epoch))))
+
+        return self._run(work)
+
+    def relax(self, relaxed: bool) -> None:
+        before, self._server.relaxed = self._server.relaxed, relaxed
+        if before != relaxed and self._connections is not None:
+            self._connections.drain()
+
+    def epoch(self, *, begin: bool = False) -> str:
+        sql = self._server.sql
+        if begin:
+            [(there,)] = self._do(b"SELECT to_regclass(%s) IS NOT NULL", (sql.forgetful,))
+            if not there:
+                try:
+                    self._do(sql.make_epoch, ())
+                except (
+                    StoreError
+                ) as error:  # others make it at the same time; if not, the next statement says so
+                    logger.debug("%s", error)
+            self._do(sql.begin_epoch, (uuid.uuid4(),))
+        try:
+            found = self._do(sql.epoch, ())
+        except SchemaError:  # there is no such table
+            return ""
+        return str(found[0][0]) if found else ""
 
     def lacks(self, memories: Mapping[str, Version]) -> list[str]:
         ids = list(memories)

@@ -401,9 +401,15 @@ class SqliteWriter:
         with self._using() as connection:
             connection.execute(self._sql.serve, (bus, prefix, life, life, bus, instead))
 
-    def reach(self, moment: int) -> None:
+    def reach(self, moment: int, epoch: str = "") -> bool:
         with self._using() as connection:
             connection.execute(self._sql.reach, (moment, moment))
+        return True
+
+    def relax(self, relaxed: bool) -> None: ...
+
+    def epoch(self, *, begin: bool = False) -> str:
+        return ""
 
     def lacks(self, memories: Mapping[str, Version]) -> list[str]:
         with self._using() as connection:
