@@ -142,10 +142,11 @@ class LiveBucket(Bucket):
     channels  those that its events come on
     floors    by channel, the version up to which the window has all events of the scope, whatever the position is
     classic   answers to queries that a window does not tell, dropped when the feed names the scope
+    tell      gives the answer that the window has to a query, by its key; MISS where that takes a closer look
     gone      called once it is out of the cache
     """
 
-    __slots__ = ("channels", "classic", "floors", "gone", "window")
+    __slots__ = ("channels", "classic", "floors", "gone", "tell", "window")
 
     live = True
 
@@ -156,12 +157,14 @@ class LiveBucket(Bucket):
         window: Window,
         channels: Sequence[Channel],
         floors: dict[Channel, Version],
+        tell: Callable[[LiveBucket, Any], Any],
         gone: Callable[[LiveBucket], None],
     ) -> None:
         super().__init__(name, partition, 0.0)
         self.window = window
         self.channels = channels
         self.floors = floors
+        self.tell = tell
         self.gone = gone
         self.classic: Bucket | None = None
 
@@ -212,6 +215,8 @@ class LocalCache:
         """By `clock`; moved on by the feed. Nothing is served after it."""
         self.on_drop: Callable[[str], None] | None = None
         """Called with a scope whose bucket an invalidation dropped."""
+        self.on_dropped: Callable[[Bucket], None] | None = None
+        """Called with each bucket of results, not live, that is out of the cache, for whatever reason."""
         self.sample_at = 0
         """The number of the hit that `on_sample` is told of; 0 for none."""
         self.on_sample: Callable[[Bucket, Any, Any], None] | None = None
@@ -237,7 +242,7 @@ class LocalCache:
         if query == bucket.query:
             value = bucket.value
         elif (bucket.more is None or (value := bucket.more.get(query, MISS)) is MISS) and (
-            not isinstance(bucket, LiveBucket) or (value := bucket.beside(query)) is MISS
+            not isinstance(bucket, LiveBucket) or (value := self._tell(bucket, query)) is MISS
         ):
             return MISS
         now = clock()
@@ -247,6 +252,18 @@ class LocalCache:
         self.hits = hits = self.hits + 1
         if hits == self.sample_at and self.on_sample is not None:
             self.on_sample(bucket, query, value)
+        return value
+
+    def _tell(self, bucket: LiveBucket, query: Any) -> Any:
+        """What a live bucket answers to a query that it was not asked since it last changed; MISS if it can't now."""
+        if bucket.classic is not None:
+            return bucket.beside(query)
+        if self._orphans:
+            return MISS  # one of them may hold a load of this very query; see Tiers
+        value = bucket.tell(bucket, query)
+        if value is not MISS:
+            self.entries += 1
+            bucket.set(query, value)
         return value
 
     def has(self, bucket: Bucket) -> bool:
@@ -364,6 +381,11 @@ class LocalCache:
         """The live bucket of a scope; of a memory, by its bare id."""
         bucket = self._buckets.get(name)
         return bucket if isinstance(bucket, LiveBucket) else None
+
+    def has_read(self, name: str) -> bool:
+        """Whether there are results of a scope; of a memory, by its bare id."""
+        bucket = self._buckets.get(name)
+        return bucket is not None and bucket.query is not MISS
 
     def live_of(self, scope: str) -> LiveBucket | None:
         """The live bucket of a scope, by the scope's whole name."""
@@ -498,6 +520,8 @@ class LocalCache:
         self._units -= bucket.size
         if isinstance(bucket, LiveBucket):
             bucket.gone(bucket)
+        elif self.on_dropped is not None and bucket.query is not MISS:
+            self.on_dropped(bucket)
 
     def _evict(self) -> None:
         hand = self._hand or self._oldest

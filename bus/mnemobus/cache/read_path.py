@@ -136,7 +136,8 @@ class Tiers:
             load = self._loads.get((bucket, plan.key))
             if load is None or clock() - load.began >= self._settings.max_staleness:
                 kept, source, last_known = await self._lead(plan, bucket, away)
-                self._live.missed(plan, kept)
+                if not self._local.has(bucket):
+                    self._live.missed(plan, kept)
             else:
                 self.shared_loads += 1
                 answer = await load.wait()

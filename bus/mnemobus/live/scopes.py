@@ -29,9 +29,9 @@ from typing import Any
 
 from redis.exceptions import RedisError
 
-from ..cache.l1 import MISS, LiveBucket, LocalCache, clock
+from ..cache.l1 import MISS, Bucket, LiveBucket, LocalCache, clock
 from ..cache.l2 import Lease, SharedCache
-from ..cache.query import GET, Plan, Question
+from ..cache.query import GET, MANY, Plan, Question
 from ..connection.link import Call, Link, script
 from ..connection.server_errors import AWAY
 from ..connection.transport import Command
@@ -107,12 +107,14 @@ class LiveScopes:
         self._ask = ask
         self._join = join
         self.listener = Listener(link, send, wake, self._take, self._lost)
+        if settings.live != "off":
+            local.on_dropped = self.dropped
         self._held: dict[Channel, dict[str, LiveBucket]] = {}
         self._openings: dict[str, Opening] = {}
         self._waiting: dict[str, list[asyncio.Future[None]]] = {}
         """Reads that wait for an opening of another."""
         self._missed: OrderedDict[str, Dimensions | None] = OrderedDict()
-        """Scopes that were read the classic way; of a memory, with its dimensions."""
+        """Scopes that were read, and are not in L1; of a memory, with its dimensions."""
         self._shown: dict[str, dict[int, Version]] = {}
         """By scope whose window is gone: what was shown live up to, by log partition, and may not be committed yet."""
         self._applied: dict[int, Applied] = {}
@@ -156,7 +158,7 @@ class LiveScopes:
         for again in (True, False):
             bucket = self._local.live(plan.name)
             if bucket is None:
-                if plan.scope not in self._missed:
+                if plan.scope not in self._missed and not self._local.has_read(plan.name):
                     break
                 bucket, source = await self._open_once(plan)
                 if bucket is None:
@@ -178,6 +180,34 @@ class LiveScopes:
                     0  # what was lost while it was opened: it would not be better the next time
                 )
         return MISS, source
+
+    def _tell_at_once(self, bucket: LiveBucket, key: Any) -> Any:
+        """The answer to a query on no more than the scope, by its key; MISS where the query says more, or the window has
+        to be caught up first, or can't tell."""
+        for channel in bucket.channels:
+            if channel.due is not None and channel.due > bucket.floors[channel]:
+                return MISS
+        if key is GET:
+            return bucket.window.rows[-1] if bucket.window.rows else MISS
+        limit = key
+        if type(key) is tuple:
+            if (
+                len(key) != 4
+                or not key[0]
+                or key.count(None) != 2
+                or bucket.scope[:2] not in ("en", "ag", "wo")
+            ):
+                return MISS
+            limit = key[0]
+        elif type(key) is not int:
+            return MISS
+        if not 0 < limit <= self._settings.live_window:
+            return MISS
+        found = bucket.window.last(limit)
+        if found is None:
+            return MISS
+        self.reads += 1
+        return MANY.keep(found)
 
     def _answer(self, bucket: LiveBucket, plan: Plan) -> Any:
         kept = self._tell(bucket.window, plan)
@@ -202,12 +232,21 @@ class LiveScopes:
         return MISS if bucket is None else self._tell(bucket.window, plan)
 
     def missed(self, plan: Plan, kept: Any) -> None:
-        """A query was read the classic way, with this answer: its scope is held live from the next miss on."""
-        dimensions = kept.dimensions if isinstance(kept, Memory) else None
-        if plan.window is None and dimensions is None:
-            return
-        self._missed[plan.scope] = dimensions
-        self._missed.move_to_end(plan.scope)
+        """A query was read the classic way, and this answer is not kept: its scope is held live from the next read
+        on."""
+        if plan.window is not None or isinstance(kept, Memory):
+            self._remember(plan.scope, kept.dimensions if isinstance(kept, Memory) else None)
+
+    def dropped(self, bucket: Bucket) -> None:
+        """A bucket of results is out of L1: its scope is held live from the next read on."""
+        if not bucket.scope.startswith("id:"):
+            self._remember(bucket.scope, None)
+        elif isinstance(bucket.value, Memory):
+            self._remember(bucket.scope, bucket.value.dimensions)
+
+    def _remember(self, scope: str, dimensions: Dimensions | None) -> None:
+        self._missed[scope] = dimensions
+        self._missed.move_to_end(scope)
         if len(self._missed) > _MISSED:
             self._missed.popitem(last=False)
 
@@ -290,7 +329,7 @@ class LiveScopes:
         finally:
             if self._openings.get(plan.scope) is opening:
                 del self._openings[plan.scope]
-        bucket = LiveBucket(plan.name, partition, window, channels, floors, self._gone)
+        bucket = LiveBucket(plan.name, partition, window, channels, floors, self._tell_at_once, self._gone)
         for channel in channels:
             self._held[channel][plan.scope] = bucket
         self._windows += 1
@@ -486,6 +525,11 @@ class LiveScopes:
     def _gone(self, bucket: LiveBucket) -> None:
         """A window is out of L1, for whatever reason."""
         self._windows -= 1
+        rows = bucket.window.rows
+        if not bucket.scope.startswith("id:"):
+            self._remember(bucket.scope, None)
+        elif rows:
+            self._remember(bucket.scope, rows[-1].dimensions)
         if len(self._shown) >= _MISSED:
             self._cover_shown()
         shown = self._shown.setdefault(bucket.scope, {})

@@ -54,6 +54,11 @@ class Window:
         wanted = tuple(islice((row for row in reversed(self.rows) if _matches(row, query)), limit))
         return wanted if self.complete or len(wanted) == limit else None
 
+    def last(self, limit: int) -> list[Memory] | None:
+        """The newest so many, newest first; None if the window can't tell."""
+        wanted = self.rows[: -limit - 1 : -1]
+        return wanted if self.complete or len(wanted) == limit else None
+
     def count(self, query: Query) -> int | None:
         """How many there are; None if the window can't tell."""
         return sum(_matches(row, query) for row in self.rows) if self.complete else None

@@ -324,7 +324,7 @@ class Marks:
 
     def outboxed(self, scope: str) -> bool:
         """Whether a write that touches this scope waits in the outbox."""
-        return self._adrift > 0 or any(write.version is None for write in self.on(scope))
+        return self._adrift > 0 or (self._kept > 0 and any(write.version is None for write in self.on(scope)))
 
     def _deadline(self, scope: str) -> float:
         """Until when a query waits for what marks this scope."""
