@@ -182,8 +182,8 @@ class LiveScopes:
         return MISS, source
 
     def _tell_at_once(self, bucket: LiveBucket, key: Any) -> Any:
-        """The answer to a query on no more than the scope, by its key; MISS where the query says more, or the window has
-        to be caught up first, or can't tell."""
+        """The answer to a query on no more than the scope, by its key. MISS where the query says more, or where the
+        window can't tell, or has to be caught up first."""
         for channel in bucket.channels:
             if channel.due is not None and channel.due > bucket.floors[channel]:
                 return MISS

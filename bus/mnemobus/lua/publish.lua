@@ -28,7 +28,7 @@
 
 local seq = tonumber(ARGV[2])
 local record = redis.call('HGET', KEYS[2], ARGV[1])
-if record then
+if record and (tonumber(string.match(record, '^{"seq":(%d+),')) or seq) >= seq then
   local last = cjson.decode(record)
   if last.seq == seq then
     if last.d and last.d ~= ARGV[4] then -- none where an older mnemobus made the call
@@ -72,9 +72,9 @@ local ids, before = {}, {}
 local at = 6
 while at <= #ARGV do
   local count = tonumber(ARGV[at])
-  local told = math.max(count, 1) -- slots whose previous event the producer hears of
-  local slots = {unpack(ARGV, at + 1, at + told)}
-  at = at + told + 1
+  local named = math.max(count, 1) -- slots whose previous event the producer hears of
+  local slots = {unpack(ARGV, at + 1, at + named)}
+  at = at + named + 1
   if count < 0 then
     -- Those, too, that have had no event yet: the store may have memories from before this log began.
     local own = tonumber(slots[1])
@@ -96,7 +96,7 @@ while at <= #ARGV do
     local previous = heads[i] or '0-0'
     redis.call('PUBLISH', KEYS[4] .. ':' .. slot, id .. ' ' .. previous .. after)
     moved[2 * i - 1], moved[2 * i] = slot, id
-    if i <= told then
+    if i <= named then
       before[#before + 1] = previous
     end
   end
@@ -106,8 +106,6 @@ while at <= #ARGV do
 end
 redis.call('HINCRBY', KEYS[4], 'n', #ids)
 redis.call('HINCRBY', KEYS[3], 'added', #ids)
-local time = redis.call('TIME')
-local now = tonumber(time[1]) * 1000 + math.floor(tonumber(time[2]) / 1000)
 local runs, run, ms, number = {}, nil, nil, nil
 for _, id in ipairs(ids) do
   -- A number too large to be counted in Lua is followed by none: its ID makes a run of its own.
@@ -119,7 +117,11 @@ for _, id in ipairs(ids) do
     runs[#runs + 1] = run
   end
 end
+local told = {}
+for i, each in ipairs(runs) do
+  told[i] = '["' .. each[1] .. '",' .. each[2] .. ']'
+end
 redis.call('HSET', KEYS[2], ARGV[1],
-  '{"seq":' .. ARGV[2] .. ',"d":"' .. ARGV[4] .. '","t":' .. string.format('%d', now)
-    .. ',"runs":' .. cjson.encode(runs) .. '}')
+  '{"seq":' .. ARGV[2] .. ',"d":"' .. ARGV[4] .. '","t":' .. string.match(ids[#ids], '^%d+') .. ',"runs":['
+    .. table.concat(told, ',') .. ']}')
 return {ids, before}
