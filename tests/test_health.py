@@ -195,7 +195,7 @@ def evict(w: World) -> None:
 
 
 def other_layout(w: World) -> None:
-    w.client.hset(w.keys.layout, mapping={"log_partitions": 3, "feed_partitions": 64})
+    w.client.hset(w.keys.layout, mapping={"log_partitions": 4, "feed_partitions": 32})
 
 
 def listen_as_something_else(w: World) -> None:
@@ -379,7 +379,7 @@ CONDITIONS = [
               options=("--cluster-enabled", "yes", "--cluster-port", str(free_port()))),
     Condition("evicts", evict, None, ("policy", "fail", "may evict the log", "CONFIG SET maxmemory-policy")),
     Condition("other-layout", other_layout, None,
-              ("layout", "fail", "is 4 here but 3 there", "set it to what is there")),
+              ("layout", "fail", "MNEMOBUS_FEED_PARTITIONS is 64 here but 32 there", "set it to what is there")),
     # The store
     Condition("schema-dropped", drop_the_schema, "no such table", ("store", "fail", "table memories is missing", "")),
     Condition("foreign-tables", put_foreign_tables_there, None,

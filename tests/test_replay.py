@@ -703,6 +703,6 @@ def test_progress_is_shown_on_a_terminal(settings: Settings, log: Log, command: 
 
 def test_a_partition_that_there_is_not_and_one_that_is_empty(settings: Settings, log: Log) -> None:
     with pytest.raises(SettingsError, match="--partition 2"):
-        Replay(settings, partitions=[2])
+        Replay(settings, partitions=[2]).run()
     done = replay(settings, into=other(settings)).outcome
     assert (done.events, done.first, done.last, done.missing, done.share) == (0, None, None, 0, 1.0)

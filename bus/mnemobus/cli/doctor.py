@@ -351,8 +351,6 @@ def _readers(
     alive = [worker for worker in workers if worker.alive]
     if troubles:
         yield from (_fail("workers", trouble) for trouble in troubles)
-    elif not alive and reading is not None and reading < len(log):
-        yield Finding("workers", WARN, found, "start more: mnemobus worker (or mnemobus up)")
     else:
         yield Finding("workers", OK, found)
     for worker in alive:
