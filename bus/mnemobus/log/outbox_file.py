@@ -1,26 +1,9 @@
-"""Where writes wait while the log can't be reached (G7): a bounded file that survives the process.
-
-The file is an SQLite database with one table of writes, in the order in which they were made. What makes its content
-reach the log once, whoever dies when:
-
-- A write is in the file, synced to disk, before its writer hears of it.
-- Writes are published in calls, as any others (publisher.py). Which writes go in which call, under which producer and
-  sequence number, is in the file *before* the call is made, and stays as it is until the call was answered. So after a
-  crash the same call is made again, and `publish.lua` answers it without doing it twice.
-- A call that was on its way when the log went away, its outcome unknown, enters the file with the number it had.
-- Writes leave the file when their call was answered, not before.
-- Which log partition a write goes to is settled with its call: the log may be laid out anew while it waits. A call of
-  unknown outcome is made again where it was made first; if that partition has ended, none of it is there, nor will be,
-  and its writes go to the new ones.
+"""The file in which writes wait: an SQLite database with one table of writes, in the order in which they were made.
 
 A disk that is full takes no more writes. But those that are in the file must still get out once the log is back, and to
 take them out takes some space, too: so a second file beside it keeps some, and is given up then.
 
 One process at a time has the file: SQLite's exclusive lock goes with the process, however that ends.
-
-Usually (MNEMOBUS_OUTBOX=auto) each bus has a file of its own in MNEMOBUS_DATA_DIR/outbox, made when it is first needed
-and removed when it is empty. A bus that opens looks there for files that nobody holds any more: what a killed agent
-left, it publishes before anything of its own.
 """
 
 from __future__ import annotations
@@ -37,40 +20,49 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
-from weakref import WeakValueDictionary
 
 import aiosqlite
 
 from .. import private
-from ..connection.link import Link
-from ..connection.server_errors import AWAY
-from ..errors import BacklogFull, BadEvent, LogFull, MnemobusError, OutboxError, OutboxFull, OutboxInUse
-from ..keys import ZERO, Keyspace, Shape, Version
-from ..tasks import end, in_background
+from ..errors import BadEvent, OutboxError, OutboxFull, OutboxInUse
+from ..keys import ZERO, Keyspace, Shape
+from ..tasks import in_background
+from .append import CALL_BYTES, CALL_EVENTS, Field
 from .events import Event, decode
-from .pending import Write
-from .publisher import CALL_BYTES, CALL_EVENTS, Ended, Field, Overtaken, append
 
 logger = logging.getLogger("mnemobus.outbox")
 
 _SCHEMA = 1
+
+
 _OVERHEAD = 64
 """Bytes that a write takes in the file besides its own, roughly."""
+
+
 _LENGTH = struct.Struct(">I")
+
+
 _SPARE = 1 << 20
 """Bytes of disk that are kept to take writes out; to them comes room for the largest one."""
+
+
 _SPARE_CALL = 1 << 17
 """What a call carries at most when these are in use."""
+
+
 _LAID_OUT = 100
 """Writes that are gone through at a time when the log was laid out anew: each may hold a megabyte."""
+
+
 _CHECKPOINT = 64
 """Pages of SQLite's WAL after which it is gone through, so that it stays smaller than that space."""
+
 
 T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
-class Call:
+class KeptCall:
     """One call of publish.lua: what identifies it, and the field lists of its events.
 
     rows: the numbers of its writes in the file
@@ -254,11 +246,11 @@ class OutboxFile:
 
         return await self._transaction(find)
 
-    async def next_call(self) -> Call | None:
+    async def next_call(self) -> KeptCall | None:
         """The call to make next; None if the file is empty. It is the same one until `answered` or `renumber`."""
         return await self._insist(self._next_call)
 
-    async def _next_call(self) -> Call | None:
+    async def _next_call(self) -> KeptCall | None:
         assert self._database is not None
         first = await self._one("SELECT n, partition, coalesce(sequence, 0) FROM writes ORDER BY n LIMIT 1")
         if first is None:
@@ -286,7 +278,7 @@ class OutboxFile:
             )
         )
         events = tuple(_unpack(fields, self.path) for _, _, fields in found)
-        return Call(partition, str(found[0][1]), sequence, tuple(n for n, _, _ in found), events)
+        return KeptCall(partition, str(found[0][1]), sequence, tuple(n for n, _, _ in found), events)
 
     async def _lay_out(self) -> None:
         """The log was laid out anew: say of each write that is in no call where it goes now."""
@@ -323,7 +315,7 @@ class OutboxFile:
             rows.append(number)
         return rows
 
-    async def answered(self, call: Call) -> None:
+    async def answered(self, call: KeptCall) -> None:
         """Its writes are in the log: take them out."""
 
         async def delete() -> None:
@@ -333,7 +325,7 @@ class OutboxFile:
         size = sum(sum(len(field) + _LENGTH.size for field in event) + _OVERHEAD for event in call.events)
         await self._insist(delete, -len(call.rows), -size)
 
-    async def ended(self, call: Call) -> None:
+    async def ended(self, call: KeptCall) -> None:
         """Nothing of it was written, nor ever will be, as its partition has ended: its writes are in no call now."""
 
         async def update() -> None:
@@ -345,7 +337,7 @@ class OutboxFile:
 
         await self._insist(update)
 
-    async def renumber(self, call: Call) -> None:
+    async def renumber(self, call: KeptCall) -> None:
         """Its number is used up: give its writes a new one, of a producer that nobody has been."""
 
         async def update() -> None:
@@ -435,14 +427,6 @@ class OutboxFile:
         return OutboxError(f"the outbox {self.path} can't be used: {error}")
 
 
-def _has_begun(path: Path) -> bool:
-    """Whether there is anything in a file, or was: one that is empty may be about to be locked by who made it."""
-    try:
-        return path.stat().st_size > 0
-    except OSError:  # its owner has just removed it, or it is nobody's that we are
-        return False
-
-
 def _remove(path: Path) -> None:
     """Remove a file, if it is there; what can't be removed is found, empty, by the next bus that opens."""
     try:
@@ -483,231 +467,3 @@ def _unpack(packed: bytes, path: Path) -> list[bytes]:
     if at != len(packed):
         raise OutboxError(f"the outbox {path} is damaged: a write in it ends too early")
     return fields
-
-
-class Outbox:
-    """The outbox of a bus: its own file, and those that it found without an owner.
-
-    on_kept: called with partition and event of each write that is in the file, before its writer knows; what it returns
-        is the writer's answer
-    on_published: called once such a write is in the log; with None for one of an earlier process, or that nobody holds
-    on_empty: called when all are
-    """
-
-    def __init__(
-        self,
-        link: Link,
-        bus_id: str,
-        on_kept: Callable[[int, Event], Write],
-        on_published: Callable[[int, Write | None, Version], None],
-        on_empty: Callable[[], None],
-    ) -> None:
-        settings = link.settings
-        self._link = link
-        self._on_kept = on_kept
-        self._on_published = on_published
-        self._on_empty = on_empty
-        self._max_bytes = settings.outbox_max_bytes
-        self._largest = settings.max_memory_bytes
-        self._auto = settings.outbox == "auto"
-        folder = settings.data_dir / "outbox"
-        self._folder = folder
-        self._own = self._file(folder / f"{bus_id}.db" if self._auto else Path(settings.outbox))
-        self._store = ""
-        if settings.database_url.startswith("sqlite:///"):
-            self._store = str(Path(settings.database_url.removeprefix("sqlite:///")).absolute())
-        self._opened = False
-        self._opening = asyncio.Lock()
-        self._found: list[OutboxFile] = []
-        self._writes: WeakValueDictionary[int, Write] = WeakValueDictionary()
-        """By number in the own file, those of this process that anybody still holds."""
-        self._task: asyncio.Task[None] | None = None
-        self._empty = asyncio.Event()
-        self._empty.set()
-        self._hurried = asyncio.Event()
-        self.away = False
-        """Whether the log could not be reached when it was last tried."""
-        self.kept = 0
-
-    def _file(self, path: Path, *, own: bool = True) -> OutboxFile:
-        return OutboxFile(path, self._link.keys, self._max_bytes, own=own, largest=self._largest)
-
-    @property
-    def waiting(self) -> int:
-        """Writes that are not in the log yet; while there are any, newer ones have to wait behind them."""
-        return self._own.entries + sum(file.entries for file in self._found)
-
-    @property
-    def where(self) -> str:
-        return str(self._own.path)
-
-    @property
-    def trouble(self) -> str | None:
-        """Why writes could not wait here now, were the log away; None if they could."""
-        reason = None if self._opened else private.obstacle(self._own.path.parent)
-        return reason and f"{reason}. Set MNEMOBUS_DATA_DIR, or MNEMOBUS_OUTBOX to a file, or to off"
-
-    async def open(self) -> None:
-        """Take up what an earlier process left. OutboxInUse, OutboxError if the configured file can't be had.
-
-        With MNEMOBUS_OUTBOX=auto the file is made when it is needed; that it could not be is no error before, as
-        many agents only read. It is logged, and `trouble` says it.
-        """
-        if self._auto:
-            if self.trouble:
-                logger.warning("while Redis is away, writes can't wait in the outbox: %s", self.trouble)
-            if self._folder.is_dir():
-                private.close_tree_to_others(self._folder)
-            for path in sorted(self._folder.glob("*.db")) if self._folder.is_dir() else ():
-                if _has_begun(path):
-                    await self._adopt(path)
-        else:
-            await self._open_own()
-        if self.waiting:
-            logger.warning(
-                "%d writes of an earlier process wait in the outbox; publishing them first", self.waiting
-            )
-            self._start()
-
-    async def _adopt(self, path: Path) -> None:
-        file = self._file(path, own=False)
-        try:
-            await file.open()
-        except OutboxInUse:
-            return
-        except OutboxError as error:  # it stays where it is, for people to look at
-            logger.error("%s", error)
-            return
-        if file.entries:
-            self._found.append(file)
-        else:
-            await file.close(remove=True)
-
-    async def _open_own(self) -> None:
-        async with self._opening:
-            if not self._opened:
-                if str(self._own.path.absolute()) == self._store:
-                    raise OutboxError(
-                        f"the outbox {self._own.path} can't be used: it is the store. Set MNEMOBUS_OUTBOX to"
-                        " another file"
-                    )
-                await self._own.open()
-                self._opened = True
-
-    async def keep(
-        self, partition: int, events: Sequence[tuple[Event, Sequence[Field]]], call: tuple[str, int] | None
-    ) -> list[Write]:
-        """Keep writes, all or none, until the log can be reached.
-
-        call: producer and sequence number under which they may have been published already
-        """
-        await self._open_own()
-        self.away = self.away or call is not None
-        rows = await self._own.append(partition, [fields for _, fields in events], call)
-        writes = []
-        for row, (event, _) in zip(rows, events, strict=True):
-            write = self._on_kept(partition, event)
-            self._writes[row] = write
-            writes.append(write)
-        self.kept += len(rows)
-        self._start()
-        return writes
-
-    async def last_of(self, id: str) -> Event | None:
-        """The last write to a memory that waits here, of this process or an earlier one."""
-        for file in [self._own, *reversed(self._found)]:
-            if file.entries:
-                event = await file.last_of(id)
-                if event is not None:
-                    return event
-        return None
-
-    def _start(self) -> None:
-        self._empty.clear()
-        if self._task is None:
-            self._task = asyncio.create_task(self._drain(), name="mnemobus-outbox")
-
-    def hurry(self) -> None:
-        """The log can be reached: publish now what waits."""
-        self._hurried.set()
-
-    async def _drain(self) -> None:
-        """Publish until nothing waits. Whatever goes wrong is logged, and tried again."""
-        least = self._link.settings.redis_create_retry_interval / 1000
-        pause, said = least, ""
-        try:
-            while self.waiting:
-                try:
-                    await self._publish_next()
-                    pause, said, self.away = least, "", False
-                    continue
-                except AWAY as error:
-                    self.away, reason = True, f"the log can't be reached ({error})"
-                except MnemobusError as error:
-                    self.away = not isinstance(error, (BacklogFull, LogFull))
-                    reason = str(error)
-                except Exception as error:
-                    logger.exception("publishing from the outbox failed")
-                    reason = repr(error)
-                if reason != said:
-                    said = reason
-                    logger.warning("%d writes wait in the outbox: %s", self.waiting, reason)
-                self._hurried.clear()
-                with suppress(TimeoutError):
-                    async with asyncio.timeout(pause):
-                        await self._hurried.wait()
-                pause = min(2 * pause, 1.0)
-            logger.warning("the outbox is empty again: all of it is in the log")
-            self._empty.set()
-            self._on_empty()
-        finally:
-            self._task = None
-
-    async def _publish_next(self) -> None:
-        file = self._found[0] if self._found else self._own
-        call = await file.next_call()
-        if call is None:
-            await self._retire(file)
-            return
-        try:
-            logged = await append(self._link, call.partition, call.producer, call.sequence, call.events)
-            versions = logged.versions
-            if len(versions) != len(call.events):
-                raise Overtaken(f"call {call.sequence} of producer {call.producer} was another one")
-        except Ended as error:
-            logger.info("%s: %d writes of the outbox go to another", error, len(call.rows))
-            await self._link.renew_epoch()
-            await file.ended(call)
-            return
-        except Overtaken as error:
-            # Only a copy of the file can have used the number for something else.
-            logger.error("%s: was the outbox %s copied? Publishing under another number", error, file.path)
-            await file.renumber(call)
-            return
-        for row, version in zip(call.rows, versions, strict=True):
-            write = self._writes.pop(row, None) if file is self._own else None
-            self._on_published(call.partition, write, version)
-        await file.answered(call)
-        if not file.entries:
-            await self._retire(file)
-
-    async def _retire(self, file: OutboxFile) -> None:
-        if file in self._found:
-            self._found.remove(file)
-            await file.close(remove=True)
-
-    async def close(self, patience: float) -> None:
-        """Publish what waits if the log is there, for ``patience`` seconds at most; the rest stays in the file."""
-        if self.waiting and not self.away:
-            with suppress(TimeoutError):
-                async with asyncio.timeout(patience):
-                    await self._empty.wait()
-        await end([self._task])
-        if self.waiting:
-            logger.warning(
-                "%d writes stay in the outbox; the next bus that opens publishes them", self.waiting
-            )
-        for file in self._found:
-            await file.close()
-        if self._opened:
-            await self._own.close(remove=self._auto)
