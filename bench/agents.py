@@ -149,7 +149,7 @@ class Agents:
         return {
             "bytes": _received(self._port),
             "cpu": usage.ru_utime + usage.ru_stime,
-            "beats": sum(bus._feed._beats for bus in self._buses),
+            "beats": sum(bus._feed.heartbeat.beats for bus in self._buses),
             "invalidations": sum(s.invalidations for s in stats),
             "gaps": sum(s.gaps for s in stats),
             "live_gaps": sum(s.live_gaps for s in stats),

@@ -9,7 +9,7 @@ import redis
 
 from mnemobus.keys import APPLY_GROUP, Keyspace
 from mnemobus.log.events import Event
-from mnemobus.memory import encode
+from mnemobus.records import encode
 from mnemobus.settings import Settings
 
 from .world import message, vector

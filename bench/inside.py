@@ -11,7 +11,7 @@ from mnemobus import Bus, Memory, Settings
 from mnemobus.cache.l1 import clock
 from mnemobus.keys import Version, id_scope, room_scope
 from mnemobus.log.events import Event
-from mnemobus.memory import encode
+from mnemobus.records import encode
 from mnemobus.store import open_writer
 
 from .alternatives import Item, Place, Task, Unfit, load

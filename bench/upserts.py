@@ -21,10 +21,10 @@ import psycopg
 from psycopg.types.json import Json
 
 from mnemobus.keys import Dimensions, Version
-from mnemobus.memory import encode_embedding, encode_object
 from mnemobus.store import postgres
 from mnemobus.store.layout import Names
 from mnemobus.store.merge import Delta
+from mnemobus.values import encode_embedding, encode_object
 
 from .floors.store import prepare
 from .measure import Spread, interleave

@@ -12,7 +12,7 @@ import psycopg
 import redis
 
 from mnemobus import Settings
-from mnemobus.feed.subscription import Invalidation, decode_entry
+from mnemobus.feed.messages import Invalidation, decode_entry
 from mnemobus.keys import APPLY_GROUP, Keyspace
 from mnemobus.store import Query, open_reader
 

@@ -27,7 +27,7 @@ from conftest import Connect
 from mnemobus import Memory, Settings
 from mnemobus.keys import Keyspace, Version
 from mnemobus.log.events import Event
-from mnemobus.memory import encode
+from mnemobus.records import encode
 from mnemobus.store import Query, open_reader, open_writer
 from servers import Workers, eventually
 

@@ -28,8 +28,8 @@ from chaos.clocks import WallClock
 from mnemobus import Settings
 from mnemobus.connection.link import ThreadedLink
 from mnemobus.keys import APPLY_GROUP, Dimensions, Version
+from mnemobus.log.append import publish_call
 from mnemobus.log.events import PUT, Event
-from mnemobus.log.publisher import publish_call
 from mnemobus.memory import new_id
 from mnemobus_workers.broker import (
     ALONE_AFTER,

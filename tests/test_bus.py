@@ -453,7 +453,7 @@ async def test_a_read_that_is_cancelled_takes_no_answer_from_those_that_share_it
         async with asyncio.timeout(10):
             assert [len(answer) for answer in await asyncio.gather(*others)] == [1] * 4
         assert first.cancelled() and loads == 2
-        assert not bus._tiers._loads
+        assert not bus._path._loads
 
 
 async def test_a_copy_can_be_taken_but_not_changed(pool: Settings, connect: Connect) -> None:
@@ -799,7 +799,7 @@ async def test_observe_ends_in_time_though_its_cancellation_is_lost(connect: Con
                 lost.append(error)
             raise redis.ConnectionError("no connection")
 
-        bus._marks.state = state  # type: ignore[method-assign]
+        bus._pending.state = state  # type: ignore[method-assign]
         # If it observes a token, then it gives up when its time is over
         async with asyncio.timeout(5):
             with pytest.raises(NotCommitted, match=r"was not in the store after 0\.1 s"):

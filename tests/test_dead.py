@@ -16,7 +16,7 @@ import mnemobus
 from commands import Command
 from mnemobus import Settings
 from mnemobus.errors import BadEvent
-from mnemobus.feed.subscription import decode_entry
+from mnemobus.feed.messages import decode_entry
 from mnemobus.keys import Dimensions, Keyspace, Version
 from mnemobus.log.events import PUT, Event, decode, version_of
 from mnemobus.memory import new_id

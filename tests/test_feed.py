@@ -393,7 +393,7 @@ async def test_g7_with_redis_away_reads_go_on_and_writes_fail_clearly(
     async with mnemobus.connect(**{**settings.model_dump(), **overrides}) as bus:
         await eventually(lambda: local_twice(bus))
         server.stop()
-        await eventually(lambda: not bus._feed.up)
+        await eventually(lambda: not bus._feed.heartbeat.up)
         assert (await bus.recent("messages", room="r2")).source == "store"
         with pytest.raises(
             mnemobus.LogUnavailable, match=r"could not be reached in time .* may or may not be in the log"
@@ -509,9 +509,9 @@ async def test_g5_an_answer_to_a_joiner_that_comes_late_steps_over_nothing(
         assert await cached(bus) == ["old"]
 
         # When the room changes, and pub/sub is too slow to say so before the late answer is there
-        hear, held = feed._receive, []
-        monkeypatch.setattr(feed, "_receive", lambda *message: held.append(message))
-        monkeypatch.setattr(feed, "_replay", lambda partition: asyncio.sleep(0))
+        hear, held = feed.positions.receive, []
+        monkeypatch.setattr(feed.positions, "receive", lambda *message: held.append(message))
+        monkeypatch.setattr(feed.heartbeat, "_replay", lambda partition: asyncio.sleep(0))
         await writer.write(said("new"), durability="committed")
         release.set()
         await eventually(lambda: held and not any("settle" in t.get_name() for t in feed._tasks))
@@ -537,8 +537,8 @@ async def test_g5_a_feed_that_vanishes_before_its_replay_drops_the_partition(
         await bus.write(said("1"), durability="committed")
         assert await cached(bus) == ["1"]
         name = keys_of(settings).feed(keys_of(settings).feed_partition(ROOM))
-        feed = bus._feed
-        replay, catch_up = feed._replay, feed._catch_up
+        heartbeat = bus._feed.heartbeat
+        replay, catch_up = heartbeat._replay, heartbeat._catch_up
         after: list[mnemobus.Stats] = []
 
         async def replay_too_late(partition: Any) -> None:
@@ -549,8 +549,8 @@ async def test_g5_a_feed_that_vanishes_before_its_replay_drops_the_partition(
             await catch_up(heads)
             after.append(bus.stats())
 
-        monkeypatch.setattr(feed, "_replay", replay_too_late)
-        monkeypatch.setattr(feed, "_catch_up", catch_up_and_look)
+        monkeypatch.setattr(heartbeat, "_replay", replay_too_late)
+        monkeypatch.setattr(heartbeat, "_catch_up", catch_up_and_look)
         # Given a lost message, whose head a heartbeat has seen
         [(last, fields)] = await client.xrevrange(name, count=1)
         before = bus.stats()

@@ -31,8 +31,8 @@ from commands import Command
 from mnemobus import Memory, Settings
 from mnemobus.cli.lines import Bad, Line, Ties, content_id, parse, split
 from mnemobus.keys import Keyspace
-from mnemobus.memory import from_micros
 from mnemobus.store import Query, open_reader
+from mnemobus.values import from_micros
 from outside import refuse_poison
 from servers import Workers, eventually, free_port, wait_until, worker_threads
 

@@ -25,8 +25,9 @@ from mnemobus import LogFull, Memory, Settings, memory
 from mnemobus.cache import l2
 from mnemobus.connection.link import Link, ThreadedLink
 from mnemobus.keys import Keyspace, Version
-from mnemobus.log.pending import MARKS, Marks
-from mnemobus.memory import Row, new_id
+from mnemobus.log.pending import MARKS, PendingWrites
+from mnemobus.memory import new_id
+from mnemobus.records import Row
 from mnemobus_workers import upkeep
 from servers import RedisServer, eventually, worker_threads
 
@@ -176,7 +177,7 @@ def said(text: str, room: str = "r1", **fields: Any) -> Memory:
 
 async def test_tens_of_thousands_of_unapplied_writes_take_some_megabytes(settings: Settings) -> None:
     link = Link(settings)
-    marks = Marks(link)
+    marks = PendingWrites(link)
     tracemalloc.start()
     try:
         # When a bus has so many writes that no worker applies, and nobody holds their receipts

@@ -23,9 +23,11 @@ from mnemobus import (
     WriteFailed,
 )
 from mnemobus.connection.link import Link
+from mnemobus.errors import Overtaken
 from mnemobus.keys import Dimensions
+from mnemobus.log.append import append
 from mnemobus.log.events import DELETE_ROOM, Event
-from mnemobus.log.publisher import Overtaken, Publisher, append
+from mnemobus.log.publisher import Publisher
 from servers import RedisServer, eventually, worker_threads
 
 Connect = Callable[..., mnemobus.Bus]
@@ -290,7 +292,7 @@ async def test_g1_an_answer_that_was_on_its_way_while_redis_lost_the_write_is_no
         epochs = bus.stats().epochs
         server.kill()
         await asyncio.to_thread(server.restart, empty=True)
-        await eventually(lambda: bus.stats().epochs > epochs and not bus._marks.in_doubt, timeout=20)
+        await eventually(lambda: bus.stats().epochs > epochs and not bus._pending.in_doubt, timeout=20)
         with worker_threads(settings):
             await other.write(said("2"), durability="committed")
             # Then the answer, when it comes at last, is not taken for what the log has now

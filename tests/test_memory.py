@@ -22,17 +22,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mnemobus import InvalidMemory, Memory, MemoryTooLarge, Version
-from mnemobus.memory import (
-    MAX_DEPTH,
-    Row,
-    encode,
-    encode_object,
-    from_micros,
-    new_id,
-    pack_memories,
-    to_micros,
-    unpack_memories,
-)
+from mnemobus.memory import new_id
+from mnemobus.records import Row, encode, pack_memories, unpack_memories
+from mnemobus.values import MAX_DEPTH, encode_object, from_micros, to_micros
 
 MEGABYTE = 1 << 20
 

@@ -57,28 +57,28 @@ MUTATIONS = [
     ),
     Mutation(
         "the predecessor check: a message that does not follow the position is a gap (G5)",
-        "bus/mnemobus/feed/subscription.py",
+        "bus/mnemobus/feed/positions.py",
         "        if message.previous == position:\n",
         "        if message.id > position:\n",
         "test_feed.py::test_g5_a_gap_is_seen_with_the_next_message",
     ),
     Mutation(
         "the heartbeat fetches what pub/sub did not bring (G5)",
-        "bus/mnemobus/feed/subscription.py",
+        "bus/mnemobus/feed/heartbeat.py",
         "            await self._catch_up([(partition, head) for partition, _, head in heads])\n",
         "",
         "scenarios/test_messages.py::test_g5_exactly_one_lost_message_on_a_quiet_key_is_found_and_repaired_within_the_bound",
     ),
     Mutation(
         "the heartbeat proves that its server takes writes (G5)",
-        "bus/mnemobus/feed/subscription.py",
+        "bus/mnemobus/feed/heartbeat.py",
         "                self._link.proof(),\n",
         '                ("TIME",),\n',
         "test_feed.py::test_g5_a_server_that_has_become_a_replica_vouches_for_nothing",
     ),
     Mutation(
         "a full server that says so before all else is asked for its role (G5)",
-        "bus/mnemobus/feed/subscription.py",
+        "bus/mnemobus/feed/heartbeat.py",
         '        if info.get("role") != "master":\n',
         "        if False:\n",
         "test_feed.py::test_g5_a_full_replica_that_does_not_say_that_it_is_one_vouches_for_nothing",
@@ -86,8 +86,11 @@ MUTATIONS = [
     Mutation(
         "a connection whose server takes no writes is not used again (G7)",
         "bus/mnemobus/connection/transport.py",
+        "not self._transport.is_closing()\n\n    def _refused(self, text: str) -> Exception:\n"
+        "        error = _error(self._parse_error, text)\n        if code_of(error) in REPLACED:\n"
         "            self.refusal = error\n",
-        "            pass\n",
+        "not self._transport.is_closing()\n\n    def _refused(self, text: str) -> Exception:\n"
+        "        error = _error(self._parse_error, text)\n        if code_of(error) in REPLACED:\n            pass\n",
         "scenarios/test_failover.py::test_g7_without_an_outbox_a_failover_that_lasts_is_a_clear_error_and_a_short_one_is_none",
     ),
     Mutation(
@@ -223,7 +226,7 @@ MUTATIONS = [
     Mutation(
         "the own-write mark (G6)",
         "bus/mnemobus/cache/read_path.py",
-        "        stale = plan.scope in self._marks and not await self._wait_for_own_writes(plan.scope)\n",
+        "        stale = plan.scope in self._pending and not await self._wait_for_own_writes(plan.scope)\n",
         "        stale = False\n",
         "test_bus.py::test_g6_a_bus_reads_its_own_writes_in_every_query",
     ),
@@ -236,7 +239,7 @@ MUTATIONS = [
     ),
     Mutation(
         "an answer that comes in another epoch than it was asked in is not believed (G1)",
-        "bus/mnemobus/log/publisher.py",
+        "bus/mnemobus/log/append.py",
         "    if epoch and epoch != link.epoch:\n",
         "    if False:\n",
         "test_log.py::test_g1_an_answer_that_was_on_its_way_while_redis_lost_the_write_is_not_believed",
@@ -244,7 +247,7 @@ MUTATIONS = [
     Mutation(
         "a refusal is not believed while an unanswered copy may still arrive (G1)",
         "bus/mnemobus/log/publisher.py",
-        "            if not unanswered:\n",
+        "            if not unanswered or isinstance(error, PartitionEnded):\n",
         "            if True:\n",
         "test_log.py::test_g1_a_refusal_is_not_believed_while_an_unanswered_copy_may_still_arrive",
     ),
@@ -363,15 +366,15 @@ MUTATIONS = [
     Mutation(
         "live: what the store refuses is withdrawn (G9)",
         "bus/mnemobus/live/scopes.py",
-        "        if not message.first_hand or message.dead:\n",
-        "        if not message.first_hand:\n",
+        "        if elsewhere or not message.first_hand or message.dead:\n",
+        "        if elsewhere or not message.first_hand:\n",
         "test_live.py::test_g9_what_the_store_refuses_is_withdrawn",
     ),
     Mutation(
         "live: what is applied without being in the log is read anew (G5)",
         "bus/mnemobus/live/scopes.py",
-        "        if not message.first_hand or message.dead:\n",
-        "        if message.dead:\n",
+        "        if elsewhere or not message.first_hand or message.dead:\n",
+        "        if elsewhere or message.dead:\n",
         "test_live.py::test_g5_what_is_applied_without_being_in_the_log_is_read_anew",
     ),
     Mutation(
@@ -418,7 +421,7 @@ MUTATIONS = [
     ),
     Mutation(
         "live: what waits in the outbox ends the window that lacks it (G6)",
-        "bus/mnemobus/bus.py",
+        "bus/mnemobus/writes.py",
         "            self._live.outboxed(event)\n",
         "            pass\n",
         "test_live.py::test_g6_a_write_that_goes_to_the_outbox_while_redis_answers_is_not_missing_from_an_answer",
@@ -460,7 +463,7 @@ MUTATIONS = [
     ),
     Mutation(
         "repartition: the heartbeat looks at the layout (G5)",
-        "bus/mnemobus/feed/subscription.py",
+        "bus/mnemobus/feed/heartbeat.py",
         "            if shape != self._link.keys.shape:\n                self._link.lay_out(shape)\n"
         "                continue\n",
         "",
@@ -496,8 +499,8 @@ MUTATIONS = [
     ),
     Mutation(
         "repartition: a partition that was flushed away takes no calls before it is served again (G1)",
-        "bus/mnemobus/log/publisher.py",
-        '    if code == "ENDED":\n        return Ended(',
+        "bus/mnemobus/log/append.py",
+        '    if code == "ENDED":\n        return PartitionEnded(',
         '    if code == "ENDED":\n        return WriteFailed(',
         "test_repartition.py::test_g1_a_flushed_redis_takes_no_write_to_partitions_that_nobody_serves",
     ),

@@ -111,7 +111,7 @@ def test_times_and_counts_are_those_of_the_code() -> None:
     assert (
         settings["outbox_max_bytes"].default == 64 << 20 and "`MNEMOBUS_OUTBOX_MAX_BYTES` (64 MiB)" in words
     )
-    assert publisher._PATIENCE == 0.5 and "outbox after half a second" in words
+    assert publisher._LOG_PATIENCE == 0.5 and "outbox after half a second" in words
     assert settings["feed_partitions"].default == 64 and settings["feed_length"].default == 4_096
     assert "each of 64 partitions holds its 4,096 messages" in words
 

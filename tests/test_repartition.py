@@ -22,8 +22,8 @@ from mnemobus.cli.repartition import Repartition
 from mnemobus.connection.link import Link
 from mnemobus.keys import LAYOUT, Dimensions, Keyspace, Shape, Version
 from mnemobus.log import outbox
+from mnemobus.log.append import publish_call
 from mnemobus.log.events import PUT, Event
-from mnemobus.log.publisher import publish_call
 from mnemobus.memory import new_id
 from mnemobus_workers.pool import make_broker
 from mnemobus_workers.upkeep import Upkeep

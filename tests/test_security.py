@@ -94,7 +94,7 @@ async def test_agents_workers_and_operators_need_no_more_than_their_users_may(
                     await alice.write(Memory(table="messages", room="r3", content={}), durability="synced")
                 # a write that no worker can apply
                 longer = Memory(table="messages", room="r1", content={}, embedding=[1.0, 2.0, 3.0])
-                bob._embedding_lengths["messages"] = 3
+                bob._writes._known.store_has("messages", 3)
                 with pytest.raises(mnemobus.WriteRejected):
                     await (await bob.write(longer)).committed()
 

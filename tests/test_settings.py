@@ -359,7 +359,7 @@ async def test_redis_acquire_timeout_bounds_the_wait_for_a_connection(connect: C
         assert await bus.get("00000000-0000-0000-0000-000000000001") is None
         assert bus.stats().misses == 1
         assert (await bus.get("00000000-0000-0000-0000-000000000001"), bus.stats().hits_local) == (None, 1)
-        assert bus._feed.up
+        assert bus._feed.heartbeat.up
         bus._link.pool.give_back(wire)
         assert await bus._link.command("PING")
 
@@ -514,9 +514,9 @@ async def test_mnemobus_heartbeat_is_how_often_the_feed_is_verified(connect: Con
         connect(heartbeat=0.05, max_staleness=1) as often,
         connect(heartbeat=0.5, max_staleness=1) as seldom,
     ):
-        before = often._feed._beats, seldom._feed._beats
+        before = often._feed.heartbeat.beats, seldom._feed.heartbeat.beats
         await asyncio.sleep(1)
-        assert often._feed._beats - before[0] > 2 * (seldom._feed._beats - before[1])
+        assert often._feed.heartbeat.beats - before[0] > 2 * (seldom._feed.heartbeat.beats - before[1])
 
 
 async def test_mnemobus_max_staleness_is_how_long_a_copy_is_served_unverified(

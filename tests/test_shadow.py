@@ -251,8 +251,8 @@ async def test_a_worker_that_died_between_commit_and_fan_out_is_no_breach(
             assert (await bus.get(memory.id)).content["text"] == "old"  # type: ignore[union-attr]
             await eventually(lambda: bus.stats().shadow_reads >= 1 and bus._shadow.under_way)
             checks = set(bus._shadow._tasks)
-            beats = bus._feed._beats
-            await eventually(lambda: bus._feed._beats > beats + 12)
+            beats = bus._feed.heartbeat.beats
+            await eventually(lambda: bus._feed.heartbeat.beats > beats + 12)
 
             # Then it is not held against the caches
             assert not any(check.done() for check in checks)

@@ -345,7 +345,7 @@ async def test_what_was_deleted_can_be_written_elsewhere_once_that_is_committed(
                 assert await bus.count("messages", room="r2") == 1
 
 
-# Marks beyond their number
+# PendingWrites beyond their number
 
 
 async def test_g6_marks_beyond_their_number_come_together_and_still_hold(
@@ -359,12 +359,12 @@ async def test_g6_marks_beyond_their_number_come_together_and_still_hold(
         elsewhere = next(f"r{n}" for n in range(100) if keys.log_partition(f"r{n}") == 1)
         memories = [said(str(n), room=room) for n in range(25)]
         receipts = await bus.write_many(memories)
-        assert len(bus._marks._writes[0]) <= 10
+        assert len(bus._pending._writes[0]) <= 10
         assert bus.stats().marks == 25
         # Then whatever they may touch waits, rooms of other partitions do not
-        assert id_scope(memories[0].id) in bus._marks
-        assert room_scope("messages", room) in bus._marks
-        assert room_scope("messages", elsewhere) not in bus._marks
+        assert id_scope(memories[0].id) in bus._pending
+        assert room_scope("messages", room) in bus._pending
+        assert room_scope("messages", elsewhere) not in bus._pending
         assert (await bus.recent("messages", room=room)).stale
         assert not (await bus.recent("messages", room=elsewhere)).stale
         # And with workers there, all of it is seen, each receipt is answered, and no mark stays
@@ -387,7 +387,7 @@ async def test_g1_a_flush_is_told_to_writes_without_marks_of_their_own(
         epochs = bus.stats().epochs
         async with redis.asyncio.Redis.from_url(server.url) as client:
             await client.flushall()
-        await eventually(lambda: bus.stats().epochs > epochs and not bus._marks.in_doubt, timeout=20)
+        await eventually(lambda: bus.stats().epochs > epochs and not bus._pending.in_doubt, timeout=20)
         # When what is newer is applied, then nobody is told that the others were, and nothing waits for them
         with worker_threads(settings):
             newer = await bus.write(said("newer"), durability="committed")
@@ -413,7 +413,7 @@ async def test_g7_marks_of_an_outbox_beyond_their_number_still_hold(
             await bus.get(new_id())
             server.kill()
             receipts = [await bus.write(said(str(n))) for n in range(12)]
-            assert len(bus._marks._scopes) <= 2 * 4 + 2
+            assert len(bus._pending._scopes) <= 2 * 4 + 2
             assert (await bus.recent("messages", room="r1")).stale
             server.start()
             await asyncio.gather(*(receipt.committed(30) for receipt in receipts))

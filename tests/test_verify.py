@@ -20,7 +20,8 @@ from mnemobus.cli.inspection import looking_at
 from mnemobus.cli.verify import Truth, Verifier, is_older, percent
 from mnemobus.feed.audit import MAX_TOLD, Inquiry, decode_holding, encode_inquiry
 from mnemobus.keys import Keyspace, Version, id_scope, room_scope
-from mnemobus.memory import Memory, Row
+from mnemobus.memory import Memory
+from mnemobus.records import Row
 from mnemobus.store import Query, open_reader
 from mnemobus.tasks import end
 from servers import AgentProcess, RedisServer, eventually
@@ -450,7 +451,7 @@ async def test_an_agent_tells_what_it_would_serve(
             assert copy == (found if isinstance(found, int) else tuple((r.id, r.version) for r in found))
 
         # And when it may serve nothing, then it tells nothing
-        bus._feed._settings = bus.settings.model_copy(update={"max_staleness": -1.0})
+        bus._feed.heartbeat._settings = bus.settings.model_copy(update={"max_staleness": -1.0})
         await eventually(lambda: not bus._local.served(ROOM))
         answer = await asker.ask(ROOM)
         assert (answer.fresh, answer.holds) == (False, {})

@@ -14,7 +14,8 @@ from mnemobus.keys import Dimensions, Version
 from mnemobus.live.channel import Announced, Channel, Heard, decode_announced
 from mnemobus.live.window import Window
 from mnemobus.log.events import DELETE, DELETE_ROOM, PUT, UPDATE, Event
-from mnemobus.memory import Memory, Row
+from mnemobus.memory import Memory
+from mnemobus.records import Row
 from mnemobus.store import Query
 
 ROOM = Dimensions("messages", "r1")

@@ -9,11 +9,12 @@ from typing import Any
 
 import pytest
 import redis
+import redis.asyncio
 from redis.exceptions import ResponseError
 
 from mnemobus import Settings
 from mnemobus.connection.link import Link
-from mnemobus.connection.transport import Busy
+from mnemobus.connection.transport import BlockingWire, Busy, Wire
 from servers import RedisServer, eventually
 
 
@@ -123,3 +124,50 @@ async def test_a_call_that_is_not_answered_in_time_fails_and_its_late_reply_reac
     server.resume()
     assert await link.command("PING") == b"PONG"
     await link.close()
+
+
+# What is taken from redis-py besides its public face (docs/decisions/0008)
+
+SEEN = "8.1.0"
+"""The version of redis-py whose connections were looked at. Change it once that was done for another one."""
+
+
+def test_redis_py_is_of_the_version_whose_connections_were_looked_at() -> None:
+    assert redis.__version__ == SEEN, (
+        f"redis-py is {redis.__version__}, and not {SEEN}. connection/transport.py takes over its connections, by"
+        " attributes that are not public. Look in redis/asyncio/connection.py for _writer, _reader (both None after"
+        " disconnect(), and not touched otherwise once connect() has returned) and in redis/connection.py for _sock;"
+        " in redis/_parsers for parse_error(text). Then run tests/test_wire.py, test_security.py (TLS, logins) and"
+        " scenarios/test_connections.py, and write the new version here"
+    )
+
+
+async def test_a_connection_of_redis_py_gives_its_stream_away(redis_url: str) -> None:
+    pool = redis.asyncio.ConnectionPool.from_url(redis_url)
+    connection = pool.make_connection()
+    await connection.connect()
+    # Given a connection of redis-py, it has a stream, and its parser makes errors from what a server says
+    assert isinstance(connection._writer, asyncio.StreamWriter)
+    assert isinstance(connection._reader, asyncio.StreamReader)
+    assert isinstance(connection._parser.parse_error("WRONGTYPE no"), ResponseError)
+    # If a wire takes it over
+    wire = Wire(connection)
+    # Then redis-py knows of none any more, and leaves the wire alone when it disconnects or forgets
+    assert connection._writer is None and connection._reader is None
+    assert not connection.is_connected
+    await connection.disconnect()
+    answered: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
+    wire.call(b"*1\r\n$4\r\nPING\r\n", 1, 5.0, answered.set_result)
+    assert await answered == [b"PONG"]
+    await wire.close(1.0)
+
+
+def test_a_blocking_connection_of_redis_py_gives_its_socket_away(redis_url: str) -> None:
+    connection = redis.ConnectionPool.from_url(redis_url).make_connection()
+    connection.connect()
+    assert connection._sock is not None
+    wire = BlockingWire(connection, 5.0)
+    assert connection._sock is None
+    connection.disconnect()
+    assert wire.call([("PING",)]) == [b"PONG"]
+    wire.cut()

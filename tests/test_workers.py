@@ -29,7 +29,8 @@ from mnemobus import Memory, NotCommitted, Receipt, Settings, WriteRejected
 from mnemobus.connection.link import ThreadedLink
 from mnemobus.keys import APPLY_GROUP, Dimensions, Version
 from mnemobus.log.events import PUT, Event
-from mnemobus.memory import encode, new_id
+from mnemobus.memory import new_id
+from mnemobus.records import encode
 from mnemobus.store import Deletion, open_writer
 from mnemobus.store.merge import BEGINNING, STEP
 from mnemobus.store.sqlite import SqliteWriter
@@ -471,7 +472,7 @@ async def test_workers_make_room_in_a_redis_that_is_full(each_server: Settings, 
         await bus.recent("messages", room="r1")
         dimensions = Dimensions("messages", "r1")
         bad = Event(PUT, dimensions, new_id(), b"[]", b"{}")
-        receipts = await bus._publish(
+        receipts = await bus._writes.publish(
             [bad, *(Event.put(encode(said(text), 1 << 20)) for text in texts(300))], None
         )
         try:

@@ -14,7 +14,7 @@ from redis.asyncio import Redis
 
 from mnemobus import Memory
 from mnemobus.log.events import Event
-from mnemobus.memory import encode
+from mnemobus.records import encode
 
 Fields = dict[str | bytes | int, str | bytes | int]
 

@@ -12,7 +12,7 @@ import orjson
 
 from mnemobus import Memory, Settings, connect
 from mnemobus.keys import room_scope
-from mnemobus.memory import _dimensions
+from mnemobus.values import _dimensions
 
 from ..alternatives import Item, Place, Unfit, load
 from ..alternatives.survey import call

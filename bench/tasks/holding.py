@@ -11,7 +11,7 @@ import redis.asyncio
 
 from mnemobus import Bus, connect
 from mnemobus.connection.link import script
-from mnemobus.log.publisher import publish_call
+from mnemobus.log.append import publish_call
 
 from ..agents import started
 from ..floors.writes import flat

@@ -61,7 +61,7 @@ async def run(world: World) -> list[Result]:
 
         async def beat() -> int:
             for _ in range(many // 10):
-                await bus._feed._verify()
+                await bus._feed.heartbeat.verify()
             return many // 10
 
         async def hit() -> int:

@@ -14,10 +14,16 @@
      ├─ MemoryNotFound           an update names a memory that is not there
      ├─ WriteFailed              the log did not take the write
      │   ├─ LogUnavailable       it could not be reached in time; the write may or may not be in it
+     │   │   └─ Unready          the server takes no writes now; nothing was written
+     │   │       ├─ LogClosed      the log is about to be laid out anew
+     │   │       └─ PartitionEnded the log was laid out anew
      │   ├─ LogFull              Redis is out of memory; nothing was written
      │   ├─ BacklogFull          workers are too far behind; nothing was written
      │   ├─ OutboxFull           the log can't be reached and the outbox is full; nothing was written
+     │   ├─ Overtaken            another process goes by the same producer id; nothing was written
      │   └─ DurabilityUnavailable  the server can't give the durability that was asked for
+     ├─ OutboxError              the outbox's file can't be used (OutboxFull is one, too)
+     │   └─ OutboxInUse          another bus has it
      ├─ WriteRejected            the write was logged, but a worker could not apply it (dead letter)
      ├─ NotCommitted             the store did not have the write within the given time
      ├─ StoreError
@@ -91,6 +97,18 @@ class LogUnavailable(WriteFailed):
     """The log could not be reached in time; the write may or may not be in it."""
 
 
+class Unready(LogUnavailable):
+    """The server takes no writes now: it fails over, starts, or has no room on its disk, say. Nothing was written."""
+
+
+class LogClosed(Unready):
+    """The log is about to be laid out anew. Nothing was written, but a copy of the call may be yet."""
+
+
+class PartitionEnded(Unready):
+    """The log partition takes no more writes. Nothing was written, and no copy of the call ever will be."""
+
+
 class LogFull(WriteFailed):
     """Redis is out of memory and refuses writes; nothing was written."""
 
@@ -109,6 +127,10 @@ class OutboxInUse(OutboxError):
 
 class OutboxFull(WriteFailed, OutboxError):
     """The log can't be reached and the outbox takes no more; nothing was written."""
+
+
+class Overtaken(WriteFailed):
+    """The producer has made this call, or a later one, with other events: another process goes by its id."""
 
 
 class DurabilityUnavailable(WriteFailed):

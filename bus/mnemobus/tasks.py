@@ -11,7 +11,7 @@ import aiosqlite
 
 logger = logging.getLogger("mnemobus")
 
-_PATIENCE = 0.5
+_END_PATIENCE = 0.5
 
 
 async def end(tasks: Iterable[asyncio.Task[Any] | None]) -> None:
@@ -24,7 +24,7 @@ async def end(tasks: Iterable[asyncio.Task[Any] | None]) -> None:
     while running:
         for task in running:
             task.cancel()
-        _, running = await asyncio.wait(running, timeout=_PATIENCE)
+        _, running = await asyncio.wait(running, timeout=_END_PATIENCE)
 
 
 def in_background(connecting: aiosqlite.Connection) -> aiosqlite.Connection:

@@ -33,9 +33,12 @@ from typing import Any
 import mnemobus
 import mnemobus.log.outbox
 from mnemobus import Bus, Memory, Receipt
+from mnemobus.cache.read_path import ReadPath
 from mnemobus.errors import LogUnavailable, MemoryNotFound, MnemobusError, NotCommitted, StoreUnavailable
-from mnemobus.feed.subscription import Feed, Invalidation
+from mnemobus.feed.messages import Invalidation
+from mnemobus.feed.subscription import Feed
 from mnemobus.keys import Version, id_scope
+from mnemobus.writes import Writes
 
 from .clocks import set_ahead
 from .history import Applied, Observed, Published, Read, Recorder, Write
@@ -95,7 +98,7 @@ class Agent:
 
     def watch(self) -> None:
         """Wrap the feed, the outbox and the reads of this process."""
-        apply, read, learn = Feed._apply, Bus._read, Bus._published
+        apply, read, learn = Feed._apply, ReadPath.read, Writes._published
         append = mnemobus.log.outbox.append
 
         def applied(feed: Feed, partition: Any, message: Invalidation) -> None:
@@ -103,13 +106,13 @@ class Agent:
             scopes, versions = list(message.scopes), [str(v) for v in message.versions]
             self._record(Applied(self.plan.name, self.clock(), scopes, versions))
 
-        async def answered(bus: Bus, plan: Any) -> Any:
+        async def answered(path: ReadPath, plan: Any) -> Any:
             def show(found: Any, source: str, stale: bool) -> Any:
                 _how.set((source, stale))
                 return plan.kind.show(found, source, stale)
 
             kind = dataclasses.replace(plan.kind, show=show)
-            return await read(bus, dataclasses.replace(plan, kind=kind))
+            return await read(path, dataclasses.replace(plan, kind=kind))
 
         async def appended(link: Any, partition: int, producer: str, sequence: int, events: Any) -> Any:
             logged = await append(link, partition, producer, sequence, events)
@@ -117,13 +120,13 @@ class Agent:
                 self._appended[partition, version] = _named(fields)
             return logged
 
-        def published(bus: Bus, partition: int, write: Any, version: Version) -> None:
-            learn(bus, partition, write, version)
+        def published(writes: Writes, partition: int, write: Any, version: Version) -> None:
+            learn(writes, partition, write, version)
             self._published(write, version, self._appended.pop((partition, version)))
 
         Feed._apply = applied  # type: ignore[method-assign]
-        Bus._read = answered  # type: ignore[method-assign]
-        Bus._published = published  # type: ignore[method-assign]
+        ReadPath.read = answered  # type: ignore[method-assign]
+        Writes._published = published  # type: ignore[method-assign]
         mnemobus.log.outbox.append = appended
 
     def _published(self, write: Any, version: Version, event: dict[str, str]) -> None:

@@ -9,7 +9,7 @@ Time is counted from the moment at which nobody owes the fan-out any more: it wa
 has lost the event, so that nobody ever will. `MARKED` and `PASSED` are as in the world "join".
 
 Modelled after connection/link.py (handshake, `agree`), lua/epoch.lua, cache/l2.py, `Applier._fan_out` and
-feed/subscription.py.
+feed/heartbeat.py.
 """
 
 from __future__ import annotations

@@ -4,9 +4,9 @@ One agent and one feed partition with two scopes: A, which the agent reads, and 
 committed and fanned out at once, first those to A; message n of the feed answers for write n. Pub/sub may lose, delay,
 reorder and repeat messages, connections break, the stream may be trimmed or deleted.
 
-Modelled one to one after feed/subscription.py: SUBSCRIBE and its confirmation, `_settle` (as many at once as there were
-confirmations), messages that come early, the heartbeat with its question, its answer and its replay, leaving and
-joining again; and the local cache: a read takes its bucket first and fills it later.
+Modelled one to one after feed/ (subscription.py, positions.py, heartbeat.py): SUBSCRIBE and its confirmation, `_settle`
+(as many at once as there were confirmations), messages that come early, the heartbeat with its question, its answer and
+its replay, leaving and joining again; and the local cache: a read takes its bucket first and fills it later.
 
 Time. One of the invalidations is singled out at will when it is sent (`MARKED`), and at some time after it the bound
 has passed (`PASSED`): from then on no heartbeat counts that began before it was sent, and nothing that it invalidated
@@ -28,7 +28,7 @@ NEVER, BEFORE, AFTER = 0, 1, 2
 
 
 class Part(NamedTuple):
-    """What the agent knows of the partition (feed._Partition)."""
+    """What the agent knows of the partition (feed/positions.py)."""
 
     confirmed: bool = False
     position: int | None = None

@@ -6,7 +6,7 @@ flushed, or restart, with all that it had or with less: then the log may have lo
 no worker can apply it: it is buried, its reason is noted, and it is confirmed like any other.
 
 Our agent publishes, hears of it, marks X, reads X through L1 and L2, and learns from the feed, or from the consumer
-group, that its write is applied. Modelled after log/pending.py, `Bus._logged`, `Bus._read`, apply.py and
+group, that its write is applied. Modelled after log/pending.py, `Writes._logged`, `ReadPath.read`, apply.py and
 lua/applied.lua.
 """
 

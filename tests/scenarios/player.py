@@ -74,7 +74,7 @@ async def look(bus: mnemobus.Bus, ids: list[str]) -> dict[str, Any]:
 
 
 async def produce(bus: mnemobus.Bus, producer: str, text: str) -> dict[str, Any]:
-    for publisher in (bus._publishers, *bus._publishers):
+    for publisher in (bus._writes.publishers, *bus._writes.publishers):
         publisher._producer = producer
     try:
         receipt = await bus.write(Memory(table="messages", room="r1", content={"text": text}))

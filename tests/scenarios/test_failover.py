@@ -163,7 +163,7 @@ async def test_a_write_is_not_taken_for_synced_by_a_server_that_was_not_the_mast
     async with opened(settings) as bus:
         assert (await bus.write(said("0"), durability="synced")).version is not None
         # If the master hands over between logging a write and confirming it
-        syncer = bus._syncer
+        syncer = bus._writes.syncer
         sync = syncer.sync
 
         async def sync_after_failover() -> None:

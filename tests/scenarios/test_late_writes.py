@@ -20,7 +20,7 @@ from commands import Command
 from mnemobus import Settings
 from mnemobus.keys import Keyspace
 from mnemobus.log.events import Event
-from mnemobus.memory import encode
+from mnemobus.records import encode
 from outside import Log
 from rows import rows
 from rows import texts as living

@@ -11,7 +11,8 @@ from commands import Command
 from mnemobus import Settings, WriteRejected
 from mnemobus.keys import Dimensions
 from mnemobus.log.events import PUT, Event
-from mnemobus.memory import encode, new_id
+from mnemobus.memory import new_id
+from mnemobus.records import encode
 from mnemobus.store import open_writer
 from outside import Log, refuse_poison, stored
 from scenarios.telling import opened, said
@@ -44,7 +45,7 @@ async def test_g1_one_poison_event_in_a_batch_of_500_is_one_dead_letter_and_499_
             reason, bad = refuse_poison(settings), b'{"text":"poison"}'
         id = new_id()
         events.insert(200, Event(PUT, Dimensions("messages", "r1", entity="é"), id, bad, b"{}", created_us=7))
-        receipts = await bus._publish(events, None)
+        receipts = await bus._writes.publish(events, None)
         dead = receipts.pop(200)
 
         # When a pool takes them

@@ -51,7 +51,7 @@ Moment = float | Version
 """Seconds ago, by the clock of Redis, or a version."""
 
 
-class Unfit(NamedTuple):
+class Unapplied(NamedTuple):
     """An event that can't be applied, and is no dead letter."""
 
     partition: int
@@ -79,7 +79,7 @@ class Outcome:
     changed: int = 0
     dead_letters: int = 0
     unfit: int = 0
-    named: list[Unfit] = field(default_factory=list)
+    named: list[Unapplied] = field(default_factory=list)
     ops: Counter[str] = field(default_factory=Counter)
     partitions: Counter[int] = field(default_factory=Counter)
     first: Version | None = None
@@ -299,7 +299,7 @@ class Replay:
             fit = [event for event in fit if event.version not in refused]
         self.outcome.unfit += len(unfit)
         room = NAMED - len(self.outcome.named)
-        self.outcome.named += [Unfit(partition, version, reason) for version, reason in unfit[:room]]
+        self.outcome.named += [Unapplied(partition, version, reason) for version, reason in unfit[:room]]
         self.outcome.applied += len(fit)
         self.outcome.partitions[partition] += len(fit)
         self.outcome.ops.update(event.op for event in fit)

@@ -74,6 +74,11 @@ def _name(scope: str) -> str:
     return scope[3:] if scope.startswith("id:") else scope
 
 
+Key = int | str | tuple[Any, ...]
+"""What an answer is called in its bucket. "get": the memory by its id. A limit: the newest of a room, as most ask for.
+(limit, entity, agent, world), with two cursors where it is a page: the newest of what matches. ("count", query)."""
+
+
 class Bucket:
     """All that is cached under one scope."""
 
@@ -97,7 +102,7 @@ class Bucket:
         self.query: Any = MISS
         """Of the first result; MISS while there is none."""
         self.value: Any = None
-        self.more: dict[Any, Any] | None = None
+        self.more: dict[Key, Any] | None = None
         """Results of other queries."""
         self.size = 0
         self.visited = False
@@ -118,7 +123,7 @@ class Bucket:
         """A copy of all results, by query."""
         return {} if self.query is MISS else {self.query: self.value, **(self.more or {})}
 
-    def get(self, query: Any) -> Any:
+    def get(self, query: Key) -> Any:
         """A result, or MISS."""
         if query == self.query:
             return self.value
@@ -126,7 +131,7 @@ class Bucket:
 
     live: ClassVar[bool] = False
 
-    def set(self, query: Any, value: Any) -> None:
+    def set(self, query: Key, value: Any) -> None:
         if self.query is MISS or query == self.query:
             self.query, self.value = query, value
         elif self.more is None:
@@ -177,11 +182,11 @@ class LiveBucket(Bucket):
         beside = {} if self.classic is None else self.classic.results
         return {**beside, **super().results}
 
-    def get(self, query: Any) -> Any:
+    def get(self, query: Key) -> Any:
         found = super().get(query)
         return self.beside(query) if found is MISS else found
 
-    def beside(self, query: Any) -> Any:
+    def beside(self, query: Key) -> Any:
         """A result that the window does not tell, or MISS."""
         if self.classic is None or clock() >= self.classic.expires:
             return MISS
@@ -231,7 +236,7 @@ class LocalCache:
         """What is cached takes, about."""
         return self._units * _UNIT
 
-    def hit(self, name: str, query: Any) -> Any:
+    def hit(self, name: str, query: Key) -> Any:
         """The cached result, or MISS if there is none or it may not be served.
 
         name: the scope; of a memory, its bare id
@@ -279,7 +284,7 @@ class LocalCache:
             return {}
         return bucket.results
 
-    def last_known(self, scope: str, query: Any) -> Any:
+    def last_known(self, scope: str, query: Key) -> Any:
         """The cached result however old, or MISS."""
         bucket = self._buckets.get(_name(scope))
         return MISS if bucket is None else bucket.get(query)
@@ -344,7 +349,7 @@ class LocalCache:
         """Have no later read share a load of what may not be cached."""
         self._orphans.clear()
 
-    def put(self, bucket: Bucket, query: Any, value: Any, size: int) -> None:
+    def put(self, bucket: Bucket, query: Key, value: Any, size: int) -> None:
         """Cache a result in the bucket that its read began with, and evict others if it is too much.
 
         size: bytes of the result's encoded form
@@ -416,7 +421,7 @@ class LocalCache:
         self._add(bucket)
         self._resize(bucket)
 
-    def answer(self, bucket: LiveBucket, query: Any, value: Any, ttl: float) -> None:
+    def answer(self, bucket: LiveBucket, query: Key, value: Any, ttl: float) -> None:
         """Keep an answer that was made from a window, until the next event."""
         if self._buckets.get(bucket.name) is bucket:
             bucket.expires = self._expiry(clock(), ttl)

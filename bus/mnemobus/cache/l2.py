@@ -8,7 +8,7 @@ Nishtala et al., NSDI 2013). Eviction and expiry do the same as an invalidation:
 The lease also holds back the herd: others wait a moment for the fill, then read the store without filling.
 
 The log comes first. Where Redis has a limit and evicts nothing (``noeviction``), results are shared only as long as it
-is filled to no more than `SHARE` percent; and where it is full all the same, what L2 holds goes (`give_way`) before a
+is filled to no more than `SHARE` percent; and where it is full all the same, what L2 holds goes (log/room.py) before a
 write is refused.
 """
 
@@ -38,13 +38,8 @@ MAX_RESULT = 4 << 20
 """Bytes above which a result is not shared."""
 REFUSED = 2
 """What `lookup` and `fill.lua` answer where Redis takes no result."""
-_PATIENCE = (0.002, 0.005, 0.010, 0.020)
+_FILL_PATIENCE = (0.002, 0.005, 0.010, 0.020)
 """Seconds between looks for a fill that another has the lease for."""
-_SCAN = 1_000
-"""Keys that are looked at in one step when L2 gives way."""
-_GIVE_WAY_EVERY = 5.0
-_LAZY = 0.02
-"""Seconds that Redis has to free in the background what was unlinked."""
 _SPELL = 60.0
 """Seconds for which a refusal is remembered; those within are one spell, and logged once."""
 
@@ -93,7 +88,7 @@ class SharedCache:
 
     async def lookup(self, scope: str, field: bytes, ttl: float) -> bytes | Lease | None:
         """The result; or a lease to fill it; or None if it is neither there nor ours to fill."""
-        for pause in (*_PATIENCE, None):
+        for pause in (*_FILL_PATIENCE, None):
             reply, lease = await self._look(scope, field, ttl)
             if isinstance(reply, bytes):
                 self.hits += 1
@@ -149,28 +144,3 @@ class SharedCache:
         """Drop a bucket whose content makes no sense."""
         with suppress(RedisError, SettingsError, *AWAY):
             await self._link.command("UNLINK", self._link.keys.bucket(self._link.epoch, scope))
-
-
-async def give_way(link: Link) -> bool:
-    """Drop all that L2 holds, for the log needs the room; whether there was anything. Raises one of AWAY.
-
-    Looks no more often than every few seconds: Redis may have many keys of others.
-    """
-    now = clock()
-    if now < link.give_way_at:
-        return False
-    link.give_way_at = now + _GIVE_WAY_EVERY
-    cursor, dropped = b"0", 0
-    try:
-        while True:
-            cursor, keys = await link.command("SCAN", cursor, "MATCH", link.keys.buckets, "COUNT", _SCAN)
-            if keys:
-                dropped += await link.command("UNLINK", *keys)
-            if cursor == b"0":
-                break
-    except ResponseError as error:  # not allowed, say
-        logger.debug("the shared results can't be dropped: %s", error)
-    if dropped:
-        logger.warning("Redis at %s is full: dropped the shared results of %d scopes", link.address, dropped)
-        await asyncio.sleep(_LAZY)
-    return dropped > 0

@@ -19,18 +19,11 @@ import orjson
 
 from ..errors import InvalidMemory, InvalidQuery
 from ..keys import Version
-from ..memory import (
-    Memories,
-    Memory,
-    Row,
-    canonical_id,
-    check_name,
-    check_table,
-    moment_of,
-    pack_memories,
-    unpack_memories,
-)
+from ..memory import Memories, Memory
+from ..records import Row, pack_memories, unpack_memories
 from ..store import Cursor, Query, Reader
+from ..values import canonical_id, check_name, check_table, moment_of
+from .l1 import Key
 
 Place = Memory | datetime | tuple[datetime, str]
 """A place in a listing: a memory, or a date, or a date and the id of the memory that has it."""
@@ -75,7 +68,7 @@ class Plan:
     scope: str
     name: str
     table: str
-    key: Any
+    key: Key
     field: bytes
     find: Callable[[], Awaitable[Any]]
     kind: Kind
@@ -248,9 +241,9 @@ class Question:
     limit: int = 0
 
     @classmethod
-    def local(cls, scope: str, key: Any) -> Question:
+    def local(cls, scope: str, key: Key) -> Question:
         """The question whose answer is under this key in L1."""
-        if key == GET:
+        if isinstance(key, str):
             return cls(scope, GET)
         if isinstance(key, int):  # nothing but a limit, as `Bus.recent` has it
             key = (key, None, None, None)

@@ -30,9 +30,9 @@ from ..errors import SettingsError, StoreError, StoreUnavailable
 from ..feed.subscription import Feed
 from ..keys import Keyspace
 from ..live.scopes import LiveScopes
-from ..log.pending import Marks
+from ..log.pending import PendingWrites
 from ..settings import Settings
-from .l1 import EACH, MISS, Bucket, LocalCache, clock
+from .l1 import EACH, MISS, Bucket, Key, LocalCache, clock
 from .l2 import Lease, SharedCache
 from .query import Plan
 
@@ -42,7 +42,7 @@ _JOIN_PATIENCE = 0.05
 """Seconds that a read waits for its feed partition; without it the read is not cached."""
 
 
-Found = tuple[Any, str, bool]
+Answer = tuple[Any, str, bool]
 """What a load found, as L1 keeps it; where; and whether it is only the last known copy."""
 
 
@@ -56,15 +56,15 @@ class Load:
 
     def __init__(self, began: float) -> None:
         self.began = began
-        self._waiting: list[asyncio.Future[Found | None]] = []
+        self._waiting: list[asyncio.Future[Answer | None]] = []
 
-    async def wait(self) -> Found | None:
+    async def wait(self) -> Answer | None:
         """What it finds; None if whoever loads was cancelled. Raises what the load raises."""
-        answer: asyncio.Future[Found | None] = asyncio.get_running_loop().create_future()
+        answer: asyncio.Future[Answer | None] = asyncio.get_running_loop().create_future()
         self._waiting.append(answer)
         return await answer
 
-    def succeed(self, found: Found | None) -> None:
+    def succeed(self, found: Answer | None) -> None:
         for answer in self._waiting:
             if not answer.done():
                 answer.set_result(found)
@@ -78,7 +78,7 @@ class Load:
                 answer.set_exception(error)
 
 
-class Tiers:
+class ReadPath:
     """The tiers of one bus, nearest first. What is in L1, `Bus` answers without coming here."""
 
     def __init__(
@@ -88,7 +88,7 @@ class Tiers:
         local: LocalCache,
         shared: SharedCache,
         feed: Feed,
-        marks: Marks,
+        pending: PendingWrites,
         knows: Callable[[], bool],
         live: LiveScopes,
     ) -> None:
@@ -98,10 +98,10 @@ class Tiers:
         self._local = local
         self._shared = shared
         self._feed = feed
-        self._marks = marks
+        self._pending = pending
         self._knows = knows
         """Whether the store is known to be the bus's. Others must not be given what another store has."""
-        self._loads: dict[tuple[Bucket, Any], Load] = {}
+        self._loads: dict[tuple[Bucket, Key], Load] = {}
         """Reads under way, by bucket and query."""
         self.misses = 0
         self.shared_loads = 0
@@ -123,10 +123,10 @@ class Tiers:
                     return plan.kind.show(kept, source, False)
         partition = self._keys.feed_partition(plan.scope)
         while True:
-            stale = plan.scope in self._marks and not await self._wait_for_own_writes(plan.scope)
+            stale = plan.scope in self._pending and not await self._wait_for_own_writes(plan.scope)
             stale = not await self._live.committed(plan, self._feed.reachable) or stale
             joined = self._feed.joined(partition) or await self._feed.join(partition, _JOIN_PATIENCE)
-            marked = plan.scope in self._marks
+            marked = plan.scope in self._pending
             if joined and not stale and not marked:
                 bucket = self._local.open(plan.name, partition, self._settings.ttl(plan.table))
             elif marked and not stale:
@@ -153,7 +153,7 @@ class Tiers:
         if any((bucket, plan.key) in self._loads for bucket in self._local.beside(plan.name)):
             self._local.drop(plan.scope)
 
-    async def _lead(self, plan: Plan, bucket: Bucket, away: StoreError | None) -> Found:
+    async def _lead(self, plan: Plan, bucket: Bucket, away: StoreError | None) -> Answer:
         """Load what others may wait for."""
         load = self._loads[bucket, plan.key] = Load(clock())
         try:
@@ -172,12 +172,12 @@ class Tiers:
         """Whether the writes of this bus that touch a scope are in the store, after waiting for it."""
         self.own_write_waits += 1
         await self._feed.join(self._keys.feed_partition(scope), 0)
-        if await self._marks.settle(scope):
+        if await self._pending.settle(scope):
             return True
         self.own_write_timeouts += 1
         return False
 
-    async def _load(self, plan: Plan, bucket: Bucket, away: StoreError | None) -> Found:
+    async def _load(self, plan: Plan, bucket: Bucket, away: StoreError | None) -> Answer:
         """What is found for a query beyond L1: (found, source, whether it is only the last known copy).
 
         away: what the store has just answered; it is not asked again then

@@ -28,11 +28,11 @@ from redis.exceptions import RedisError
 
 from ..connection.server_errors import AWAY
 from ..errors import MnemobusError
-from ..log.pending import Marks
-from ..memory import Row, unpack_memories
+from ..log.pending import PendingWrites
+from ..records import Row, unpack_memories
 from ..settings import Settings
 from ..tasks import end
-from .l1 import MISS, Bucket, LocalCache, clock
+from .l1 import MISS, Bucket, Key, LocalCache, clock
 from .l2 import SharedCache
 from .query import Question, Versions, versions_of
 
@@ -44,7 +44,7 @@ _WAITING = 32
 """Shadow reads under way, those included that wait for their second look."""
 _TOLD = 3
 """Memories that the log names at most."""
-_PATIENCE = 60.0
+_SHADOW_PATIENCE = 60.0
 """Seconds to wait for workers to confirm; what takes longer is their trouble, not the caches'."""
 
 
@@ -57,7 +57,7 @@ class Shadow:
         ask: Callable[[Question], Awaitable[list[Row] | int]],
         local: LocalCache,
         shared: SharedCache,
-        marks: Marks,
+        pending: PendingWrites,
     ) -> None:
         self._share = settings.shadow_reads
         self._heartbeat = settings.heartbeat
@@ -65,7 +65,7 @@ class Shadow:
         self._ask = ask
         self._local = local
         self._shared = shared
-        self._marks = marks
+        self._pending = pending
         self.loop: asyncio.AbstractEventLoop | None = None
         """That of the bus; hits in any other thread are no samples."""
         self._waiting = 0
@@ -93,7 +93,7 @@ class Shadow:
             return 1
         return 1 + int(log(1.0 - random.random()) / log(1.0 - self._share))
 
-    def _sample_local(self, bucket: Bucket, key: Any, value: Any) -> None:
+    def _sample_local(self, bucket: Bucket, key: Key, value: Any) -> None:
         self._local.sample_at = self._local.hits + self._gap()
         if not self._busy():
             self._start(self._check_local(bucket, key, value))
@@ -123,7 +123,7 @@ class Shadow:
         # A task that is cancelled before it began never runs what it was made of.
         task.add_done_callback(lambda _: check.close())
 
-    async def _check_local(self, bucket: Bucket, key: Any, value: Any) -> None:
+    async def _check_local(self, bucket: Bucket, key: Key, value: Any) -> None:
         async def served() -> bool:
             # The same object in the same bucket: what was dropped and filled again is another copy.
             return self._local.has(bucket) and self._local.served(bucket.scope).get(key, MISS) is value
@@ -178,16 +178,16 @@ class Shadow:
 
     async def _fanned_out(self) -> None:
         """Return once all that workers were given so far is fanned out; TimeoutError if that takes too long."""
-        async with asyncio.timeout(_PATIENCE):
-            partitions = self._marks.partitions_there
-            given = await self._marks.state(partitions)
+        async with asyncio.timeout(_SHADOW_PATIENCE):
+            partitions = self._pending.partitions_there
+            given = await self._pending.state(partitions)
             states = given
             while not all(
                 given.last is None or state.passed(given.last)
                 for given, state in zip(given, states, strict=True)
             ):
                 await asyncio.sleep(self._heartbeat)
-                states = await self._marks.state(partitions)
+                states = await self._pending.state(partitions)
 
 
 def _behind(copy: Versions, truth: Versions) -> bool:

@@ -22,10 +22,12 @@ import orjson
 from ..bus import Bus, Receipt
 from ..errors import BacklogFull, InvalidMemory, NotCommitted, StoreUnavailable, WriteRejected
 from ..keys import Dimensions
-from ..memory import Memory, Row, from_micros
+from ..memory import Memory
+from ..records import Row
 from ..settings import Settings
 from ..store import Reader, open_reader
 from ..tasks import end
+from ..values import from_micros
 from .console import emit, err, out, run_until_signal
 from .lines import Bad, Line, Source, Ties, Unreadable, line_limit, parse
 from .report import Report

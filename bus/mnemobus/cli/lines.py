@@ -29,8 +29,10 @@ from typing import IO, Any, NamedTuple, cast
 import orjson
 
 from ..errors import InvalidMemory, MnemobusError, SettingsError
-from ..memory import MAX_DEPTH, Memory, Row, encode
+from ..memory import Memory
+from ..records import Row, encode
 from ..settings import Settings
+from ..values import MAX_DEPTH
 
 NAMESPACE = uuid.UUID("5f0d1d3e-6a53-5b0f-9a0e-8f6c1f5a7b42")
 """Of the ids of lines that have none."""

@@ -20,7 +20,7 @@ from rich.text import Text
 
 from ..connection.server_errors import AWAY, DENIED, code_of, is_away, meaning
 from ..errors import BadEvent
-from ..feed.subscription import Invalidation, decode_entry
+from ..feed.messages import Invalidation, decode_entry
 from ..keys import SLOTS, ZERO, Keyspace, Version
 from ..live.channel import decode_announced
 from ..log.events import DELETE_ROOM, Event, decode

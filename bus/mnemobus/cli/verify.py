@@ -29,9 +29,9 @@ from ..cache.query import Question, Versions, versions_of
 from ..connection.server_errors import AWAY, DENIED, code_of, meaning
 from ..errors import LogUnavailable, StoreUnavailable
 from ..feed.audit import Holding, Inquiry, decode_holding, encode_inquiry
-from ..feed.subscription import Invalidation
+from ..feed.messages import Invalidation
 from ..keys import Keyspace, Version
-from ..memory import Row
+from ..records import Row
 from ..settings import Settings, hide_password
 from ..store import Cursor, Query, Reader, open_reader
 from ..tasks import end

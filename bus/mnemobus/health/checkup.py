@@ -158,9 +158,9 @@ class Checkup:
         if clock() >= self._local.fresh_until:
             return (
                 "local copies are not served",
-                f"the feed is not verified: {feed.trouble or 'no heartbeat yet'}",
+                f"the feed is not verified: {feed.heartbeat.trouble or 'no heartbeat yet'}",
             )
-        state = f"local copies are served; verified {clock() - feed.last_good:.1f} s ago"
+        state = f"local copies are served; verified {clock() - feed.heartbeat.last_good:.1f} s ago"
         return state, f"the feed can't be listened to: {feed.deaf}" if feed.deaf else ""
 
     # The store

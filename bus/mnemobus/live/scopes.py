@@ -36,11 +36,12 @@ from ..connection.link import Call, Link, script
 from ..connection.server_errors import AWAY
 from ..connection.transport import Command
 from ..errors import BadEvent, MnemobusError, SettingsError
-from ..feed.subscription import Invalidation
+from ..feed.messages import Invalidation
 from ..keys import ZERO, Dimensions, Version, slot_of
 from ..log.events import DELETE_ROOM, Event, decode
-from ..log.pending import INDEXED, Applied, Marks
-from ..memory import Memory, Row, pack_memories, unpack_memories
+from ..log.pending import INDEXED, PendingWrites, Progress
+from ..memory import Memory
+from ..records import Row, pack_memories, unpack_memories
 from ..settings import Settings
 from ..store import Query
 from .channel import Channel
@@ -90,7 +91,7 @@ class LiveScopes:
         link: Link,
         local: LocalCache,
         shared: SharedCache,
-        marks: Marks,
+        marks: PendingWrites,
         ask: Callable[[Question], Awaitable[list[Row] | int]],
         join: Callable[[int, float], Awaitable[bool]],
         send: Callable[..., Awaitable[None]],
@@ -117,7 +118,7 @@ class LiveScopes:
         """Scopes that were read, and are not in L1; of a memory, with its dimensions."""
         self._shown: dict[str, dict[int, Version]] = {}
         """By scope whose window is gone: what was shown live up to, by log partition, and may not be committed yet."""
-        self._applied: dict[int, Applied] = {}
+        self._applied: dict[int, Progress] = {}
         """By log partition, what was applied when that was last asked."""
         self._doubted: set[int] = set()
         """Log partitions of which Redis may have lost what was shown, in a new epoch."""

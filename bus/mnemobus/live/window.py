@@ -15,7 +15,8 @@ from collections.abc import Iterable
 from itertools import islice
 
 from ..log.events import DELETE, DELETE_ROOM, PUT, Event
-from ..memory import Memory, Row, changed, place_of, size_of
+from ..memory import Memory
+from ..records import Row, changed, place_of, size_of
 from ..store import Query
 
 

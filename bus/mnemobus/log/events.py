@@ -26,7 +26,8 @@ import orjson
 
 from ..errors import BadEvent, InvalidMemory
 from ..keys import ZERO, Dimensions, Version, room_scope
-from ..memory import MAX_DEPTH, Row, check_dimensions
+from ..records import Row
+from ..values import MAX_DEPTH, check_dimensions
 
 PUT, UPDATE, DELETE, DELETE_ROOM = "put", "update", "delete", "delete_room"
 

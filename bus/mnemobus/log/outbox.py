@@ -1,7 +1,6 @@
 """Where writes wait while the log can't be reached (G7): a bounded file that survives the process.
 
-The file is an SQLite database with one table of writes, in the order in which they were made. What makes its content
-reach the log once, whoever dies when:
+What makes the content of the file (outbox_file.py) reach the log once, whoever dies when:
 
 - A write is in the file, synced to disk, before its writer hears of it.
 - Writes are published in calls, as any others (publisher.py). Which writes go in which call, under which producer and
@@ -13,11 +12,6 @@ reach the log once, whoever dies when:
   unknown outcome is made again where it was made first; if that partition has ended, none of it is there, nor will be,
   and its writes go to the new ones.
 
-A disk that is full takes no more writes. But those that are in the file must still get out once the log is back, and to
-take them out takes some space, too: so a second file beside it keeps some, and is given up then.
-
-One process at a time has the file: SQLite's exclusive lock goes with the process, however that ends.
-
 Usually (MNEMOBUS_OUTBOX=auto) each bus has a file of its own in MNEMOBUS_DATA_DIR/outbox, made when it is first needed
 and removed when it is empty. A bus that opens looks there for files that nobody holds any more: what a killed agent
 left, it publishes before anything of its own.
@@ -26,413 +20,24 @@ left, it publishes before anything of its own.
 from __future__ import annotations
 
 import asyncio
-import errno
 import logging
-import os
-import secrets
-import sqlite3
-import struct
-from collections.abc import Awaitable, Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
 from weakref import WeakValueDictionary
-
-import aiosqlite
 
 from .. import private
 from ..connection.link import Link
 from ..connection.server_errors import AWAY
-from ..errors import BacklogFull, BadEvent, LogFull, MnemobusError, OutboxError, OutboxFull, OutboxInUse
-from ..keys import ZERO, Keyspace, Shape, Version
-from ..tasks import end, in_background
-from .events import Event, decode
+from ..errors import BacklogFull, LogFull, MnemobusError, OutboxError, OutboxInUse, Overtaken, PartitionEnded
+from ..keys import Version
+from ..tasks import end
+from .append import Field, append
+from .events import Event
+from .outbox_file import OutboxFile
 from .pending import Write
-from .publisher import CALL_BYTES, CALL_EVENTS, Ended, Field, Overtaken, append
 
 logger = logging.getLogger("mnemobus.outbox")
-
-_SCHEMA = 1
-_OVERHEAD = 64
-"""Bytes that a write takes in the file besides its own, roughly."""
-_LENGTH = struct.Struct(">I")
-_SPARE = 1 << 20
-"""Bytes of disk that are kept to take writes out; to them comes room for the largest one."""
-_SPARE_CALL = 1 << 17
-"""What a call carries at most when these are in use."""
-_LAID_OUT = 100
-"""Writes that are gone through at a time when the log was laid out anew: each may hold a megabyte."""
-_CHECKPOINT = 64
-"""Pages of SQLite's WAL after which it is gone through, so that it stays smaller than that space."""
-
-T = TypeVar("T")
-
-
-@dataclass(frozen=True, slots=True)
-class Call:
-    """One call of publish.lua: what identifies it, and the field lists of its events.
-
-    rows: the numbers of its writes in the file
-    """
-
-    partition: int
-    producer: str
-    sequence: int
-    rows: tuple[int, ...]
-    events: tuple[list[bytes], ...]
-
-
-class OutboxFile:
-    """One file. All its calls raise OutboxError if the file can't be used."""
-
-    def __init__(
-        self, path: Path, keys: Keyspace, max_bytes: int, *, own: bool = True, largest: int = 0
-    ) -> None:
-        self.path = path
-        self._keys = keys
-        self._spare = path.with_name(path.name + "-spare")
-        self._spare_bytes = _SPARE + 3 * largest
-        self._max_bytes = max_bytes
-        self._own = own
-        self._database: aiosqlite.Connection | None = None
-        self._producer = ""
-        self._laid_out: Shape | None = None
-        """The layout of the log by which writes that are in no call have their partitions; None if it is not known."""
-        self._lock = asyncio.Lock()
-        self.entries = 0
-        self.bytes = 0
-
-    async def open(self) -> None:
-        """Lock the file and see what is in it; made if it is not there, unless it is another's.
-
-        OutboxInUse if another process, or another bus of this one, has it.
-        """
-        mode = "rwc" if self._own else "rw"
-        try:
-            if self._own:
-                private.make_folder(self.path.parent)
-                private.make_database(self.path)
-            address = f"{self.path.absolute().as_uri()}?mode={mode}"
-            self._database = await in_background(
-                aiosqlite.connect(address, uri=True, timeout=0, isolation_level=None)
-            )
-            await self._prepare(self._database)
-        except OSError as error:
-            await self._abandon()
-            raise OutboxError(
-                f"the outbox {self.path} can't be used: {error.strerror or error}. Set MNEMOBUS_OUTBOX, or"
-                " MNEMOBUS_DATA_DIR, to a place that can be written"
-            ) from error
-        except sqlite3.Error as error:
-            await self._abandon()
-            if "locked" in str(error):
-                raise OutboxInUse(f"the outbox {self.path} is in use by another bus") from None
-            raise OutboxError(f"the outbox {self.path} can't be used: {error}") from error
-        except BaseException:
-            await self._abandon()
-            raise
-
-    async def _prepare(self, database: aiosqlite.Connection) -> None:
-        await database.execute("PRAGMA locking_mode=EXCLUSIVE")
-        await database.execute("PRAGMA journal_mode=WAL")
-        await database.execute("PRAGMA synchronous=FULL")
-        await database.execute(f"PRAGMA wal_autocheckpoint={_CHECKPOINT}")
-        await database.execute("BEGIN EXCLUSIVE")
-        [version] = await self._one("PRAGMA user_version") or [0]
-        if version not in (0, _SCHEMA):
-            raise OutboxError(f"the outbox {self.path} is of version {version}: written by a newer mnemobus")
-        if version == 0 and await self._one("SELECT 1 FROM sqlite_master"):
-            raise OutboxError(f"the outbox {self.path} can't be used: it is a database of something else")
-        if version == 0:
-            await database.execute("CREATE TABLE meta (name TEXT PRIMARY KEY, value TEXT NOT NULL)")
-            await database.execute(
-                "CREATE TABLE writes (n INTEGER PRIMARY KEY AUTOINCREMENT, partition INTEGER NOT NULL, size INTEGER NOT"
-                " NULL, fields BLOB NOT NULL, producer TEXT, sequence INTEGER)"
-            )
-            await database.execute(
-                "CREATE TABLE sequences (partition INTEGER PRIMARY KEY, last INTEGER NOT NULL)"
-            )
-            owner = f"{self._keys.prefix}, {self._keys.log_partitions} log partitions"
-            meta = [("owner", owner), ("producer", secrets.token_hex(8))]
-            await database.executemany("INSERT INTO meta VALUES (?, ?)", meta)
-            await database.execute(f"PRAGMA user_version={_SCHEMA}")
-        await database.execute("COMMIT")
-        rows = await database.execute_fetchall("SELECT name, value FROM meta")
-        values = {str(name): str(value) for name, value in rows}
-        owner = values.get("owner", "nobody")
-        if owner.rpartition(", ")[0] != self._keys.prefix or "producer" not in values:
-            raise OutboxError(
-                f"the outbox {self.path} has writes for {owner}, not for {self._keys.prefix}: it belongs to another bus"
-            )
-        self._producer = values["producer"]
-        self.entries, self.bytes = await self._one("SELECT count(*), coalesce(sum(size), 0) FROM writes") or (
-            0,
-            0,
-        )
-        if not self.entries:
-            self._laid_out = self._keys.shape
-
-    async def _one(self, statement: str, parameters: Iterable[object] = ()) -> tuple[int, ...] | None:
-        assert self._database is not None
-        async with self._database.execute(statement, tuple(parameters)) as cursor:
-            row = await cursor.fetchone()
-        return None if row is None else tuple(row)
-
-    async def _abandon(self) -> None:
-        database, self._database = self._database, None
-        if database is not None:
-            with suppress(sqlite3.Error, ValueError):
-                await database.close()
-
-    async def close(self, *, remove: bool = False) -> None:
-        """Let go of the file; ``remove`` it if it is empty."""
-        async with self._lock:  # a transaction may still be under way, though its caller was cancelled
-            remove = remove and not self.entries
-            if not self.entries and self._database is not None:
-                _remove(self._spare)
-            if remove:
-                # Before the lock on it is gone: nobody else can have put anything in it.
-                _remove(self.path)
-            await self._abandon()
-            if remove:
-                for suffix in ("-wal", "-journal"):
-                    _remove(self.path.with_name(self.path.name + suffix))
-
-    async def append(
-        self,
-        partition: int,
-        events: Sequence[Sequence[Field]],
-        call: tuple[str, int] | None = None,
-    ) -> list[int]:
-        """Put writes into the file, all or none; their numbers.
-
-        partition: where that was, or where they would be published now
-        call: producer and sequence number under which they may have been published already
-        OutboxFull if they would make it larger than it may be, or the disk is full.
-        """
-        packed = [_pack(event) for event in events]
-        size = sum(map(len, packed)) + _OVERHEAD * len(packed)
-        if self.bytes + size > self._max_bytes:
-            raise OutboxFull(
-                f"the outbox {self.path} is full ({self.entries:,} writes; MNEMOBUS_OUTBOX_MAX_BYTES is"
-                f" {self._max_bytes:,}), and the log can't be reached; nothing was written"
-            )
-        await self._keep_spare()
-        producer, sequence = call or (None, None)
-
-        async def insert() -> list[int]:
-            rows = []
-            for fields in packed:
-                row = await self._one(
-                    "INSERT INTO writes (partition, size, fields, producer, sequence) VALUES (?, ?, ?, ?, ?)"
-                    " RETURNING n",
-                    (partition, len(fields) + _OVERHEAD, fields, producer, sequence),
-                )
-                assert row is not None
-                rows.append(row[0])
-            return rows
-
-        return await self._transaction(insert, len(packed), size)
-
-    async def last_of(self, id: str) -> Event | None:
-        """The last write to a memory."""
-
-        async def find() -> Event | None:
-            # The id as a field of its own, its length before it; what merely mentions it is looked at, and passed over.
-            assert self._database is not None
-            async with self._database.execute(
-                "SELECT fields FROM writes WHERE instr(fields, ?) ORDER BY n DESC",
-                (_pack([b"id", id.encode()]),),
-            ) as rows:
-                async for (fields,) in rows:
-                    with suppress(BadEvent):
-                        event = decode(ZERO, _unpack(fields, self.path))
-                        if event.id == id:
-                            return event
-            return None
-
-        return await self._transaction(find)
-
-    async def next_call(self) -> Call | None:
-        """The call to make next; None if the file is empty. It is the same one until `answered` or `renumber`."""
-        return await self._insist(self._next_call)
-
-    async def _next_call(self) -> Call | None:
-        assert self._database is not None
-        first = await self._one("SELECT n, partition, coalesce(sequence, 0) FROM writes ORDER BY n LIMIT 1")
-        if first is None:
-            return None
-        number, partition, sequence = first
-        if not sequence and self._laid_out != self._keys.shape:
-            await self._lay_out()
-            [partition] = await self._one("SELECT partition FROM writes WHERE n = ?", (number,)) or (0,)
-        if not sequence:
-            rows = await self._first_rows(partition)
-            last = await self._one("SELECT last FROM sequences WHERE partition = ?", (partition,))
-            sequence = (last[0] if last else 0) + 1
-            await self._database.execute(
-                "INSERT OR REPLACE INTO sequences VALUES (?, ?)", (partition, sequence)
-            )
-            await self._database.executemany(
-                "UPDATE writes SET producer = ?, sequence = ? WHERE n = ?",
-                [(self._producer, sequence, row) for row in rows],
-            )
-        found = list(
-            await self._database.execute_fetchall(
-                "SELECT n, producer, fields FROM writes WHERE partition = ? AND sequence = ?"
-                " AND producer = (SELECT producer FROM writes WHERE n = ?) ORDER BY n",
-                (partition, sequence, number),
-            )
-        )
-        events = tuple(_unpack(fields, self.path) for _, _, fields in found)
-        return Call(partition, str(found[0][1]), sequence, tuple(n for n, _, _ in found), events)
-
-    async def _lay_out(self) -> None:
-        """The log was laid out anew: say of each write that is in no call where it goes now."""
-        assert self._database is not None
-        shape = self._keys.shape
-        number = 0
-        while rows := list(
-            await self._database.execute_fetchall(
-                "SELECT n, partition, fields FROM writes WHERE sequence IS NULL AND n > ? ORDER BY n LIMIT ?",
-                (number, _LAID_OUT),
-            )
-        ):
-            number = rows[-1][0]
-            moved = [
-                (now, n)
-                for n, before, fields in rows
-                if (now := shape.partition(_room(_unpack(fields, self.path)))) != before
-            ]
-            await self._database.executemany("UPDATE writes SET partition = ? WHERE n = ?", moved)
-        self._laid_out = shape
-
-    async def _first_rows(self, partition: int) -> list[int]:
-        """Those that go together in one call: of one partition, none of them in a call yet."""
-        assert self._database is not None
-        rows: list[int] = []
-        size = 0
-        for number, length in await self._database.execute_fetchall(
-            "SELECT n, size FROM writes WHERE partition = ? AND sequence IS NULL ORDER BY n LIMIT ?",
-            (partition, CALL_EVENTS),
-        ):
-            size += length
-            if rows and size > (CALL_BYTES if self._has_spare else _SPARE_CALL):
-                break
-            rows.append(number)
-        return rows
-
-    async def answered(self, call: Call) -> None:
-        """Its writes are in the log: take them out."""
-
-        async def delete() -> None:
-            assert self._database is not None
-            await self._database.executemany("DELETE FROM writes WHERE n = ?", [(n,) for n in call.rows])
-
-        size = sum(sum(len(field) + _LENGTH.size for field in event) + _OVERHEAD for event in call.events)
-        await self._insist(delete, -len(call.rows), -size)
-
-    async def ended(self, call: Call) -> None:
-        """Nothing of it was written, nor ever will be, as its partition has ended: its writes are in no call now."""
-
-        async def update() -> None:
-            assert self._database is not None
-            await self._database.executemany(
-                "UPDATE writes SET producer = NULL, sequence = NULL WHERE n = ?", [(n,) for n in call.rows]
-            )
-            await self._lay_out()
-
-        await self._insist(update)
-
-    async def renumber(self, call: Call) -> None:
-        """Its number is used up: give its writes a new one, of a producer that nobody has been."""
-
-        async def update() -> None:
-            assert self._database is not None
-            self._producer = secrets.token_hex(8)
-            await self._database.execute(
-                "UPDATE meta SET value = ? WHERE name = 'producer'", (self._producer,)
-            )
-            await self._database.execute("DELETE FROM sequences")
-            await self._database.executemany(
-                "UPDATE writes SET producer = NULL, sequence = NULL WHERE n = ?", [(n,) for n in call.rows]
-            )
-
-        await self._insist(update)
-
-    @property
-    def _has_spare(self) -> bool:
-        try:
-            return self._spare.exists()
-        except OSError:  # its folder can't be looked into any more
-            return False
-
-    async def _keep_spare(self) -> None:
-        """Have some space on the disk for the way out. OutboxFull if there is none."""
-        if self._has_spare:
-            return
-
-        def allocate() -> None:
-            try:
-                with private.open_file(self._spare, "wb") as file:
-                    if hasattr(os, "posix_fallocate"):
-                        os.posix_fallocate(file.fileno(), 0, self._spare_bytes)
-                    else:
-                        file.write(bytes(self._spare_bytes))
-            except OSError as error:
-                _remove(self._spare)
-                if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-                    raise OutboxFull(
-                        f"the disk of the outbox {self.path} is full; nothing was written"
-                    ) from None
-                raise OutboxError(f"the outbox {self.path} can't be used: {error}") from error
-
-        await asyncio.to_thread(allocate)
-
-    async def _insist(self, work: Callable[[], Awaitable[T]], entries: int = 0, size: int = 0) -> T:
-        """A transaction that a full disk must not keep from happening: the space that was kept is for it."""
-        try:
-            return await self._transaction(work, entries, size)
-        except OutboxFull:
-            if not self._has_spare:
-                raise
-            _remove(self._spare)
-            return await self._transaction(work, entries, size)
-
-    async def _transaction(self, work: Callable[[], Awaitable[T]], entries: int = 0, size: int = 0) -> T:
-        """Do something in a transaction, on disk once this returns; a cancellation does not cut it in two.
-
-        ``entries`` and ``size`` are what it adds to the file.
-        """
-
-        async def run() -> T:
-            async with self._lock:
-                database = self._database
-                if database is None:
-                    raise OutboxError(f"the outbox {self.path} is closed")
-                try:
-                    await database.execute("BEGIN IMMEDIATE")
-                    result = await work()
-                    await database.execute("COMMIT")
-                except BaseException as error:
-                    with suppress(sqlite3.Error):
-                        await database.execute("ROLLBACK")
-                    if isinstance(error, sqlite3.Error):
-                        raise self._explain(error) from error
-                    raise
-                self.entries += entries
-                self.bytes += size
-                return result
-
-        task = asyncio.ensure_future(run())
-        task.add_done_callback(_retrieve)
-        return await asyncio.shield(task)
-
-    def _explain(self, error: sqlite3.Error) -> OutboxError:
-        if "full" in str(error):
-            return OutboxFull(f"the disk of the outbox {self.path} is full; nothing was written")
-        return OutboxError(f"the outbox {self.path} can't be used: {error}")
 
 
 def _has_begun(path: Path) -> bool:
@@ -441,48 +46,6 @@ def _has_begun(path: Path) -> bool:
         return path.stat().st_size > 0
     except OSError:  # its owner has just removed it, or it is nobody's that we are
         return False
-
-
-def _remove(path: Path) -> None:
-    """Remove a file, if it is there; what can't be removed is found, empty, by the next bus that opens."""
-    try:
-        path.unlink(missing_ok=True)
-    except OSError as error:
-        logger.warning("%s can't be removed: %s", path, error)
-
-
-def _retrieve(task: asyncio.Future[Any]) -> None:
-    """Whoever waited for it may be gone; then nobody has to hear of it."""
-    if not task.cancelled():
-        task.exception()
-
-
-def _pack(event: Sequence[Field]) -> bytes:
-    out = bytearray()
-    for item in event:
-        field = item if isinstance(item, bytes) else str(item).encode()
-        out += _LENGTH.pack(len(field))
-        out += field
-    return bytes(out)
-
-
-def _room(fields: Sequence[bytes]) -> str:
-    """The room of an event, given by its fields."""
-    return fields[fields.index(b"room") + 1].decode()
-
-
-def _unpack(packed: bytes, path: Path) -> list[bytes]:
-    fields, at = [], 0
-    while at < len(packed):
-        if at + _LENGTH.size > len(packed):
-            raise OutboxError(f"the outbox {path} is damaged: a write in it ends too early")
-        [length] = _LENGTH.unpack_from(packed, at)
-        at += _LENGTH.size
-        fields.append(packed[at : at + length])
-        at += length
-    if at != len(packed):
-        raise OutboxError(f"the outbox {path} is damaged: a write in it ends too early")
-    return fields
 
 
 class Outbox:
@@ -674,7 +237,7 @@ class Outbox:
             versions = logged.versions
             if len(versions) != len(call.events):
                 raise Overtaken(f"call {call.sequence} of producer {call.producer} was another one")
-        except Ended as error:
+        except PartitionEnded as error:
             logger.info("%s: %d writes of the outbox go to another", error, len(call.rows))
             await self._link.renew_epoch()
             await file.ended(call)

@@ -16,7 +16,7 @@ A write that went to the dead letters looks to the consumer group like any that 
 the reasons are asked for by version before a write is believed to be in the store, however many there are, and whether
 or not the feed's message came. What is no longer known is said to be unknown.
 
-Marks are bounded (`MARKS`). Beyond that the oldest of a log partition come together in one: everything that the
+PendingWrites are bounded (`MARKS`). Beyond that the oldest of a log partition come together in one: everything that the
 partition's writes may touch waits until the low-water mark has passed the last of them. Their receipts need no mark:
 they ask by version.
 """
@@ -67,7 +67,7 @@ _STEPS = 64
 """Such steps with one question; the next one goes on."""
 
 
-class Applied(NamedTuple):
+class Progress(NamedTuple):
     """What the consumer group of a log partition has applied.
 
     last      the last version that it was given
@@ -173,7 +173,7 @@ class _Cover:
         self.writes = 0
 
 
-class Marks:
+class PendingWrites:
     """The marks of one bus, and those who wait for them. Used from one event loop."""
 
     def __init__(self, link: Link) -> None:
@@ -510,11 +510,11 @@ class Marks:
             asked = {p: list(islice(writes.values(), _ASKED)) for p, writes in self._writes.items()}
             await self._learn({p: [] for p in self._covers} | asked)
 
-    async def state(self, partitions: Sequence[int]) -> list[Applied]:
+    async def state(self, partitions: Sequence[int]) -> list[Progress]:
         """What the consumer group has applied, for each of these log partitions."""
         return await self._learn({partition: [] for partition in partitions})
 
-    async def _learn(self, named: dict[int, list[Write]]) -> list[Applied]:
+    async def _learn(self, named: dict[int, list[Write]]) -> list[Progress]:
         """Ask about log partitions, and about these writes of theirs, and settle what the answer settles."""
         named = {partition: writes[:_ASKED] for partition, writes in named.items()}
         epoch = self._link.epoch
@@ -529,7 +529,7 @@ class Marks:
             given_up = not last and partition < self._link.keys.shape.oldest
             if given_up:
                 last = str(LAST)
-            state = Applied(
+            state = Progress(
                 Version.parse(last) if last else None, Version.parse(pending) if pending else None
             )
             states.append(state)
@@ -574,7 +574,7 @@ class Marks:
                 raise answer
         return answers
 
-    def _passed(self, partition: int, state: Applied) -> dict[Write, Version]:
+    def _passed(self, partition: int, state: Progress) -> dict[Write, Version]:
         """The writes below the low-water mark whose fate is not known or that mark anything, and their entries."""
         passed: dict[Write, Version] = {}
         for version, write in self._writes.get(partition, {}).items():

@@ -34,12 +34,11 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import lru_cache, partial
-from hashlib import blake2b
+from functools import partial
 from itertools import repeat
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
-from redis.exceptions import RedisError, ResponseError
+from redis.exceptions import RedisError
 from tenacity import (
     AsyncRetrying,
     RetryCallState,
@@ -49,232 +48,33 @@ from tenacity import (
     wait_random_exponential,
 )
 
-from ..cache.l2 import give_way
-from ..connection.link import Link, ThreadedLink, evalsha, script
-from ..connection.server_errors import AWAY, PASSING, Unfit, code_of, meaning
+from ..connection.link import Link, evalsha, script
+from ..connection.server_errors import AWAY
 from ..connection.transport import Wire, pack
 from ..errors import (
     BacklogFull,
-    BadEvent,
-    DurabilityUnavailable,
+    LogClosed,
     LogFull,
     LogUnavailable,
     MnemobusError,
+    PartitionEnded,
     SettingsError,
-    WriteFailed,
+    Unready,
 )
-from ..keys import SLOTS, ZERO, Dimensions, Version, slot_of, slots_of
+from ..keys import Version
 from ..settings import Settings
-from .events import DELETE, DELETE_ROOM, Event, decode
-from .pending import Marks, Write
+from .append import CALL_BYTES, CALL_EVENTS, Field, Logged, append, publish_call, read_reply
+from .events import Event
+from .pending import Write
 
 logger = logging.getLogger("mnemobus.log")
 
-CALL_EVENTS = 1_000
-CALL_BYTES = 8 << 20
-"""What one call carries at most; a script blocks the server while it runs."""
-
-_SEARCHED = 500
-_SEARCHED_BYTES = 1 << 20
-"""Entries that a search of the log reads at a time, and about how many bytes."""
 
 _CLOSED_PAUSE = (0.01, 0.05)
 """Seconds between two looks whether a log that is being laid out anew takes writes again: between these."""
 
-_PATIENCE = 0.5
+_LOG_PATIENCE = 0.5
 """Seconds that a log which can't be reached is waited for before writes go to the outbox."""
-
-ANNOUNCED_BYTES = 64 << 10
-"""Bytes of an event up to which it is sent along when it is announced; listeners fetch a larger one."""
-
-_DELETE_ROOM = DELETE_ROOM.encode()
-_ROOM = 5
-"""Where the fields of an event have its room."""
-
-Field = str | bytes | int
-
-
-class Logged(NamedTuple):
-    """What the log answered to a call.
-
-    versions  of the events, in order
-    previous  for each event, the one before it in each of its slots (`slots_of`; of a deletion of a room, in the
-              room's); None where the answer does not tell, as of a call that was repeated
-    """
-
-    versions: list[Version]
-    previous: list[tuple[Version, ...]] | None
-
-
-async def append(
-    link: Link, partition: int, producer: str, sequence: int, events: Sequence[Sequence[bytes]]
-) -> Logged:
-    """One call: put events, as field names and values, into a log partition.
-
-    May be repeated, and is answered the same then. Raises one of AWAY if the outcome is unknown; Unready, BacklogFull,
-    LogFull, another WriteFailed, or a SettingsError if nothing was written; Ended if nothing was, and nothing ever will
-    be by this call; Overtaken if the producer has gone on to another call.
-    """
-    epoch = link.epoch
-    call = publish_call(link, partition, producer, sequence, events)
-    try:
-        try:
-            reply = await link.run("publish", *call)
-        except ResponseError as error:
-            if code_of(error) != "OOM" or not await give_way(link):
-                raise
-            reply = await link.run("publish", *call)  # nothing was written: cached results were in the way
-    except Unfit as error:
-        raise Unready(f"{error}; nothing was written") from error
-    except ResponseError as error:
-        raise _refusal(link, partition, producer, error) from error
-    return _logged(link, epoch, events, reply)
-
-
-def _logged(
-    link: Link, epoch: str, events: Iterable[Sequence[bytes]], reply: Sequence[Sequence[str | bytes]]
-) -> Logged:
-    """What publish.lua answers to a call that was made in an epoch."""
-    if epoch and epoch != link.epoch:
-        # It may have been on its way since before Redis lost what it tells of.
-        for callback in link.on_late:
-            callback()
-    versions = [Version.parse(id) for id in reply[0]]
-    if len(reply) < 2 or epoch != link.epoch:
-        return Logged(versions, None)
-    before = iter(reply[1])
-    previous = [
-        tuple(Version.parse(next(before)) for _ in range(max(1, len(slots)))) for slots in map(_slots, events)
-    ]
-    return Logged(versions, previous)
-
-
-def _slots(fields: Sequence[bytes]) -> tuple[int, ...]:
-    """The slots of an event, given by its fields; none: all."""
-    named = dict(zip(fields[::2], fields[1::2], strict=True))
-    if named[b"op"] == _DELETE_ROOM:
-        return ()
-    return _slots_named(*(named.get(name) for name in (b"room", b"agent", b"entity", b"world")))
-
-
-@lru_cache(10_000)
-def _slots_named(room: bytes, *others: bytes | None) -> tuple[int, ...]:
-    agent, entity, world = (None if name is None else name.decode() for name in others)
-    return slots_of(Dimensions("", room.decode(), agent, entity, world))
-
-
-def publish_call(
-    link: Link | ThreadedLink, partition: int, producer: str, sequence: int, events: Iterable[Sequence[bytes]]
-) -> tuple[list[str], list[Field]]:
-    """KEYS and ARGV of publish.lua."""
-    keys = link.keys
-    arguments: list[Field] = [producer, sequence, link.settings.max_backlog, "", link.epoch]
-    # The same whether the fields come from memory or from the outbox.
-    digest = blake2b(digest_size=8)
-    for fields in events:
-        digest.update(b"\0".join(fields))
-        slots = _slots(fields)
-        if slots:
-            arguments.append(len(slots))
-            arguments += slots
-        else:
-            arguments += (-SLOTS, slot_of("room", fields[_ROOM].decode()))
-        sizes = list(map(len, fields))
-        arguments += (",".join(map(str, sizes)) if sum(sizes) <= ANNOUNCED_BYTES else "", len(fields))
-        arguments += fields
-    arguments[3] = digest.hexdigest()
-    return [
-        keys.log(partition),
-        keys.producers(partition),
-        keys.meter(partition),
-        keys.heads(partition),
-    ], arguments
-
-
-def _refusal(link: Link, partition: int, producer: str, error: ResponseError) -> WriteFailed:
-    code, number = code_of(error), str(error).rpartition(" ")[2]
-    if code == "OOM":
-        return LogFull(
-            f"Redis at {link.address} is out of memory (maxmemory); nothing was written. Raise maxmemory,"
-            " or lower MNEMOBUS_RETENTION"
-        )
-    if code == "CLOSED":
-        return Closed(
-            "the log is being laid out anew (mnemobus repartition), and takes no writes for up to"
-            f" {int(number) / 1000:g} s; nothing was written"
-        )
-    if code == "ENDED":
-        return Ended(
-            f"log partition {partition} takes no more writes: the log was laid out anew; nothing was written"
-        )
-    if code == "BACKLOG":
-        return BacklogFull(
-            f"log partition {partition} holds {number} events that no worker has applied yet"
-            f" (MNEMOBUS_MAX_BACKLOG is {link.settings.max_backlog}); nothing was written. Are workers"
-            " running? `mnemobus doctor` tells"
-        )
-    if code == "SUPERSEDED":
-        return Overtaken(
-            f"producer {producer} is in use by another process, or went on without this write: nothing was written"
-        )
-    if code == "TAKEN":
-        return Overtaken(
-            f"producer {producer} is in use by another process, which has made call {number} of it: nothing was written"
-        )
-    refused = f"Redis at {link.address} refuses the write; nothing was written: {meaning(error)}"
-    return Unready(refused) if code in PASSING else WriteFailed(refused)
-
-
-async def last_pending(link: Link, marks: Marks, id: str) -> Event | None:
-    """The last event of a memory that is not applied yet, in the log partitions that this bus waits for; a deletion,
-    if its room was deleted after it. Raises one of AWAY, or what Redis answers."""
-    partitions = marks.partitions
-    last: Event | None = None
-    for partition, state in zip(partitions, await marks.state(partitions), strict=True):
-        position = state.pending.before() if state.pending is not None else state.last or ZERO
-        size = _SEARCHED
-        while True:
-            entries = await link.command(
-                "XRANGE", link.keys.log(partition), f"({position}", "+", "COUNT", size
-            )
-            for entry, pairs in entries:
-                position = Version.parse(entry)
-                with suppress(BadEvent):
-                    event = decode(position, pairs)
-                    if event.id == id:
-                        if last is None or event.version > last.version:
-                            last = event
-                    elif last is not None and _deletes_room_of(event, last):
-                        last = last._replace(op=DELETE, version=event.version)
-            if len(entries) < size:
-                break
-            read = sum(len(field) for _, pairs in entries for field in pairs)
-            size = max(1, min(_SEARCHED, size * _SEARCHED_BYTES // max(read, 1)))
-    return last
-
-
-def _deletes_room_of(event: Event, other: Event) -> bool:
-    return (
-        event.op == DELETE_ROOM
-        and event.dimensions[:2] == other.dimensions[:2]
-        and event.version > other.version
-    )
-
-
-class Unready(LogUnavailable):
-    """The server takes no writes now: it fails over, starts, or has no room on its disk, say. Nothing was written."""
-
-
-class Closed(Unready):
-    """The log is about to be laid out anew. Nothing was written, but a copy of the call may be yet."""
-
-
-class Ended(Unready):
-    """The partition takes no more writes. Nothing was written, and no copy of the call ever will be."""
-
-
-class Overtaken(WriteFailed):
-    """The producer has made this call, or a later one, with other events."""
 
 
 async def forget_producers(link: Link, publishers: Iterable[Publisher]) -> None:
@@ -455,7 +255,7 @@ class Publisher:
         else:
             self._link.pool.give_back(wire)
             try:
-                self._tell(batch, _logged(self._link, self._epoch, _fields(batch), outcome[0]))
+                self._tell(batch, read_reply(self._link, self._epoch, _fields(batch), outcome[0]))
             except Exception as error:  # every writer must hear of it, whatever it is
                 logger.exception("publishing to log partition %d failed", self._partition)
                 self._fail(batch, error)
@@ -482,7 +282,7 @@ class Publisher:
                 batch = batch or self._take()
                 try:
                     await self._publish(batch, made, unanswered)
-                except Ended:
+                except PartitionEnded:
                     # Whoever knows the new layout by now has us rest, and takes these along. Else it is the same again.
                     self._queue.extendleft(reversed(batch))
                 except Exception as error:  # every writer must hear of it, whatever it is
@@ -532,7 +332,7 @@ class Publisher:
             try:
                 self._tell(batch, await self._insist(batch, made, unanswered))
                 return
-            except Ended:
+            except PartitionEnded:
                 raise
             except LogUnavailable as error:
                 if overflow is None:
@@ -575,12 +375,12 @@ class Publisher:
         loop = asyncio.get_running_loop()
         spill_at = deadline
         if self._overflow is not None and self._overflow.trouble is None:
-            spill_at = min(deadline, (loop.time() if made is None else made) + _PATIENCE)
+            spill_at = min(deadline, (loop.time() if made is None else made) + _LOG_PATIENCE)
         if loop.time() >= spill_at:
             raise self._unreachable("no answer in time")
 
         def stop(state: RetryCallState) -> bool:
-            if isinstance(_error(state), (BacklogFull, Closed)):
+            if isinstance(_error(state), (BacklogFull, LogClosed)):
                 return loop.time() >= deadline
             return loop.time() + state.upcoming_sleep >= spill_at
 
@@ -589,13 +389,14 @@ class Publisher:
 
         def wait(state: RetryCallState) -> float:
             error = _error(state)
-            pause = soon(state) if isinstance(error, Closed) else backoff(state)
+            pause = soon(state) if isinstance(error, LogClosed) else backoff(state)
             # Workers may make room until the very end.
-            last = isinstance(error, (BacklogFull, Closed))
+            last = isinstance(error, (BacklogFull, LogClosed))
             return min(pause, max(deadline - loop.time(), 0)) if last else pause
 
         retrying = AsyncRetrying(
-            retry=retry_if_exception_type((*AWAY, Unready, BacklogFull)) & retry_if_not_exception_type(Ended),
+            retry=retry_if_exception_type((*AWAY, Unready, BacklogFull))
+            & retry_if_not_exception_type(PartitionEnded),
             wait=wait,
             stop=stop,
             before_sleep=self._before_sleep,
@@ -613,7 +414,7 @@ class Publisher:
                     except AWAY:
                         unanswered = self._copies = True
                         raise
-                    except Ended:
+                    except PartitionEnded:
                         await self._learn()
                         raise
                     except SettingsError as error:
@@ -624,7 +425,7 @@ class Publisher:
         except AWAY as error:
             raise self._unreachable(error) from error
         except (BacklogFull, LogFull, Unready) as error:
-            if not unanswered or isinstance(error, Ended):
+            if not unanswered or isinstance(error, PartitionEnded):
                 raise
             # A first copy of the call may be on its way yet, and arrive when there is room again.
             raise LogUnavailable(
@@ -777,91 +578,3 @@ class Publishers:
 
 def _error(state: RetryCallState) -> BaseException | None:
     return state.outcome.exception() if state.outcome else None
-
-
-class Syncer:
-    """Waits until what was logged is on disk or on a replica, many waiters at once.
-
-    WAITAOF and WAIT speak of what the same connection wrote before: a small write goes ahead of them, which
-    is after everything that was logged when the wait began.
-    """
-
-    def __init__(self, link: Link) -> None:
-        self._link = link
-        self._waiting: list[asyncio.Future[None]] = []
-        self._task: asyncio.Task[None] | None = None
-
-    def check(self) -> None:
-        """DurabilityUnavailable if the server can't do it, before anything is written."""
-        server = self._link.server
-        if (
-            server is None
-            or server.fsync_always
-            or server.replicas
-            or (server.aof and server.speaks >= (7, 2))
-        ):
-            return
-        raise DurabilityUnavailable(
-            f'durability="synced" needs an append-only file and Redis 7.2 (or appendfsync always), or a replica;'
-            f" {server} at {self._link.address} has {'an' if server.aof else 'no'} append-only file and no"
-            " replica. Nothing was written"
-        )
-
-    async def sync(self) -> None:
-        """Return once everything logged so far is synced."""
-        loop = asyncio.get_running_loop()
-        done: asyncio.Future[None] = loop.create_future()
-        self._waiting.append(done)
-        if self._task is None:
-            self._task = loop.create_task(self._run(), name="mnemobus-sync")
-        await done
-
-    async def _run(self) -> None:
-        try:
-            while self._waiting:
-                waiting, self._waiting = self._waiting, []
-                try:
-                    await self._once()
-                except Exception as error:  # every waiter must hear of it, whatever it is
-                    if not isinstance(error, MnemobusError):
-                        logger.exception("waiting for the log to be synced failed")
-                    for done in waiting:
-                        if not done.done():
-                            done.set_exception(error)
-                            done.exception()
-                    continue
-                for done in waiting:
-                    if not done.done():
-                        done.set_result(None)
-        finally:
-            self._task = None
-
-    async def _once(self) -> None:
-        server = self._link.server
-        assert server is not None
-        if server.fsync_always:
-            return
-        loop = asyncio.get_running_loop()
-        settings = self._link.settings
-        deadline = loop.time() + settings.write_timeout
-        patience = int(settings.redis_timeout * 1000 / 2)
-        local = server.aof and server.speaks >= (7, 2)
-        wait = ("WAITAOF", 1, 0, patience) if local else ("WAIT", 1, patience)
-        while loop.time() < deadline:
-            meter = self._link.keys.meter(self._link.keys.shape.first)
-            try:
-                replies = await self._link.pipeline([("HINCRBY", meter, "syncs", 1), wait])
-            except (SettingsError, *AWAY) as error:
-                raise DurabilityUnavailable(
-                    f"the write is in the log, but Redis went away before it was synced: {error}"
-                ) from error
-            for reply in replies:
-                if isinstance(reply, Exception):
-                    raise DurabilityUnavailable(
-                        f"the write is in the log, but can't be synced: {meaning(reply)}"
-                    ) from reply
-            if (replies[1][0] if local else replies[1]) >= 1:
-                return
-        raise DurabilityUnavailable(
-            f"the write is in the log, but was not synced within {settings.write_timeout:g} s"
-        )

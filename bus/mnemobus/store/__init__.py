@@ -13,7 +13,7 @@ from typing import NamedTuple, Protocol
 from ..errors import SettingsError
 from ..keys import Dimensions, Version
 from ..log.events import Event
-from ..memory import Row
+from ..records import Row
 from ..settings import Settings
 
 SCHEMA = 2

@@ -11,7 +11,7 @@ the server's process behind it. Behind a pooler that lends such a process for on
 mode, and what hosters call a pooled address) nothing may be left in it and nothing be expected there. Who is behind a
 pooler is told by one comparison, in the round trip that a new connection needs anyway: the number of the process that
 the login named is not that of the process that answers, for the pooler makes up a number of its own. Then nothing is
-prepared, and each transaction says by itself what it needs (:meth:`Server.begin`).
+prepared, and each transaction says by itself what it needs (:meth:`Database.begin`).
 
 What roles and databases set for themselves (ALTER ROLE ... SET) is overruled where a promise rests on it: isolation,
 time limits, and `synchronous_commit = off`, unless it is asked for (`MNEMOBUS_COMMIT`).
@@ -113,7 +113,7 @@ class Prepared(NamedTuple):
     types: tuple[int, ...]
 
 
-def at_once(link: Link, calls: Sequence[tuple[Prepared, Sequence[bytes | None]]]) -> list[PGresult]:
+def at_once(link: Session, calls: Sequence[tuple[Prepared, Sequence[bytes | None]]]) -> list[PGresult]:
     """Run these in a transaction of their own, in one round trip; their parameters are in the binary format.
 
     psycopg's cursors and pipelines do the same with three times as much time of the processor, and more waits than
@@ -133,7 +133,7 @@ def at_once(link: Link, calls: Sequence[tuple[Prepared, Sequence[bytes | None]]]
     return results
 
 
-def _exchange(link: Link, calls: Sequence[tuple[Prepared, Sequence[bytes | None]]]) -> list[PGresult]:
+def _exchange(link: Session, calls: Sequence[tuple[Prepared, Sequence[bytes | None]]]) -> list[PGresult]:
     pgconn = link.pgconn
     pgconn.enter_pipeline_mode()
     for statement, parameters in calls:
@@ -188,14 +188,14 @@ class Target(NamedTuple):
     context: AdaptContext
 
 
-class Link(Connection[Any]):
+class Session(Connection[Any]):
     """A worker's connection. ``prepared``: whether the statements of `at_once` are."""
 
     pooled = prepared = relaxed = False
     opened = used = 0.0
 
 
-class AsyncLink(AsyncConnection[Any]):
+class AsyncSession(AsyncConnection[Any]):
     """An agent's connection. ``until``: when it is to be replaced; ``idle``: for how long it may be unused."""
 
     pooled = relaxed = False
@@ -206,7 +206,7 @@ class AsyncLink(AsyncConnection[Any]):
         return min(self.used + self.idle, self.until)
 
 
-class Server:
+class Database:
     """Opens connections, and says how a transaction begins on one."""
 
     def __init__(self, target: Target) -> None:
@@ -218,8 +218,8 @@ class Server:
         self.relaxed = False
         """Whether connections that are opened from now on need not wait for the server's disk to commit."""
 
-    def connect(self) -> Link:
-        link = Link.connect(self.target.conninfo, autocommit=True, context=self.target.context)
+    def connect(self) -> Session:
+        link = Session.connect(self.target.conninfo, autocommit=True, context=self.target.context)
         try:
             row = link.execute(_SESSION, self._greeting(link)).fetchone()
             self._know(link, bool(row and row[0]))
@@ -228,9 +228,9 @@ class Server:
             raise
         return link
 
-    async def connect_async(self) -> AsyncLink:
+    async def connect_async(self) -> AsyncSession:
         """For an agent. _Crowded if it has to wait."""
-        link = await AsyncLink.connect(self.target.conninfo, autocommit=True, context=self.target.context)
+        link = await AsyncSession.connect(self.target.conninfo, autocommit=True, context=self.target.context)
         try:
             cursor = await link.execute(_SESSION, self._greeting(link))
             row = await cursor.fetchone()
@@ -255,35 +255,35 @@ class Server:
             raise
         return link
 
-    async def _taken(self, link: AsyncLink) -> float:
+    async def _taken(self, link: AsyncSession) -> float:
         try:
             cursor = await link.execute(_TAKEN)
         except psycopg.ProgrammingError:  # a service that lets nobody look
             return 0.0
         return _share(await cursor.fetchone())
 
-    def _greeting(self, link: Link | AsyncLink) -> dict[str, Any]:
+    def _greeting(self, link: Session | AsyncSession) -> dict[str, Any]:
         return {**self._limits, "pid": link.info.backend_pid, "relaxed": self.relaxed}
 
-    def _know(self, link: Link | AsyncLink, direct: bool) -> None:
+    def _know(self, link: Session | AsyncSession, direct: bool) -> None:
         link.pooled = self.pooled or not direct
         if link.pooled:
             link.prepare_threshold = None
         link.opened = link.used = time.monotonic()
         link.relaxed = self.relaxed
 
-    def begin(self, link: Link, patience: float = 1.0) -> None:
+    def begin(self, link: Session, patience: float = 1.0) -> None:
         """Begin a transaction, whose statements may take ``patience`` times as long as usual; inf for any time."""
         link.execute(BEGIN)
         if link.pooled or patience != 1.0:
             self.limit(link, patience)
 
-    def limit(self, link: Link, patience: float) -> None:
+    def limit(self, link: Session, patience: float) -> None:
         """The same for a transaction that has begun."""
         timeout = 0 if patience == math.inf else round(self.target.timeout * patience * 1000)
         link.execute(_TRANSACTION, {**self._limits, "timeout": str(timeout), "relaxed": link.relaxed})
 
-    async def read(self, link: AsyncLink, query: bytes, parameters: Any) -> list[tuple[Any, ...]]:
+    async def read(self, link: AsyncSession, query: bytes, parameters: Any) -> list[tuple[Any, ...]]:
         """The rows of one query, in one round trip."""
         async with link.cursor(binary=True) as cursor:
             if not link.pooled:
@@ -299,7 +299,7 @@ class Server:
                 return rows
             return await cursor.fetchall()
 
-    async def _read_within(self, link: AsyncLink, cursor: Any, query: bytes, parameters: Any) -> None:
+    async def _read_within(self, link: AsyncSession, cursor: Any, query: bytes, parameters: Any) -> None:
         await link.execute(_BEGIN_READING)
         await link.execute(_TRANSACTION, {**self._limits, "relaxed": False})
         await cursor.execute(query, parameters)
@@ -313,7 +313,7 @@ class Server:
     def closed(self) -> StoreUnavailable:
         return StoreUnavailable(f"{self.target.where}: the store is closed")
 
-    def worn(self, link: Link | AsyncLink, error: psycopg.Error) -> bool:
+    def worn(self, link: Session | AsyncSession, error: psycopg.Error) -> bool:
         """Whether this error is one of the connection, and another one may do better. Then it is closed."""
         if isinstance(error, _PREPARED):
             self.pooled = True
@@ -337,12 +337,12 @@ def no_place(error: Exception) -> bool:
     )
 
 
-def finish(link: Link | AsyncLink) -> None:
+def finish(link: Session | AsyncSession) -> None:
     """Close a connection, at once and whatever it is at."""
     link.pgconn.finish()
 
 
-def _fit(link: Link | AsyncLink, server: Server) -> bool:
+def _fit(link: Session | AsyncSession, server: Database) -> bool:
     """Whether a connection that comes back can be used again."""
     return (
         not link.closed
@@ -355,15 +355,15 @@ def _fit(link: Link | AsyncLink, server: Server) -> bool:
 class Connections:
     """A worker process's connections. Safe for threads."""
 
-    def __init__(self, server: Server) -> None:
+    def __init__(self, server: Database) -> None:
         self._server = server
         self._places = threading.BoundedSemaphore(server.target.most)
         self._lock = threading.Lock()
-        self._idle: list[Link] = []
+        self._idle: list[Session] = []
         self.is_closed = False
 
     @contextmanager
-    def one(self) -> Iterator[Link]:
+    def one(self) -> Iterator[Session]:
         """A connection, for as long as this lasts; it goes back in whatever state, and is closed if that is no good."""
         if not self._places.acquire(timeout=self._server.target.timeout):
             raise self._server.busy()
@@ -376,13 +376,13 @@ class Connections:
         finally:
             self._places.release()
 
-    def _take(self) -> Link | None:
+    def _take(self) -> Session | None:
         with self._lock:
             if self.is_closed:
                 raise self._server.closed()
             return self._idle.pop() if self._idle else None
 
-    def _give_back(self, link: Link) -> None:
+    def _give_back(self, link: Session) -> None:
         now = link.used = time.monotonic()
         gone = []
         with self._lock:
@@ -411,10 +411,10 @@ class Connections:
 class AsyncConnections:
     """An agent's connections, within one event loop. Cancelling any call leaves them usable."""
 
-    def __init__(self, server: Server) -> None:
+    def __init__(self, server: Database) -> None:
         self._server = server
         self._places = asyncio.Semaphore(server.target.most)
-        self._idle: list[AsyncLink] = []
+        self._idle: list[AsyncSession] = []
         self._sweep: asyncio.TimerHandle | None = None
         self._sweep_at = 0.0
         self._others_first = 0.0
@@ -422,7 +422,7 @@ class AsyncConnections:
         self.is_closed = False
 
     @asynccontextmanager
-    async def one(self) -> AsyncIterator[AsyncLink]:
+    async def one(self) -> AsyncIterator[AsyncSession]:
         """As for :class:`Connections`. Where the server has no place, it is asked again until the timeout."""
         if self._places.locked():
             try:
@@ -441,7 +441,7 @@ class AsyncConnections:
         finally:
             self._places.release()
 
-    async def _take(self) -> AsyncLink:
+    async def _take(self) -> AsyncSession:
         deadline = time.monotonic() + self._server.target.timeout
         while True:
             self._check_open()
@@ -468,7 +468,7 @@ class AsyncConnections:
         if self.is_closed:
             raise self._server.closed()
 
-    def _give_back(self, link: AsyncLink) -> None:
+    def _give_back(self, link: AsyncSession) -> None:
         link.used = time.monotonic()
         if self.is_closed or link.used > link.until or not _fit(link, self._server):
             finish(link)

@@ -98,14 +98,14 @@ class Delta:
 
 
 @dataclass(slots=True)
-class Batch:
+class Collapsed:
     """The events of a batch that name a memory, collapsed: one delta per memory, in the order of ids."""
 
     deltas: list[Delta]
     refused: list[Refused]
 
 
-def collapse(events: Iterable[Event], known: Mapping[str, Dimensions] | None = None) -> Batch:
+def collapse(events: Iterable[Event], known: Mapping[str, Dimensions] | None = None) -> Collapsed:
     """One delta per memory. Events that disagree about their memory's dimensions with ``known``, or else
     with the first of its events in the batch, are refused: dimensions never change."""
     dimensions = dict(known or {})
@@ -130,7 +130,7 @@ def collapse(events: Iterable[Event], known: Mapping[str, Dimensions] | None = N
                 _put(delta, event, version)
         else:
             _update(delta, event, version)
-    return Batch([deltas[id] for id in sorted(deltas)], refused)
+    return Collapsed([deltas[id] for id in sorted(deltas)], refused)
 
 
 def _put(delta: Delta, event: Event, version: bytes) -> None:
@@ -343,7 +343,7 @@ def _made_again(
 
 def _collapse(
     transaction: Transaction, events: Sequence[Event], known: dict[str, Dimensions]
-) -> tuple[Batch, list[Refused]]:
+) -> tuple[Collapsed, list[Refused]]:
     """The batch without the events whose embedding is of another length than its table's, which are refused; and these.
     Fixes the length of tables that have none yet."""
     wrong: list[Refused] = []

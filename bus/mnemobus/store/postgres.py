@@ -54,7 +54,7 @@ from ..keys import Dimensions, Version
 from ..log.events import Event
 from ..settings import Settings
 from . import Applied, Cursor, Deletion, Identity, Totals, merge, migrations
-from .connections import AsyncConnections, Connections, Link, Prepared, Server, Target, at_once
+from .connections import AsyncConnections, Connections, Database, Prepared, Session, Target, at_once
 from .layout import IDENTITY, OURS, TABLES, Found, Names, check_old, check_own
 from .merge import Delta, Room
 from .migrations import Migration
@@ -319,7 +319,7 @@ _POOLER_SAYS = {
 }
 
 
-class _Server(Server):
+class _Database(Database):
     """How to reach a server, and what its errors mean."""
 
     def __init__(self, settings: Settings) -> None:
@@ -392,7 +392,7 @@ class _Server(Server):
         )
 
     @contextmanager
-    def _unhurried(self, connection: Link) -> Iterator[None]:
+    def _unhurried(self, connection: Session) -> Iterator[None]:
         """A transaction that may take as long as it takes: tables may be large, and others be at the same."""
         with connection.transaction():
             self.limit(connection, math.inf)
@@ -555,7 +555,7 @@ class PostgresReader(SqlReader):
     )
 
     def __init__(self, settings: Settings, create: bool = True) -> None:
-        self._server = _Server(settings)
+        self._server = _Database(settings)
         self._names = self._server.names
         self._may_create = create
         self.openings = 0
@@ -672,7 +672,7 @@ class _Won(NamedTuple):
 
 class PostgresWriter:
     def __init__(self, settings: Settings) -> None:
-        self._server = _Server(settings)
+        self._server = _Database(settings)
         self._connections: Connections | None = None
         self._prepared = False
         self._preparing = Lock()
@@ -723,7 +723,7 @@ class PostgresWriter:
         self._prepare()
         sql = self._server.sql
 
-        def work(link: Link) -> _Won | None:
+        def work(link: Session) -> _Won | None:
             if link.pooled:
                 return None
             slots = sorted({_slot(delta.dimensions[:2]) for delta in batch.deltas})
@@ -796,7 +796,7 @@ class PostgresWriter:
             self._do(self._server.sql.reach, (moment, moment))
             return True
 
-        def work(link: Link) -> bool:
+        def work(link: Session) -> bool:
             with _transaction(self._server, link) as transaction:
                 # What comes before it in the server's log is on disk once this is.
                 transaction.run("SET LOCAL synchronous_commit = on", ())
@@ -855,7 +855,7 @@ class PostgresWriter:
     def _do(self, query: bytes, parameters: Sequence[Any]) -> list[tuple[Any, ...]]:
         """One statement that changes nothing else than who the store is, or nothing."""
 
-        def work(link: Link) -> list[tuple[Any, ...]]:
+        def work(link: Session) -> list[tuple[Any, ...]]:
             with _transaction(self._server, link) as transaction:
                 return transaction.run(query, parameters)
 
@@ -865,7 +865,7 @@ class PostgresWriter:
         """Do this work in a transaction, in the store that is expected."""
         self._prepare()
 
-        def attempt(link: Link) -> T:
+        def attempt(link: Session) -> T:
             with _transaction(self._server, link, patience) as transaction:
                 result = work(transaction)
                 if self._expected not in (None, transaction.store()):
@@ -874,7 +874,7 @@ class PostgresWriter:
 
         return self._run(attempt)
 
-    def _run(self, work: Callable[[Link], T]) -> T:
+    def _run(self, work: Callable[[Session], T]) -> T:
         """Do this work, which must bear to be repeated, on a connection; again where others got in its way."""
         connections = self._opened()
         tries, worn = 1, False
@@ -907,7 +907,7 @@ class PostgresWriter:
 
 
 @contextmanager
-def _transaction(server: _Server, link: Link, patience: float = 1.0) -> Iterator[_Transaction]:
+def _transaction(server: _Database, link: Session, patience: float = 1.0) -> Iterator[_Transaction]:
     """A transaction, committed at the end."""
     # What returns nothing goes along with what follows it: a batch takes two round trips, for its upsert and for
     # COMMIT. psycopg's own transaction() would take two more.

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from typing import Any, ClassVar
 
 from ..keys import Version
-from ..memory import Row
+from ..records import Row
 from . import Query, Totals
 from .layout import Names
 

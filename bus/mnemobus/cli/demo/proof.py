@@ -10,7 +10,7 @@ from typing import Any
 import orjson
 
 from ...keys import Version, room_scope
-from ...memory import Row
+from ...records import Row
 from ...store import Query, Reader
 from .rooms import Room, digest
 from .summary import Summary

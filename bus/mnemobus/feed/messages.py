@@ -1,0 +1,99 @@
+"""The messages of the feed: which events were committed, and what they touched.
+
+A feed partition is a short stream and a channel that carry the same messages. On the channel a message is
+``<id> <previous id> <payload>``; in the stream it is an entry with the fields `prev` and `m`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import orjson
+
+from ..keys import Version
+
+
+@dataclass(frozen=True, slots=True)
+class Invalidation:
+    """One message of the feed.
+
+    versions  the events that it answers for, of one log partition
+    scopes    what they touched, in the feed partition that the message went through
+    dead      those of the events that could not be applied, with the reason
+    epoch     the one whose shared buckets were dropped
+    first_hand
+              whether all of them came from this epoch's log, under the versions that it gave them: who follows the log
+              knows them. Not of a replay, of requeued letters, nor of workers of an older version.
+    last      for each scope the last of the versions that touched it; empty where that is not told
+    """
+
+    id: Version
+    previous: Version
+    log_partition: int
+    versions: tuple[Version, ...]
+    scopes: tuple[str, ...]
+    dead: dict[Version, str]
+    epoch: str
+    first_hand: bool = False
+    last: tuple[Version, ...] = ()
+
+
+def decode(id: bytes | str, previous: bytes | str, payload: bytes) -> Invalidation:
+    """The message of an ID, its predecessor's ID and a JSON payload; ValueError if it is none.
+
+    Payload: {"p": log partition, "e": epoch, "v": [versions], "s": [scopes], "d": {version: reason}, "l": 1,
+    "t": [places]}, "d" and "l" only where needed. "t" is there where there is more than one version: for each scope the
+    place in "v" of the last version that touched it. "m" is in place of "l" where the log was laid out anew: an older
+    agent listens to channels on which nothing comes any more, and has to drop what it holds live.
+    """
+    body = orjson.loads(payload)
+    if not isinstance(body, dict):
+        raise ValueError("the payload is no JSON object")
+    partition, versions, scopes, dead = body.get("p"), body.get("v"), body.get("s"), body.get("d", {})
+    if not isinstance(partition, int) or not isinstance(versions, list) or not isinstance(dead, dict):
+        raise ValueError("p, v or d is missing or of another type")
+    if not isinstance(scopes, list) or not all(isinstance(scope, str) for scope in scopes):
+        raise ValueError("s is no list of scopes")
+    epoch = body.get("e", "")
+    if not isinstance(epoch, str):
+        raise ValueError("e is no epoch")
+    named = tuple(Version.parse(str(v)) for v in versions)
+    return Invalidation(
+        Version.parse(id),
+        Version.parse(previous),
+        partition,
+        named,
+        tuple(scopes),
+        {Version.parse(str(v)): str(reason) for v, reason in dead.items()},
+        epoch,
+        1 in (body.get("l"), body.get("m")),
+        named * len(scopes) if len(named) == 1 else _last_of(body.get("t", []), named, len(scopes)),
+    )
+
+
+def _last_of(places: object, versions: tuple[Version, ...], count: int) -> tuple[Version, ...]:
+    """The versions at these places, one for each scope; none if it is not told."""
+    if not places:
+        return ()
+    if not isinstance(places, list) or len(places) != count:
+        raise ValueError("t is no list with a place for each scope")
+    if not all(type(place) is int and 0 <= place < len(versions) for place in places):
+        raise ValueError("t names a version that is not in v")
+    return tuple(versions[place] for place in places)
+
+
+def decode_message(data: bytes) -> Invalidation:
+    """A message of a feed channel: ``<id> <previous id> <payload>``; ValueError if it is none."""
+    parts = data.split(b" ", 2)
+    if len(parts) != 3:
+        raise ValueError("not of the form <id> <previous id> <payload>")
+    return decode(*parts)
+
+
+def decode_entry(id: bytes, fields: Sequence[bytes]) -> Invalidation:
+    """An entry of a feed stream; ValueError if it is none."""
+    named = dict(zip(fields[::2], fields[1::2], strict=True))
+    if b"prev" not in named or b"m" not in named:
+        raise ValueError("prev or m is missing")
+    return decode(id, named[b"prev"], named[b"m"])
