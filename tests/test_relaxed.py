@@ -135,13 +135,13 @@ async def test_g1_nothing_acknowledged_is_lost_as_the_server_crashes_while_write
             # When it crashes again and again, also while it gets again what it lost before
             for _ in range(3):
                 count = len(written)
-                await eventually(lambda count=count: len(written) > count + 300)  # type: ignore[misc]
+                await eventually(lambda count=count: len(written) > count + 100, 60)  # type: ignore[misc]
                 await asyncio.to_thread(postgres.crash)
                 await asyncio.to_thread(postgres.start)
             running = False
             await writing
             # Then the store has all of it in the end, once
-            await eventually(lambda: is_all(settings, written), 30)
+            await eventually(lambda: is_all(settings, written), 60)
 
 
 async def test_workers_whose_commits_are_relaxed_wait_for_the_disk_until_a_crash_would_be_noticed(
