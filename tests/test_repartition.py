@@ -510,7 +510,7 @@ async def test_a_bus_whose_calls_are_cancelled_while_it_goes_on_elsewhere_can_be
         await work._link.command("PING")
         work.before = work._link.keys.shape
         await work._close()
-        bus = connect()
+        bus = connect(heartbeat=30.0, max_staleness=60.0)
         await bus.open()
         first = asyncio.create_task(bus.write(said("0")))
         await eventually(lambda: any(publisher._task is not None for publisher in bus._publishers))
