@@ -513,10 +513,12 @@ async def test_a_bus_whose_calls_are_cancelled_while_it_goes_on_elsewhere_can_be
         bus = connect(heartbeat=30.0, max_staleness=60.0)
         await bus.open()
         first = asyncio.create_task(bus.write(said("0")))
-        await eventually(lambda: any(publisher._task is not None for publisher in bus._publishers))
+        await eventually(lambda: any(publisher._task is not None for publisher in bus._writes.publishers))
         bus._link.lay_out(Shape(4, 2))
-        # If that call is cancelled, as at the end of a loop
-        for publisher in bus._publishers:
+        # If that call is cancelled, and the heartbeat, as at the end of a loop
+        for task in list(bus._feed._tasks):
+            task.cancel()
+        for publisher in bus._writes.publishers:
             if publisher._task is not None:
                 publisher._task.cancel()
         with pytest.raises(LogUnavailable):
