@@ -16,7 +16,7 @@ import redis.asyncio
 
 import mnemobus
 from commands import Command
-from mnemobus import InvalidQuery, Memory, MnemobusError, Settings, WriteRejected
+from mnemobus import InvalidQuery, LogUnavailable, Memory, MnemobusError, Settings, WriteRejected
 from mnemobus.cli import repartition
 from mnemobus.cli.repartition import Repartition
 from mnemobus.connection.link import Link
@@ -499,6 +499,33 @@ async def test_g7_what_waits_in_the_outbox_goes_to_the_new_partitions(
             found = await bus.get(ids[0])
             assert found is not None and found.content == {"text": "2"}
     await log.client.aclose()
+
+
+async def test_a_bus_whose_calls_are_cancelled_while_it_goes_on_elsewhere_can_be_closed(
+    settings: Settings, connect: Connect, pool: Settings
+) -> None:
+    await are_there(settings)
+    async with change(settings, 2) as work:
+        # Given a bus with a call to a log that is closed, and writes that wait for it to end
+        await work._link.command("PING")
+        work.before = work._link.keys.shape
+        await work._close()
+        bus = connect(heartbeat=30.0, max_staleness=60.0)
+        await bus.open()
+        first = asyncio.create_task(bus.write(said("0")))
+        await eventually(lambda: any(publisher._task is not None for publisher in bus._writes.publishers))
+        bus._link.lay_out(Shape(4, 2))
+        # If that call is cancelled, and the heartbeat, as at the end of a loop
+        for task in list(bus._feed._tasks):
+            task.cancel()
+        for publisher in bus._writes.publishers:
+            if publisher._task is not None:
+                publisher._task.cancel()
+        with pytest.raises(LogUnavailable):
+            await first
+        # Then the bus can be closed
+        async with asyncio.timeout(10):
+            await bus.close()
 
 
 # It may end at any moment

@@ -30,7 +30,7 @@ from .console import emit, err, out, run_until_signal
 LEASE = 5.0
 """Seconds after which a log that was closed takes writes again, unless that is renewed."""
 _RENEW = 1.0
-_SMALL = 1_000
+_SMALL = 10_000
 """Events left to apply with which the log is closed: before that, writers need not wait for workers."""
 _LOOK = 0.02
 _RETRY = 0.2

@@ -509,10 +509,13 @@ class Publishers:
 
     async def close(self) -> None:
         """Wait until what is queued is in the log, or has failed."""
-        while self._line is not None or not all(publisher._is_idle for publisher in self):
+        while True:
             for publisher in self:
                 await publisher.close()
-            await asyncio.sleep(0)
+            if all(publisher._is_idle for publisher in self):
+                if self._line is None:
+                    return
+                self._on_rest()  # one of them was cancelled, and did not tell
 
     def _on_layout(self) -> None:
         if self._line is None:
