@@ -13,6 +13,24 @@ backoff with jitter); a late first copy of it, arriving after its repetition, fi
 that go by one producer id (a copied outbox, a process that was forked) must not take each other's answers for their
 own: a repetition is known by a digest of its events, too.
 
+::
+
+    IDLE ─── publish; a connection is idle ──────────────────────► FLYING: a call is under way, without a task
+     │                                                              │  │
+     │                                          answered: writers ◄─┘  └─ no answer, or a refusal
+     │                                          are told; the next                │
+     │                                          call, or IDLE                     ▼
+     └────── publish; none is idle, or older writes are in the outbox ──────► DRAINING: a task sees to it
+                                                                                  │
+        no answer: the same call again, with the same number              ◄───────┤
+        answered: writers are told                                        ◄───────┤
+        no answer for `_LOG_PATIENCE`, or older writes are in the outbox:         │
+        it goes there, and writers are told                               ◄───────┤
+        no outbox, and the deadline is over: writers get an error         ◄───────┤
+        nothing is left: IDLE                                             ◄───────┘
+
+A publisher that is `resting` begins no call. What is under way is seen to its end; then `on_rest` is called.
+
 The log may be laid out anew while writes are under way (`mnemobus repartition`). A partition that has ended refuses
 new calls for ever, and goes on to answer those that it had. So a call of unknown outcome is repeated there, to the end.
 Once no call is under way, all that waits goes to the new partitions, in its order, before anything that came later
