@@ -89,7 +89,7 @@ def test_the_table_of_keys_has_every_key() -> None:
     ]
     scope = next(s for s in (f"id:{n}" for n in range(10_000)) if keys.feed_partition(s) == 0)
     made += [keys.bucket("<epoch>", scope).replace(scope, "<scope>"), keys.agent_channel("<bus>")]
-        made.append(keys.layout_channel("<bus>"))
+    made.append(keys.layout_channel("<bus>"))
     assert [row.strip("`") for row in rows("key")] == made
     # And keys in commands are of these
     for key in re.findall(r"'(\{[^']+)'", PAGE):
