@@ -238,9 +238,9 @@ class Bus:
         return None
 
     async def close(self) -> None:
-        """Publish what is queued, then let go of everything. Done by ``async with``; safe to repeat.
+        """Publish what is queued, then close everything. Done by ``async with``; safe to repeat.
 
-        Who waits for a write to be committed, or for what a token names, gets BusClosed at once.
+        Calls that wait for a write to be committed, or for what a token names, raise BusClosed at once.
 
         If it is cancelled, the bus goes on closing; a repeated call waits for that.
         """

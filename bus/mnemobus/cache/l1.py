@@ -6,7 +6,7 @@ in constant time whatever else is cached.
 No stale fill (G4). A read takes its bucket *before* it looks anywhere else, and puts what it found into that very
 object. An invalidation meanwhile has taken the object out of the dict, so the late fill lands in an orphan that no
 later read can see. Nothing is compared and no lock is held. Reads of one query that share a load share it
-through the bucket, for the same reason: who begins after the invalidation finds another bucket, and loads anew.
+through the bucket, for the same reason: a read that begins after the invalidation finds another bucket, and loads.
 
 That holds as well for reads whose results may not be cached, because the bus does not listen to the scope's feed
 partition, or waits for a write of its own. They share an orphan that nobody finds once the scope was invalidated, or
@@ -264,7 +264,7 @@ class LocalCache:
         if bucket.classic is not None:
             return bucket.beside(query)
         if self._orphans:
-            return MISS  # one of them may hold a load of this very query; see Tiers
+            return MISS  # one of them may hold a load of this very query; see ReadPath
         value = bucket.tell(bucket, query)
         if value is not MISS:
             self.entries += 1
@@ -337,7 +337,7 @@ class LocalCache:
         """A bucket for a read that must not be cached: nothing that is put there is kept. Reads of a scope have the
         same one, for as long as one of them loads and the scope is not invalidated.
 
-        stale: whether the read has waited for a write of this bus in vain; it may see less than others must
+        stale: whether the read's wait for a write of this bus timed out; it may see less than other reads must
         """
         name = _name(scope)
         found = self._orphans.get((name, stale))

@@ -83,7 +83,7 @@ _MOST_SCOPES = 10_000
 """How many of each kind are remembered."""
 _remembered: Counter[str] = Counter()
 ROOM_SCOPES: Final[Mapping[str, Mapping[str, str]]] = _SCOPES["room"]
-"""Those of rooms, by table and room, for who is in a hurry; `room_scope` has the others."""
+"""Those of rooms, by table and room, for the hot path; `room_scope` has the others."""
 
 
 def room_scope(table: str, room: str) -> str:

@@ -3,8 +3,8 @@
 A difference alone is no breach: the write may just have been committed, and its invalidation be on the way. So a copy
 that is older than the store is looked at again, once two things are certain:
 
-- everything that the workers had been given when the store was read is confirmed. Whoever confirms has fanned out
-  before; so the invalidation was sent, even if a worker died between the two and another took over;
+- everything that the workers had been given when the store was read is confirmed. A worker fans out before
+  it confirms; so the invalidation was sent, even if a worker died between the two and another took over;
 - ``max_staleness`` and one heartbeat have passed since then: no local copy may outlive that (G5).
 
 If the same copy is served even now, and the store still says otherwise, a promise is broken. That is counted, logged

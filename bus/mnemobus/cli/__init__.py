@@ -491,7 +491,7 @@ def _adopt(
 ) -> None:
     """Make the database of MNEMOBUS_DATABASE_URL, as it is, the store of this bus. Asks first.
 
-    A bus has one store, and a store one bus; who comes with another is refused.
+    A bus has one store, and a store has one bus; any other pair is refused.
     This says that a change is intended: the bus has moved to another database,
     another bus (a new REDIS_KEY_PREFIX, another Redis) goes on with this one,
     or what this one has lost is accepted.

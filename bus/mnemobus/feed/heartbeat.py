@@ -190,7 +190,7 @@ class Heartbeat:
         """Compare every position with its head, and bring it there; raises if that can't be done."""
         for _ in range(3):
             epoch, laid_out = self._link.epoch, self._link.keys.shape
-            # With the positions as they are now: a head that is read later can't honestly lie before one of them.
+            # With the positions as they are now: a head that is read later and lies before one of them shows a loss.
             known = [(p, p.position) for p in self._positions if p.confirmed or p.position is not None]
             commands: list[Command | Call] = [
                 ("HGET", self._link.keys.epoch, "epoch"),

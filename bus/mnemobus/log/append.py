@@ -1,7 +1,7 @@
 """One call to the log: what it carries, what it is answered, and what a refusal means.
 
 A call carries the producer's id and a sequence number, and the script answers a repeated one with the IDs that it
-gave the first time. So whoever does not hear the answer repeats the call (publisher.py, outbox.py).
+gave the first time. So a caller that does not hear the answer repeats the call (publisher.py, outbox.py).
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Where writes wait while the log can't be reached (G7): a bounded file that survives the process.
 
-What makes the content of the file (outbox_file.py) reach the log once, whoever dies when:
+The rules by which each write in the file (outbox_file.py) reaches the log once, whatever process dies at any moment:
 
 - A write is in the file, synced to disk, before its writer hears of it.
 - Writes are published in calls, as any others (publisher.py). Which writes go in which call, under which producer and
@@ -111,7 +111,7 @@ class Outbox:
         return reason and f"{reason}. Set MNEMOBUS_DATA_DIR, or MNEMOBUS_OUTBOX to a file, or to off"
 
     async def open(self) -> None:
-        """Take up what an earlier process left. OutboxInUse, OutboxError if the configured file can't be had.
+        """Take up what an earlier process left. OutboxInUse, OutboxError if the configured file can't be used.
 
         With MNEMOBUS_OUTBOX=auto the file is made when it is needed; that it could not be is no error before, as
         many agents only read. It is logged, and `trouble` says it.

@@ -436,7 +436,7 @@ def _remove(path: Path) -> None:
 
 
 def _retrieve(task: asyncio.Future[Any]) -> None:
-    """Whoever waited for it may be gone; then nobody has to hear of it."""
+    """Its caller may be gone, and asyncio would report an error that nobody fetched."""
     if not task.cancelled():
         task.exception()
 
