@@ -78,7 +78,7 @@ class Bus:
     """An agent's way to its memories. One per event loop; tasks share it.
 
     It belongs to the event loop in which it is opened. In any other, in another thread or after a fork, calls raise
-    WrongLoop. One that is not yet open may be forked: each process then opens a bus of its own.
+    WrongLoop. A bus that is not open yet may be forked: each process then opens a bus of its own.
 
     Any call may be cancelled at any time. A cancelled write may or may not have been logged; the bus
     behaves as if it had been.

@@ -66,7 +66,7 @@ EACH = 192
 _UNIT = 64
 """Bytes by which sizes are counted."""
 _LONG = 60.0
-"""Seconds to live from which on it does not matter to go up to a second early."""
+"""From this time to live on (in seconds), a copy may expire up to a second early."""
 
 
 def _name(scope: str) -> str:
@@ -285,7 +285,7 @@ class LocalCache:
         return bucket.results
 
     def last_known(self, scope: str, query: Key) -> Any:
-        """The cached result however old, or MISS."""
+        """The cached result, however old, or MISS."""
         bucket = self._buckets.get(_name(scope))
         return MISS if bucket is None else bucket.get(query)
 
@@ -346,7 +346,7 @@ class LocalCache:
         return found
 
     def drop_orphans(self) -> None:
-        """Have no later read share a load of what may not be cached."""
+        """No later read shares a load that began before, of what may not be cached."""
         self._orphans.clear()
 
     def put(self, bucket: Bucket, query: Key, value: Any, size: int) -> None:

@@ -41,7 +41,7 @@ REFUSED = 2
 _FILL_PATIENCE = (0.002, 0.005, 0.010, 0.020)
 """Seconds between looks for a fill that another has the lease for."""
 _SPELL = 60.0
-"""Seconds for which a refusal is remembered; those within are one spell, and logged once."""
+"""Seconds for which a refusal is remembered; others within that time are not logged."""
 
 
 class Lease:

@@ -45,7 +45,7 @@ _WAITING = 32
 _TOLD = 3
 """Memories that the log names at most."""
 _SHADOW_PATIENCE = 60.0
-"""Seconds to wait for workers to confirm; what takes longer is their trouble, not the caches'."""
+"""Seconds to wait for workers to confirm; a longer delay is a problem of the workers, not of the caches."""
 
 
 class Shadow:
@@ -88,7 +88,7 @@ class Shadow:
         return len(self._tasks)
 
     def _gap(self) -> int:
-        """Hits to the next sample: as if each were one with probability `share`, whatever came before."""
+        """Hits until the next sample, so that each hit is one with probability `share`."""
         if self._share >= 1:
             return 1
         return 1 + int(log(1.0 - random.random()) / log(1.0 - self._share))

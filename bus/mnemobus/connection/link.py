@@ -160,7 +160,7 @@ def parse_info(reply: Any) -> dict[str, str]:
 
 
 class _Link:
-    """What the asynchronous and the threaded link share: settings, keys, handshake, epoch."""
+    """What both links share, the asynchronous and the threaded one: settings, keys, handshake, epoch."""
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
@@ -278,7 +278,7 @@ class _Link:
             raise self.senseless(error) from error
 
     def senseless(self, error: Exception) -> SettingsError:
-        """What is said of one of SENSELESS."""
+        """The message for one of SENSELESS."""
         return SettingsError(
             f"Redis at {self.address} answers what makes no sense ({error}): is it no Redis server, or does other"
             f" software use keys with the prefix {self.keys.prefix!r} (REDIS_KEY_PREFIX)?"
@@ -341,7 +341,7 @@ class _Link:
 
 
 def _promotion(info: dict[str, str]) -> str:
-    """What names the last time that a server was promoted: the history that it followed until then."""
+    """The name of a server's last promotion: the replication history that it followed until then."""
     history = info.get("master_replid2", "")
     return history if history.strip("0") else ""
 

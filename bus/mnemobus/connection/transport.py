@@ -38,7 +38,7 @@ class Busy(redis.exceptions.ConnectionError):
 
 
 Done = Callable[[list[Any] | Exception], None]
-"""What is told how a call ended."""
+"""Called with the outcome of a call."""
 
 _MORE: Final = object()
 """What the parser answers while a reply is not there as a whole."""
@@ -387,7 +387,7 @@ class BlockingWire:
 
     @property
     def quiet(self) -> bool:
-        """Whether nothing came that nobody asked for, such as its end."""
+        """Whether nothing arrived without a call, such as the end of the connection."""
         watch = select.poll()
         watch.register(self._socket, select.POLLIN)
         return not watch.poll(0)
@@ -417,7 +417,7 @@ class BlockingWires:
             replies = wire.call(commands)
         except BaseException:
             wire.cut()
-            self.renew()  # others of its age are no better
+            self.renew()  # the others of its age lead to the same server
             raise
         if wire.refusal is not None:
             wire.cut()

@@ -48,7 +48,7 @@ logger = logging.getLogger("mnemobus.feed")
 REPLAY = 500
 """Messages read at a time when the feed is replayed."""
 _GRACE = (0.002, 0.005, 0.010)
-"""Seconds that a head may be ahead of its position before pub/sub counts as having lost something."""
+"""Seconds for which a head may be ahead of its position; after them pub/sub has lost something."""
 
 
 class Heartbeat:
@@ -90,7 +90,7 @@ class Heartbeat:
         self.up = False
         """Whether the last heartbeat reached Redis."""
         self.trouble = ""
-        """Why it did not, or why what it reached is not fit for use, for people."""
+        """Why it did not, or why the server that it reached is not fit for use; for people."""
         self.refusal = ""
         """Why Redis takes no writes, though it is the master: for people, as the last good heartbeat found it."""
         self.on_good: list[Callable[[], None]] = []

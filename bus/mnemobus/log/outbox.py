@@ -41,10 +41,10 @@ logger = logging.getLogger("mnemobus.outbox")
 
 
 def _has_begun(path: Path) -> bool:
-    """Whether there is anything in a file, or was: one that is empty may be about to be locked by who made it."""
+    """Whether there is anything in a file, or was. The bus that made an empty one may be about to lock it."""
     try:
         return path.stat().st_size > 0
-    except OSError:  # its owner has just removed it, or it is nobody's that we are
+    except OSError:  # its owner has just removed it, or we may not read it
         return False
 
 
@@ -106,15 +106,15 @@ class Outbox:
 
     @property
     def trouble(self) -> str | None:
-        """Why writes could not wait here now, were the log away; None if they could."""
+        """Why writes could not wait here now if the log went away; None if they could."""
         reason = None if self._opened else private.obstacle(self._own.path.parent)
         return reason and f"{reason}. Set MNEMOBUS_DATA_DIR, or MNEMOBUS_OUTBOX to a file, or to off"
 
     async def open(self) -> None:
         """Take up what an earlier process left. OutboxInUse, OutboxError if the configured file can't be used.
 
-        With MNEMOBUS_OUTBOX=auto the file is made when it is needed; that it could not be is no error before, as
-        many agents only read. It is logged, and `trouble` says it.
+        With MNEMOBUS_OUTBOX=auto the file is made when it is needed; if that is impossible, it is no error before,
+        as many agents only read. It is logged, and `trouble` says it.
         """
         if self._auto:
             if self.trouble:
