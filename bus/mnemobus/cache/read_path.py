@@ -36,7 +36,7 @@ from .l1 import EACH, MISS, Bucket, Key, LocalCache, clock
 from .l2 import Lease, SharedCache
 from .query import Plan
 
-logger = logging.getLogger("mnemobus.tiers")
+logger = logging.getLogger("mnemobus.reads")
 
 _JOIN_PATIENCE = 0.05
 """Seconds that a read waits for its feed partition; without it the read is not cached."""

@@ -40,7 +40,7 @@ from ..errors import BusClosed, NotCommitted, SettingsError, WriteRejected
 from ..keys import APPLY_GROUP, LAST, ZERO, Version
 from ..tasks import end
 
-logger = logging.getLogger("mnemobus.marks")
+logger = logging.getLogger("mnemobus.pending")
 
 _EVERYWHERE = "*"
 """In place of a scope: the mark of a delete_room on all scopes but rooms."""
@@ -474,7 +474,7 @@ class PendingWrites:
     def _start_polling(self) -> None:
         self._pause = _POLL[0]
         if self._poller is None and not self._closed:
-            self._poller = asyncio.get_running_loop().create_task(self._poll(), name="mnemobus-marks")
+            self._poller = asyncio.get_running_loop().create_task(self._poll(), name="mnemobus-pending")
 
     def _wanted(self) -> dict[int, list[Write]]:
         """What is waited for, by log partition: writes, and where there are none, covers."""
