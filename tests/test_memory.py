@@ -22,7 +22,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mnemobus import InvalidMemory, Memory, MemoryTooLarge, Version
-from mnemobus.memory import new_id
+from mnemobus.keys import Dimensions
+from mnemobus.memory import _Draft, new_id
 from mnemobus.records import Row, encode, pack_memories, unpack_memories
 from mnemobus.values import MAX_DEPTH, encode_object, from_micros, to_micros
 
@@ -405,6 +406,18 @@ def test_the_codec_gives_back_what_it_was_given(**fields: object) -> None:
 def test_a_spoiled_result_is_a_value_error_and_nothing_else(spoiled: bytes) -> None:
     with pytest.raises((ValueError, TypeError, KeyError, IndexError)):
         unpack_memories(spoiled) or unpack_memories(spoiled + b"?")
+
+
+def test_what_a_memory_is_made_of_can_become_one() -> None:
+    """`Memory._stored` changes the class of a draft, which Python allows while both are laid out alike."""
+    assert Memory.__slots__ == () and Memory.__bases__ == (_Draft,), (
+        "a Memory has attributes of its own: Memory._stored can't make one of a draft any more"
+    )
+    assert Memory.__basicsize__ == _Draft.__basicsize__
+    made = Memory._stored("i", Dimensions("t", "r"), b"")
+    assert type(made) is Memory and not hasattr(made, "__dict__")
+    with pytest.raises(AttributeError, match="immutable"):
+        made.id = "j"
 
 
 def test_rows_without_anything_pack() -> None:

@@ -78,7 +78,7 @@ class Bus:
     """An agent's way to its memories. One per event loop; tasks share it.
 
     It belongs to the event loop in which it is opened. In any other, in another thread or after a fork, calls raise
-    WrongLoop. One that is not yet open may be forked: each process then opens a bus of its own.
+    WrongLoop. A bus that is not open yet may be forked: each process then opens a bus of its own.
 
     Any call may be cancelled at any time. A cancelled write may or may not have been logged; the bus
     behaves as if it had been.
@@ -238,9 +238,9 @@ class Bus:
         return None
 
     async def close(self) -> None:
-        """Publish what is queued, then let go of everything. Done by ``async with``; safe to repeat.
+        """Publish what is queued, then close everything. Done by ``async with``; safe to repeat.
 
-        Who waits for a write to be committed, or for what a token names, gets BusClosed at once.
+        Calls that wait for a write to be committed, or for what a token names, raise BusClosed at once.
 
         If it is cancelled, the bus goes on closing; a repeated call waits for that.
         """

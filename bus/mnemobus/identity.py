@@ -1,13 +1,12 @@
-"""Who is who: that a bus and its store belong together, and that the store is what it was.
+"""Identities: that a bus and its store belong together, and that the store is what it was.
 
 A store has a UUID, made with its schema, and says which bus it belongs to. A bus has one, too, in Redis, and says
-which store it has. The first to connect writes it there; whoever comes later, agent or worker, and has another store,
-or comes to a store that another bus has, is refused. `mnemobus adopt` is how an operator says that a change is
-intended.
+which store it has. The first process to connect writes it there. An agent or a worker that comes later with another
+store, or with a store of another bus, is refused. With `mnemobus adopt` an operator says that a change is intended.
 
 What one of them has lost, it gets back from the other: a Redis that was flushed, or replaced by an empty one, is the
-same bus again, in another *life*. Workers keep that up to date in the store. Who finds there that a life came back
-which it had replaced has a rival: another Redis with the same key prefix, whose workers use the same store.
+same bus again, in another *life*. Workers keep that up to date in the store. A worker that finds there a life
+which its own had replaced has a rival: another Redis with the same key prefix, whose workers use the same store.
 
 A copy of a store has the same UUID. It has another *place* (the file's inode; the server's identifier and the
 database's), and one pool of workers at a time may have one. A place counts as given up once its workers' beats stand

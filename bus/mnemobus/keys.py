@@ -270,7 +270,8 @@ class Keyspace:
         return f"{{{self.prefix}}}:agent:{bus_id}"
 
     def layout_channel(self, bus_id: str) -> str:
-        """The channel on which a bus is told that the log was laid out anew. Who listens there can go on by itself."""
+        """The channel on which a bus is told that the log was laid out anew. A bus that listens there goes on by
+        itself."""
         return f"{{{self.prefix}}}:layout:{bus_id}"
 
     def verify_channel(self, name: str) -> str:

@@ -33,8 +33,8 @@ def new_id() -> str:
 
 
 class _Draft:
-    """What a Memory is made of. It becomes one by changing its class, since a Memory's attributes can't be set: that
-    takes a sixth of the time of setting them in spite of it."""
+    """What a Memory is made of. A Memory's attributes can't be set, so a draft becomes a Memory by changing its class.
+    That takes a sixth of the time of `object.__setattr__`."""
 
     __slots__ = (
         "_content",
@@ -117,7 +117,7 @@ class Memory(_Draft):
         return draft  # type: ignore[return-value]
 
     def _share_id(self, id: str) -> None:
-        """Use this string, which says the same, and is kept anyway."""
+        """Use this string, which is equal, and is kept in memory anyway."""
         object.__setattr__(self, "id", id)
 
     def _as_stale(self) -> Memory:
@@ -269,10 +269,10 @@ _DECODED_FACTOR = 12
 
 
 class _Decoded:
-    """What memories keep of their contents, decoded: that of those which were decoded last.
+    """The decoded contents that memories keep: those that were decoded last.
 
-    The cached copy of a memory is the one that is handed out, and lives as long as it is cached. Were each content
-    kept that was ever looked at, a cache of encoded records would come to ten times its bound. Safe for threads.
+    The cached copy of a memory is the one that is handed out, and lives as long as it is cached. If every decoded
+    content were kept, a cache of encoded records would take ten times its bound. Safe for threads.
     """
 
     def __init__(self, limit: int) -> None:

@@ -1,12 +1,12 @@
-"""The password of the embedded Redis: whoever may read the data directory may use the server.
+"""The password of the embedded Redis: every user who may read the data directory may use the server.
 
 `mnemobus up` and `mnemobus demo` listen on 127.0.0.1, where every account of the machine can connect. So unless it is
 given a password the server gets one of its own. It stands in a file of the data directory that only its owner can read;
 the next line has the port that it is for. Agents and commands on the same data directory find it there whenever they
 connect, if neither REDIS_PASSWORD nor REDIS_URL has one.
 
-The password is a new one at every start of `mnemobus up`, and the file goes when it ends: what is sent to somebody else
-who listens at that address later opens nothing.
+Every start of `mnemobus up` makes a new password, and its end removes the file. So a password that a client sends
+later, to another program at the same address, is of no use to that program.
 """
 
 from __future__ import annotations

@@ -20,7 +20,7 @@ MASK = 0o077
 
 
 def make_folder(path: Path) -> None:
-    """Make sure of a folder; those that are missing on the way are made for us alone. OSError if it can't be."""
+    """Make a folder if it is not there, and those above it, for us alone. OSError if that fails."""
     missing = []
     while not path.is_dir():
         if path.exists():
@@ -32,7 +32,8 @@ def make_folder(path: Path) -> None:
 
 
 def make_file(path: Path) -> None:
-    """Make sure of a file that only we can read; its content, if there is any, stays. OSError if it can't be.
+    """Make a file that only we can read, if it is not there; its content, if there is any, stays. OSError if that
+    fails.
 
     The file itself is never opened: to close it would take this process's locks off it, such as those of SQLite.
     """
@@ -65,7 +66,7 @@ def open_file(path: Path, mode: str) -> IO[Any]:
 
 
 def close_to_others(path: Path) -> None:
-    """Take a file or folder from everybody but us, if it is ours and open to everybody."""
+    """Close a file or folder to everybody but us, if it is ours and open to others."""
     with suppress(OSError):  # gone meanwhile, or a file system without modes
         found = path.stat(follow_symlinks=False)
         if found.st_uid == os.geteuid() and found.st_mode & stat.S_IRWXO and not stat.S_ISLNK(found.st_mode):
@@ -81,7 +82,7 @@ def close_tree_to_others(folder: Path) -> None:
 
 
 def obstacle(folder: Path) -> str | None:
-    """Why no file could be made in a folder, which need not be there yet; None if nothing is in the way."""
+    """Why no file could be made in a folder, which need not exist yet; None if one could."""
     path = folder
     while not path.exists():
         if path.is_symlink():

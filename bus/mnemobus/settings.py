@@ -42,7 +42,7 @@ _SIZE = re.compile(r"(\d+)\s*(b|kb?|mb?|gb?)?\Z", re.IGNORECASE)
 _UNITS = {"": 1, "b": 1, "k": 1000, "kb": 1024, "m": 1000**2, "mb": 1024**2, "g": 1000**3, "gb": 1024**3}
 
 _SECRET = re.compile(r"(?i)pass(?!file)|pwd|secret|token")
-"""Names of a URL's options that hold what nobody may see."""
+"""Names of a URL's options that hold secrets."""
 
 TTL_CLASSES = ("short", "medium", "long")
 
@@ -66,7 +66,7 @@ class Settings(BaseSettings):
         frozen=True,
         case_sensitive=True,
         validate_default=False,
-        allow_inf_nan=False,  # a time without end is none that anything can be planned by
+        allow_inf_nan=False,  # an infinite time is of no use
     )
 
     @classmethod
@@ -93,7 +93,7 @@ class Settings(BaseSettings):
     @model_validator(mode="before")
     @classmethod
     def _tidy(cls, given: dict[str, Any]) -> dict[str, Any]:
-        """Without what comes along from files: space around a value, quotes that nobody took off, and empty values."""
+        """Without what files add: space around a value, quotes around it, and empty values."""
         return {name: value for name, each in given.items() if (value := _tidied(name, each)) != ""}
 
     # Redis
@@ -359,10 +359,10 @@ def hide_password(url: str) -> str:
     except ValueError:
         parts = None
     if parts is None or "@" in parts.path + parts.fragment:
-        # Not what it should be; with a / or # in a password, say. What comes last is where it leads.
+        # The URL is malformed, as with a / or # in a password. The address comes last.
         scheme, _, rest = url.partition("://")
         return f"{scheme}://***{'@' + rest.rpartition('@')[2].partition('?')[0] if '@' in rest else ''}"
-    # What is to be seen stays as it is written: to put the parts together again would take slashes away.
+    # The visible rest stays as it was written: to join the parts again would remove slashes.
     if password is not None:
         host = parts.netloc.rpartition("@")[2]
         url = url.replace(parts.netloc, f"{quote(user or '')}:***@{host}", 1)

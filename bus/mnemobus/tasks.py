@@ -15,7 +15,7 @@ _END_PATIENCE = 0.5
 
 
 async def end(tasks: Iterable[asyncio.Task[Any] | None]) -> None:
-    """Cancel tasks and wait until they have ended, whatever they end with.
+    """Cancel tasks and wait until they have ended, with or without an error.
 
     One cancellation may be lost: asyncio.wait_for, which redis-py sends with, swallows it before Python 3.12
     if what it waits for ends at the same moment. So it is repeated for as long as a task goes on.
@@ -28,10 +28,10 @@ async def end(tasks: Iterable[asyncio.Task[Any] | None]) -> None:
 
 
 def in_background(connecting: aiosqlite.Connection) -> aiosqlite.Connection:
-    """A connection to SQLite, about to be opened, for whose thread a process that ends does not wait.
+    """A connection to SQLite that is about to be opened, with a thread that does not keep the process from ending.
 
-    Else one that forgot to close its bus would never end. What the thread has committed is on disk; of what it has not,
-    nobody was told.
+    Else a process that forgot to close its bus would never end. What the thread has committed is on disk; nobody was
+    told that anything else is.
     """
     # Before 0.22 the connection itself was the thread.
     thread: Any = getattr(connecting, "_thread", connecting)

@@ -50,7 +50,7 @@ class Tokens:
         """The last version that this bus wrote or observed, by log partition."""
 
     def forget_ended(self) -> None:
-        """The log was laid out anew: all of what has ended is applied."""
+        """The log was laid out anew: everything in partitions that have ended is applied."""
         for partition in [p for p in self._seen if p < self._link.keys.shape.oldest]:
             del self._seen[partition]
 
@@ -89,7 +89,7 @@ class Tokens:
         if not self._link.laid_out or all(p in range(self._link.keys.shape.all.stop) for p in wanted):
             return
         with suppress(*AWAY, RedisError, SettingsError):
-            await self._link.renew_epoch()  # who made it may know a newer layout
+            await self._link.renew_epoch()  # the bus that made it may know a newer layout
             if not all(p in range(self._link.keys.shape.all.stop) for p in wanted):
                 raise InvalidQuery("the token is of a bus with other log partitions")
 
@@ -118,7 +118,7 @@ class Tokens:
         while not await self._feed.sync():
             _check_time(deadline)
             logger.debug("the heartbeat failed; another one")
-        # What is being loaded under a scope that the bus does not listen to may be from before.
+        # A load under a scope that the bus does not listen to may have begun before.
         self._local.drop_orphans()
 
 

@@ -207,7 +207,7 @@ def encode_object(field: str, value: object) -> bytes:
 
 
 def _as_json(value: object) -> object:
-    """What orjson leaves to others, and JSON has: mappings that are no dict, kinds of float (NumPy's)."""
+    """Values that JSON has and orjson does not encode: mappings that are no dict, other kinds of float (NumPy's)."""
     if isinstance(value, Mapping):
         return dict(value)
     if isinstance(value, float):
@@ -216,7 +216,8 @@ def _as_json(value: object) -> object:
 
 
 def _is_plain(value: Mapping[Any, Any]) -> bool:
-    """Whether there is nothing in an object that would have to be looked into: what most are like."""
+    """Whether an object holds only texts, small integers, booleans and nulls, as most do: nothing else needs a
+    check."""
     for key, item in value.items():
         kind = type(item)
         if type(key) is not str or not (
@@ -267,7 +268,7 @@ def encode_embedding(value: object) -> bytes | None:
         raise InvalidMemory("embedding", "holds something that is not a number") from None
     if not floats:
         raise InvalidMemory("embedding", "is empty; use None for no embedding")
-    # A sum is finite unless a part is not (or it overflows, which the slow path then clears up).
+    # A sum is finite unless a part is not, or it overflows; the slow path tells which.
     if not math.isfinite(sum(floats)):
         for index, number in enumerate(floats):
             if not math.isfinite(number):
@@ -278,11 +279,11 @@ def encode_embedding(value: object) -> bytes | None:
 
 
 _ODD = (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
-"""What may come of converting what somebody else made."""
+"""What may come of converting an object of another library."""
 
 
 def _numbers(value: object) -> tuple[Any, ...]:
-    """The elements of what has some in an order, along one dimension: sequences, iterators, arrays and series of NumPy,
+    """The elements of an ordered object with one dimension: sequences, iterators, arrays and series of NumPy,
     pandas, PyTorch and others. InvalidMemory for anything else: a mapping, a set, a table, text."""
     if isinstance(value, (list, tuple, Iterator)):
         return tuple(value)
@@ -299,7 +300,8 @@ def _numbers(value: object) -> tuple[Any, ...]:
 
 
 def snapshot(value: object) -> object:
-    """An embedding as it is now, whatever its maker does with it afterwards; as it is if it is none, for `encode`."""
+    """A copy of an embedding, which does not change with the original; what is no embedding stays, for `encode` to
+    refuse."""
     if value is None or type(value) is tuple:
         return value
     try:
@@ -337,7 +339,7 @@ _LAST = to_micros(datetime.max.replace(tzinfo=UTC))
 
 
 def moment_of(value: object) -> int:
-    """Microseconds since 1970 of a datetime; ValueError, which says why, for what is no moment."""
+    """Microseconds since 1970 of a datetime; ValueError, with the reason, for anything else."""
     if not isinstance(value, datetime):
         raise ValueError(f"a datetime is needed, not {kind_of(value)}")
     try:

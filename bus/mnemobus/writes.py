@@ -58,7 +58,7 @@ class Keep:
 
 
 KEEP: Final = Keep()
-"""In place of a field that :meth:`Bus.update` shall leave as it is."""
+"""Stands for a field that :meth:`Bus.update` leaves as it is."""
 
 
 class Receipt:
@@ -265,7 +265,7 @@ class Writes:
                     for write in await part:
                         writes[next(at)] = write
         except (LogUnavailable, asyncio.CancelledError):
-            # Any of them may have been logged, or be logged yet: what they touch is not to be trusted.
+            # Any of them may have been logged, or may still be: copies of what they touch must go.
             for event in events:
                 self._drop(event)
             raise
@@ -296,7 +296,7 @@ class Writes:
         version: Version | None,
         previous: tuple[Version, ...] | None = None,
     ) -> Write:
-        """A write of this bus is in the log: nothing that it touches may be answered without it."""
+        """A write of this bus is in the log: from now on no answer may lack it."""
         scopes = self._drop(event)
         if version is None:
             self._live.outboxed(event)
@@ -344,7 +344,7 @@ class Writes:
         known = self._known.dimensions(id)
         deleted = self._known.deleted(id)
         scope = id_scope(id)
-        # A write of our own that is on its way says so itself; what is stored, somebody else may have deleted since.
+        # A pending write of our own is enough to know it. What is stored, another agent may have deleted since.
         on_its_way = self._known.wrote(id) and scope in self._pending
         if known is not None and not deleted and (on_its_way or not there):
             return known
@@ -361,8 +361,8 @@ class Writes:
         return None
 
     async def _find_pending(self, id: str) -> Dimensions | None:
-        """The dimensions of a memory by the last that the outbox or the log has of it which is not applied yet; None if
-        it was deleted there, or is nowhere. NotCommitted if that can't be known now."""
+        """The dimensions of a memory by its last event in the outbox or the log that is not applied yet; None if that
+        is a deletion, or there is none and no memory either. NotCommitted if that can't be known now."""
         if self.outbox is not None and self.outbox.waiting:
             event = await self.outbox.last_of(id)
             if event is not None:

@@ -6,7 +6,7 @@ in constant time whatever else is cached.
 No stale fill (G4). A read takes its bucket *before* it looks anywhere else, and puts what it found into that very
 object. An invalidation meanwhile has taken the object out of the dict, so the late fill lands in an orphan that no
 later read can see. Nothing is compared and no lock is held. Reads of one query that share a load share it
-through the bucket, for the same reason: who begins after the invalidation finds another bucket, and loads anew.
+through the bucket, for the same reason: a read that begins after the invalidation finds another bucket, and loads.
 
 That holds as well for reads whose results may not be cached, because the bus does not listen to the scope's feed
 partition, or waits for a write of its own. They share an orphan that nobody finds once the scope was invalidated, or
@@ -66,7 +66,7 @@ EACH = 192
 _UNIT = 64
 """Bytes by which sizes are counted."""
 _LONG = 60.0
-"""Seconds to live from which on it does not matter to go up to a second early."""
+"""From this time to live on (in seconds), a copy may expire up to a second early."""
 
 
 def _name(scope: str) -> str:
@@ -264,7 +264,7 @@ class LocalCache:
         if bucket.classic is not None:
             return bucket.beside(query)
         if self._orphans:
-            return MISS  # one of them may hold a load of this very query; see Tiers
+            return MISS  # one of them may hold a load of this very query; see ReadPath
         value = bucket.tell(bucket, query)
         if value is not MISS:
             self.entries += 1
@@ -285,7 +285,7 @@ class LocalCache:
         return bucket.results
 
     def last_known(self, scope: str, query: Key) -> Any:
-        """The cached result however old, or MISS."""
+        """The cached result, however old, or MISS."""
         bucket = self._buckets.get(_name(scope))
         return MISS if bucket is None else bucket.get(query)
 
@@ -337,7 +337,7 @@ class LocalCache:
         """A bucket for a read that must not be cached: nothing that is put there is kept. Reads of a scope have the
         same one, for as long as one of them loads and the scope is not invalidated.
 
-        stale: whether the read has waited for a write of this bus in vain; it may see less than others must
+        stale: whether the read's wait for a write of this bus timed out; it may see less than other reads must
         """
         name = _name(scope)
         found = self._orphans.get((name, stale))
@@ -346,7 +346,7 @@ class LocalCache:
         return found
 
     def drop_orphans(self) -> None:
-        """Have no later read share a load of what may not be cached."""
+        """No later read shares a load that began before, of what may not be cached."""
         self._orphans.clear()
 
     def put(self, bucket: Bucket, query: Key, value: Any, size: int) -> None:

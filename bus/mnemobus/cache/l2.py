@@ -1,9 +1,9 @@
 """L2: query results in Redis, shared by all agents.
 
-A bucket is a hash, named by epoch and scope. Who misses takes a lease, a field of that hash, reads the store and
-fills; the fill is accepted only while its lease is there. The fan-out of a write unlinks the whole hash, leases and
-all, after the write is committed: so a fill that read the store before cannot arrive after (G4; leases as in
-Nishtala et al., NSDI 2013). Eviction and expiry do the same as an invalidation: whatever is lost, it fails safe.
+A bucket is a hash, named by epoch and scope. A reader that misses takes a lease (a field of that hash), reads the
+store and fills; the fill is accepted only while its lease is there. The fan-out of a write unlinks the whole hash,
+leases and all, after the write is committed: so a fill that read the store before cannot arrive after (G4; leases as
+in Nishtala et al., NSDI 2013). Eviction and expiry do the same as an invalidation: whatever is lost, it fails safe.
 
 The lease also holds back the herd: others wait a moment for the fill, then read the store without filling.
 
@@ -41,7 +41,7 @@ REFUSED = 2
 _FILL_PATIENCE = (0.002, 0.005, 0.010, 0.020)
 """Seconds between looks for a fill that another has the lease for."""
 _SPELL = 60.0
-"""Seconds for which a refusal is remembered; those within are one spell, and logged once."""
+"""Seconds for which a refusal is remembered; others within that time are not logged."""
 
 
 class Lease:

@@ -83,7 +83,7 @@ _MOST_SCOPES = 10_000
 """How many of each kind are remembered."""
 _remembered: Counter[str] = Counter()
 ROOM_SCOPES: Final[Mapping[str, Mapping[str, str]]] = _SCOPES["room"]
-"""Those of rooms, by table and room, for who is in a hurry; `room_scope` has the others."""
+"""Those of rooms, by table and room, for the hot path; `room_scope` has the others."""
 
 
 def room_scope(table: str, room: str) -> str:
@@ -129,7 +129,7 @@ def _check_names(table: str, names: Mapping[str, str | None]) -> None:
 
 
 def limit_of(limit: Any) -> int:
-    """A limit that is no plain int as one; InvalidQuery if it is no whole number. True is none."""
+    """A limit of another type as an int; InvalidQuery if it is not a whole number, or is a bool."""
     try:
         if not isinstance(limit, bool):
             return index(limit)
@@ -230,7 +230,7 @@ def versions_of(answer: Any) -> Versions:
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """A query by itself, to ask the store what a tier has answered.
+    """A query by itself, with which the store can be asked for what a tier answered.
 
     query  None for a memory by its id, which is in the scope
     """
@@ -270,7 +270,7 @@ class Question:
 
     @property
     def field(self) -> bytes:
-        """What its answer is called in L2."""
+        """The name of its answer in L2."""
         return GET_FIELD if self.query is None else field_of(self.kind, self.query, self.limit)
 
     async def ask(self, reader: Reader) -> list[Row] | int:

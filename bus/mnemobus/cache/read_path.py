@@ -8,8 +8,8 @@ What the order of the steps has to keep:
 - Redis is not asked while no heartbeat reaches it: its buckets may be of an epoch that is over.
 - Concurrent reads of one query share the load of the first, unless an invalidation or a write of this bus came between
   them: then the later one finds another bucket, without a load. Where nothing may be cached they share an orphan
-  bucket, for as long as they load: else a Redis that is away would turn each read into a query. Those that have waited
-  in vain for a write of this bus, and answer stale, share with each other only. A read that meets a write of this bus
+  bucket, for as long as they load: else a Redis that is away would turn each read into a query. Reads whose wait
+  for a write of this bus timed out answer stale, and share with each other only. A read that meets a write of this bus
   which was logged after it began shares with nobody.
 - Nor is a load shared that began ``max_staleness`` ago (in a process that was paused, say, and has not heard yet what
   came meanwhile): what it brings may be as old (G5). The load is part of the first one's task: if that is cancelled,
@@ -36,7 +36,7 @@ from .l1 import EACH, MISS, Bucket, Key, LocalCache, clock
 from .l2 import Lease, SharedCache
 from .query import Plan
 
-logger = logging.getLogger("mnemobus.tiers")
+logger = logging.getLogger("mnemobus.reads")
 
 _JOIN_PATIENCE = 0.05
 """Seconds that a read waits for its feed partition; without it the read is not cached."""
@@ -59,7 +59,7 @@ class Load:
         self._waiting: list[asyncio.Future[Answer | None]] = []
 
     async def wait(self) -> Answer | None:
-        """What it finds; None if whoever loads was cancelled. Raises what the load raises."""
+        """What it finds; None if the task that loads was cancelled. Raises what the load raises."""
         answer: asyncio.Future[Answer | None] = asyncio.get_running_loop().create_future()
         self._waiting.append(answer)
         return await answer
@@ -70,7 +70,7 @@ class Load:
                 answer.set_result(found)
 
     def fail(self, error: BaseException) -> None:
-        if not isinstance(error, Exception):  # whoever loads was cancelled; nobody else was
+        if not isinstance(error, Exception):  # the task that loads was cancelled; the others were not
             self.succeed(None)
             return
         for answer in self._waiting:
@@ -79,7 +79,7 @@ class Load:
 
 
 class ReadPath:
-    """The tiers of one bus, nearest first. What is in L1, `Bus` answers without coming here."""
+    """The tiers of one bus, nearest first. `Bus` answers from L1 itself, without a call to this class."""
 
     def __init__(
         self,
@@ -149,7 +149,8 @@ class ReadPath:
             return plan.kind.show(kept, source, stale)
 
     def _outdo(self, plan: Plan) -> None:
-        """A window has answered a query: what a load of it that began before finds must not be seen after that."""
+        """A window has answered a query. A load of that query that began earlier may find less: it must not be seen
+        any more."""
         if any((bucket, plan.key) in self._loads for bucket in self._local.beside(plan.name)):
             self._local.drop(plan.scope)
 

@@ -3,8 +3,8 @@
 A difference alone is no breach: the write may just have been committed, and its invalidation be on the way. So a copy
 that is older than the store is looked at again, once two things are certain:
 
-- everything that the workers had been given when the store was read is confirmed. Whoever confirms has fanned out
-  before; so the invalidation was sent, even if a worker died between the two and another took over;
+- everything that the workers had been given when the store was read is confirmed. A worker fans out before
+  it confirms; so the invalidation was sent, even if a worker died between the two and another took over;
 - ``max_staleness`` and one heartbeat have passed since then: no local copy may outlive that (G5).
 
 If the same copy is served even now, and the store still says otherwise, a promise is broken. That is counted, logged
@@ -45,7 +45,7 @@ _WAITING = 32
 _TOLD = 3
 """Memories that the log names at most."""
 _SHADOW_PATIENCE = 60.0
-"""Seconds to wait for workers to confirm; what takes longer is their trouble, not the caches'."""
+"""Seconds to wait for workers to confirm; a longer delay is a problem of the workers, not of the caches."""
 
 
 class Shadow:
@@ -88,7 +88,7 @@ class Shadow:
         return len(self._tasks)
 
     def _gap(self) -> int:
-        """Hits to the next sample: as if each were one with probability `share`, whatever came before."""
+        """Hits until the next sample, so that each hit is one with probability `share`."""
         if self._share >= 1:
             return 1
         return 1 + int(log(1.0 - random.random()) / log(1.0 - self._share))

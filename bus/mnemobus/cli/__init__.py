@@ -68,7 +68,7 @@ def _demo(
         ),
     ] = False,
     wait: Annotated[
-        float, typer.Option(min=1, help="With --external: seconds to wait for all of it to be there.")
+        float, typer.Option(min=1, help="With --external: seconds to wait until all of it answers.")
     ] = 60.0,
     json: Json = False,
 ) -> None:
@@ -171,8 +171,8 @@ def _import(
 ) -> None:
     """Import memories from a file, one JSON object per line.
 
-    Needed are table, room and content; id, agent, entity, world, metadata,
-    embedding and created_at may be given.
+    table, room and content are needed; id, agent, entity, world, metadata,
+    embedding and created_at are optional.
 
     It can be stopped at any time and run again: a line whose memory is stored
     already is skipped. If the stored one differs (it was updated since), it is
@@ -316,7 +316,8 @@ def _replay(
     into: Annotated[
         str | None,
         typer.Option(
-            help="Into this store instead of the bus's own. Made if need be.", metavar="DATABASE_URL"
+            help="Into this store instead of the bus's own. It is made if it does not exist.",
+            metavar="DATABASE_URL",
         ),
     ] = None,
     partial: Annotated[
@@ -329,7 +330,7 @@ def _replay(
 ) -> None:
     """Apply a stretch of the log again: after a database was restored, or to build another one.
 
-    It can be done at any time and as often as one likes, while agents and
+    You can run it at any time and as often as you like, while agents and
     workers go on: what the store has already does not change. What does change
     is invalidated in every cache. Dead letters are left out.
 
@@ -396,7 +397,7 @@ def _dead_show(
     partition: Partition = None,
     json: Json = False,
 ) -> None:
-    """Show all of a dead letter; of an embedding, how many floats it has.
+    """Show a dead letter in full; of an embedding, the number of its floats.
 
     \b
     Examples:
@@ -411,7 +412,7 @@ def _dead_show(
 def _dead_requeue(
     versions: Versions = None, everything: All = False, partition: Partition = None, json: Json = False
 ) -> None:
-    """Put writes back into the log, for workers to try again, once what was in their way is gone.
+    """Put writes back into the log, for workers to try again, once the cause is removed.
 
     Each keeps the version that it had, so it can't undo what was written since.
     One that fails again is a dead letter again.
@@ -434,7 +435,7 @@ def _dead_drop(
     yes: Annotated[bool, typer.Option("--yes", "-y", help="Don't ask.")] = False,
     json: Json = False,
 ) -> None:
-    """Give writes up: their dead letters are removed. Asks first.
+    """Remove dead letters: what they would have written is lost. Asks first.
 
     \b
     Examples:
@@ -451,11 +452,11 @@ def _dead_drop(
 @app.command("repartition")
 def _repartition(
     partitions: Annotated[
-        int, typer.Argument(min=1, max=1024, help="How many log partitions there are to be.", metavar="N")
+        int, typer.Argument(min=1, max=1024, help="The new number of log partitions.", metavar="N")
     ],
     timeout: Annotated[float, typer.Option(min=0, help="Give up after so long.", metavar="SECONDS")] = 60.0,
     pause: Annotated[
-        float, typer.Option(min=0, help="Have writes wait for so long at most.", metavar="SECONDS")
+        float, typer.Option(min=0, help="The longest time that writes may wait.", metavar="SECONDS")
     ] = 5.0,
     force: Annotated[
         bool, typer.Option("--force", help="Also if agents of an older version are connected.")
@@ -491,7 +492,7 @@ def _adopt(
 ) -> None:
     """Make the database of MNEMOBUS_DATABASE_URL, as it is, the store of this bus. Asks first.
 
-    A bus has one store, and a store one bus; who comes with another is refused.
+    A bus has one store, and a store has one bus; any other pair is refused.
     This says that a change is intended: the bus has moved to another database,
     another bus (a new REDIS_KEY_PREFIX, another Redis) goes on with this one,
     or what this one has lost is accepted.
@@ -513,7 +514,7 @@ def _adopt(
 def _doctor(json: Json = False) -> None:
     """Check Redis, the store and the workers, and say what to do about what is wrong.
 
-    The exit status is 1 if anything fails; a warning is none.
+    The exit status is 1 if anything fails; a warning is not a failure.
 
     \b
     Examples:

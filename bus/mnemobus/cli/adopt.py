@@ -59,7 +59,7 @@ def run(*, yes: bool, json: bool) -> int:
 
 
 def _agreed(link: ThreadedLink, identity: Identity, before: Registered) -> bool:
-    """Whether the operator, having read what that means, agrees."""
+    """Ask whether the operator agrees, after saying what it means."""
     if not sys.stdin.isatty():
         raise SettingsError("nobody can be asked here: give --yes")
     if before.store and before.store != identity.store:

@@ -1,4 +1,4 @@
-"""What the commands share: where their words go, and how they end."""
+"""What the commands share: output, and how they end."""
 
 from __future__ import annotations
 

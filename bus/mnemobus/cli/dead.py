@@ -30,7 +30,7 @@ _READ = 8
 
 
 LEFT_OUT = "left_out"
-"""A field of letters that are without their content, for lack of room: how many bytes there were."""
+"""A field of letters whose content was removed for lack of room: how many bytes it had."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,7 +115,7 @@ class Letters:
         return [self._partition]
 
     async def all(self) -> AsyncIterator[Letter]:
-        """Those that there are now, partition by partition, oldest first."""
+        """The letters that there are now, partition by partition, oldest first."""
         for partition in await self._partitions():
             key = self._link.keys.dead(partition)
             newest = await self._ask("XREVRANGE", key, "+", "-", "COUNT", 1)

@@ -10,16 +10,16 @@ its last second. A server that was a replica meanwhile may have lost more: it to
 that very connection and before anything else is sent on it:
 
 1. the eviction policy is checked: under ``allkeys-*`` Redis may drop the log, and is refused;
-2. the layout (how many partitions) is agreed on: what is there counts, whatever is configured; who is configured for
-   other partitions of the feed is refused;
+2. the layout (how many partitions) is agreed on: what is there counts, whatever is configured; a process that is
+   configured for other partitions of the feed is refused;
 3. the epoch is agreed on. An unseen run id, or an unseen promotion, begins a new one; the first to say so names it.
 
 L2 buckets carry the epoch in their key, so what was cached before a restart is out of reach after it. An
-epoch that changes while a command is on its way makes that command's keys those of the old epoch: whoever put
-an epoch into keys compares it with ``link.epoch`` once the answer is there, and starts again if it differs.
+epoch that changes while a command is on its way makes that command's keys those of the old epoch. So a caller
+that used an epoch in a key compares it with ``link.epoch`` once it has the answer, and starts again if it differs.
 
 How the log is laid out changes while a bus is in use (`mnemobus repartition`). The log refuses a writer that knows an
-old layout; the heartbeat, and the workers' upkeep, look. Who finds another takes it (`lay_out`), and goes on.
+old layout; the heartbeat and the workers' upkeep look for another one. They take it (`lay_out`), and go on.
 
 redis-py would repeat a command that timed out ten times without a word; here that is off. What may be
 repeated is decided where it is known to be safe.
@@ -160,7 +160,7 @@ def parse_info(reply: Any) -> dict[str, str]:
 
 
 class _Link:
-    """What the asynchronous and the threaded link share: settings, keys, handshake, epoch."""
+    """What both links share, the asynchronous and the threaded one: settings, keys, handshake, epoch."""
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
@@ -278,7 +278,7 @@ class _Link:
             raise self.senseless(error) from error
 
     def senseless(self, error: Exception) -> SettingsError:
-        """What is said of one of SENSELESS."""
+        """The message for one of SENSELESS."""
         return SettingsError(
             f"Redis at {self.address} answers what makes no sense ({error}): is it no Redis server, or does other"
             f" software use keys with the prefix {self.keys.prefix!r} (REDIS_KEY_PREFIX)?"
@@ -316,12 +316,12 @@ class _Link:
                 callback()
 
     def proof(self) -> Command:
-        """A command that only a server which takes writes carries out, without effect on one that a connection met."""
+        """A write without effect: only a server that takes writes carries it out."""
         return ("HSETNX", self.keys.layout, "log_partitions", self.keys.log_partitions)
 
     def explain(self, error: Exception) -> Exception:
-        """What an error in a handshake, or on the way there, is to whoever wanted the connection: a SettingsError if
-        somebody has to see to it, else one of AWAY."""
+        """The error to raise for one in a handshake, or on the way there: a SettingsError if an operator has to act,
+        else one of AWAY."""
         if isinstance(error, SettingsError):
             return error
         code = code_of(error)
@@ -341,7 +341,7 @@ class _Link:
 
 
 def _promotion(info: dict[str, str]) -> str:
-    """What names the last time that a server was promoted: the history that it followed until then."""
+    """The name of a server's last promotion: the replication history that it followed until then."""
     history = info.get("master_replid2", "")
     return history if history.strip("0") else ""
 
@@ -431,7 +431,7 @@ class Link(_Link):
                     command = dialogue.send(reply)
 
     def dedicated(self) -> AbstractConnection:
-        """A connection of its own, not yet connected, for who must hear when it breaks (the feed)."""
+        """A connection of its own, not yet connected, for a caller that must hear when it breaks (the feed)."""
         options = self.options()
         options["redis_connect_func"] = self._on_connect
         connection: AbstractConnection = options.pop("connection_class")(**options)

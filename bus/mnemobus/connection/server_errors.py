@@ -79,10 +79,10 @@ REPLACED: Final = frozenset(
         "NOREPLICAS",
     )
 )
-"""What a server says that takes no writes, where a new connection may lead to one that does."""
+"""What a server says that takes no writes. A new connection may lead to one that does."""
 
 PASSING: Final = REPLACED | {"MISCONF", "BUSY"}
-"""What is refused, undone, for a while: trying again helps."""
+"""Refusals that pass: nothing was done, and to try again helps."""
 
 DENIED: Final = frozenset(("NOPERM", "NOAUTH", "WRONGPASS"))
 

@@ -38,7 +38,7 @@ class Busy(redis.exceptions.ConnectionError):
 
 
 Done = Callable[[list[Any] | Exception], None]
-"""What is told how a call ended."""
+"""Called with the outcome of a call."""
 
 _MORE: Final = object()
 """What the parser answers while a reply is not there as a whole."""
@@ -82,7 +82,7 @@ class Wire(asyncio.Protocol):
         self.refusal: Exception | None = None
         """What its server said, if that means that it takes no writes."""
         self.closed: asyncio.Future[None] = self._loop.create_future()
-        """Done once nothing is left of it, whoever closed it."""
+        """Done once it is closed, by either side."""
         self._transport.set_protocol(self)
 
     @property
@@ -195,7 +195,7 @@ class Pool:
     async def execute(self, commands: Sequence[Command]) -> list[Any]:
         """The replies to commands that go in one write, in order, errors among them as values.
 
-        Raises Busy if no connection was to be had, redis-py's ConnectionError or TimeoutError if Redis can't be
+        Raises Busy if no connection was free, redis-py's ConnectionError or TimeoutError if Redis can't be
         reached; then any of the commands may have been carried out, or not.
         """
         packed = pack(commands)
@@ -203,7 +203,7 @@ class Pool:
         answered: asyncio.Future[list[Any]] = asyncio.get_running_loop().create_future()
 
         def done(outcome: list[Any] | Exception) -> None:
-            if answered.done():  # whoever asked is gone
+            if answered.done():  # the caller was cancelled
                 return
             if isinstance(outcome, list):
                 answered.set_result(outcome)
@@ -299,7 +299,7 @@ class Pool:
         self._pass_on(None)
 
     def _pass_on(self, wire: Wire | None) -> None:
-        """Give a wire, or the room for one, to who waits longest."""
+        """Give a wire, or the room for one, to the caller that waits longest."""
         while self._waiting:
             turn = self._waiting.popleft()
             if not turn.done():
@@ -387,7 +387,7 @@ class BlockingWire:
 
     @property
     def quiet(self) -> bool:
-        """Whether nothing came that nobody asked for, such as its end."""
+        """Whether nothing arrived without a call, such as the end of the connection."""
         watch = select.poll()
         watch.register(self._socket, select.POLLIN)
         return not watch.poll(0)
@@ -417,7 +417,7 @@ class BlockingWires:
             replies = wire.call(commands)
         except BaseException:
             wire.cut()
-            self.renew()  # others of its age are no better
+            self.renew()  # the others of its age lead to the same server
             raise
         if wire.refusal is not None:
             wire.cut()

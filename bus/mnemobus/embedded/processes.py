@@ -26,7 +26,7 @@ STOP_TIMEOUT = 10.0
 
 @contextmanager
 def sole_use(directory: Path) -> Iterator[None]:
-    """Make sure of a directory that this process alone uses meanwhile; EmbeddedServerError if another does."""
+    """Make a directory, and lock it for this process alone; EmbeddedServerError if another does."""
     try:
         private.make_folder(directory)
         lock = private.open_file(directory / "embedded.lock", "a+")

@@ -28,7 +28,7 @@ START_TIMEOUT = 15.0
 _REFUSED = (
     "-config +config|get -debug -module -acl +acl|whoami +acl|log -replicaof -slaveof -migrate -shutdown"
 )
-"""What nobody may do over the network, with the password either: write files elsewhere, load code, follow another."""
+"""What nobody may do over the network, not even with the password: write files elsewhere, load code, follow another."""
 
 
 def with_port(url: str, port: int) -> str:
@@ -218,13 +218,13 @@ class EmbeddedRedis:
         return await self._process.wait()
 
     async def stop(self) -> None:
-        """Stop it; it writes down what it has first. Does nothing if it does not run."""
+        """Stop it; it writes its data first. Does nothing if it does not run."""
         process, self._process = self._process, None
         if process is not None:
             await end(process, STOP_TIMEOUT)
 
     def forget_password(self) -> None:
-        """It won't be started again: nobody needs the password that it made up."""
+        """It won't be started again: remove the password that it made."""
         if self.has_own_password:
             self.password = ""
             password.forget(self.settings)

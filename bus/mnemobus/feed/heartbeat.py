@@ -48,7 +48,7 @@ logger = logging.getLogger("mnemobus.feed")
 REPLAY = 500
 """Messages read at a time when the feed is replayed."""
 _GRACE = (0.002, 0.005, 0.010)
-"""Seconds that a head may be ahead of its position before pub/sub counts as having lost something."""
+"""Seconds for which a head may be ahead of its position; after them pub/sub has lost something."""
 
 
 class Heartbeat:
@@ -90,7 +90,7 @@ class Heartbeat:
         self.up = False
         """Whether the last heartbeat reached Redis."""
         self.trouble = ""
-        """Why it did not, or why what it reached is not fit for use, for people."""
+        """Why it did not, or why the server that it reached is not fit for use; for people."""
         self.refusal = ""
         """Why Redis takes no writes, though it is the master: for people, as the last good heartbeat found it."""
         self.on_good: list[Callable[[], None]] = []
@@ -190,7 +190,7 @@ class Heartbeat:
         """Compare every position with its head, and bring it there; raises if that can't be done."""
         for _ in range(3):
             epoch, laid_out = self._link.epoch, self._link.keys.shape
-            # With the positions as they are now: a head that is read later can't honestly lie before one of them.
+            # With the positions as they are now: a head that is read later and lies before one of them shows a loss.
             known = [(p, p.position) for p in self._positions if p.confirmed or p.position is not None]
             commands: list[Command | Call] = [
                 ("HGET", self._link.keys.epoch, "epoch"),

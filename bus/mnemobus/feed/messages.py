@@ -23,8 +23,8 @@ class Invalidation:
     dead      those of the events that could not be applied, with the reason
     epoch     the one whose shared buckets were dropped
     first_hand
-              whether all of them came from this epoch's log, under the versions that it gave them: who follows the log
-              knows them. Not of a replay, of requeued letters, nor of workers of an older version.
+              whether all of them came from this epoch's log, under the versions that it gave them: agents that
+              follow the log know them. Not of a replay, of requeued letters, nor of workers of an older version.
     last      for each scope the last of the versions that touched it; empty where that is not told
     """
 

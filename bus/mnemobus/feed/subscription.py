@@ -42,7 +42,7 @@ logger = logging.getLogger("mnemobus.feed")
 _LISTEN_PATIENCE = 0.5
 """Seconds that a bus which opens waits to be told that it may listen."""
 _ANSWERING = 16
-"""Questions that are answered at once; who asks more is not answered."""
+"""Questions that are answered at a time; more are not answered."""
 _LINGER = 30.0
 """Seconds that a partition without a bucket is still listened to."""
 

@@ -82,7 +82,7 @@ def forbidden(refused: Any) -> list[str]:
 
 
 class Checkup:
-    """Finds out how a bus is. It only looks at the parts that it is given."""
+    """Finds out how a bus is. It looks at the parts that it is given, and changes nothing."""
 
     def __init__(
         self,
@@ -328,7 +328,7 @@ def last_delivered(groups: Any) -> str:
 
 
 class _Part:
-    """What one of the two servers has to say."""
+    """What was learned from one of the two servers."""
 
     def __init__(
         self,

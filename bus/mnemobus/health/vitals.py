@@ -72,7 +72,7 @@ _NAMES = {field.name for field in fields(Report)}
 
 
 def decode(value: bytes) -> Report:
-    """A report as it is in Redis; ValueError if it is none. What a newer version adds is passed over."""
+    """A report as it is in Redis; ValueError if it is none. Fields that a newer version adds are ignored."""
     body = orjson.loads(value)
     if not isinstance(body, dict):
         raise ValueError("no JSON object")
@@ -109,7 +109,7 @@ class Worker:
 
 
 def read(reply: Any, now: float) -> list[Worker]:
-    """The workers in the hash, those that are alive first. What is no report is passed over: it is not ours."""
+    """The workers in the hash, those that are alive first. An entry that is no report is ignored: it is not ours."""
     found = []
     for name, value in table(reply).items():
         try:

@@ -1,7 +1,7 @@
 """One call to the log: what it carries, what it is answered, and what a refusal means.
 
 A call carries the producer's id and a sequence number, and the script answers a repeated one with the IDs that it
-gave the first time. So whoever does not hear the answer repeats the call (publisher.py, outbox.py).
+gave the first time. So a caller that does not hear the answer repeats the call (publisher.py, outbox.py).
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ CALL_BYTES = 8 << 20
 
 
 ANNOUNCED_BYTES = 64 << 10
-"""Bytes of an event up to which it is sent along when it is announced; listeners fetch a larger one."""
+"""Bytes up to which an event is part of its announcement; listeners fetch a larger one."""
 
 
 _DELETE_ROOM = DELETE_ROOM.encode()
 
 
 _ROOM = 5
-"""Where the fields of an event have its room."""
+"""The place of an event's room among its fields."""
 
 
 Field = str | bytes | int
@@ -58,7 +58,7 @@ async def append(
 ) -> Logged:
     """One call: put events, as field names and values, into a log partition.
 
-    May be repeated, and is answered the same then. Raises one of AWAY if the outcome is unknown; Unready, BacklogFull,
+    May be repeated; the answer is the same then. Raises one of AWAY if the outcome is unknown; Unready, BacklogFull,
     LogFull, another WriteFailed, or a SettingsError if nothing was written; PartitionEnded if nothing was, and nothing
     ever will be by this call; Overtaken if the producer has gone on to another call.
     """
@@ -83,7 +83,7 @@ def read_reply(
 ) -> Logged:
     """What publish.lua answers to a call that was made in an epoch."""
     if epoch and epoch != link.epoch:
-        # It may have been on its way since before Redis lost what it tells of.
+        # The answer may be from before Redis lost what it tells of.
         for callback in link.on_late:
             callback()
     versions = [Version.parse(id) for id in reply[0]]

@@ -33,7 +33,7 @@ PUT, UPDATE, DELETE, DELETE_ROOM = "put", "update", "delete", "delete_room"
 
 
 class Event(NamedTuple):
-    """One write. What an op has no use for is None; see the module's table.
+    """One write. What an op does not use is None; see the module's table.
 
     embedding: float32 bytes; ``b""`` in an update removes it; None leaves it (update) or is none (put).
     version: ZERO until the log has given one.

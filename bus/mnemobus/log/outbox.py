@@ -1,6 +1,6 @@
 """Where writes wait while the log can't be reached (G7): a bounded file that survives the process.
 
-What makes the content of the file (outbox_file.py) reach the log once, whoever dies when:
+The rules by which each write in the file (outbox_file.py) reaches the log once, whatever process dies at any moment:
 
 - A write is in the file, synced to disk, before its writer hears of it.
 - Writes are published in calls, as any others (publisher.py). Which writes go in which call, under which producer and
@@ -41,10 +41,10 @@ logger = logging.getLogger("mnemobus.outbox")
 
 
 def _has_begun(path: Path) -> bool:
-    """Whether there is anything in a file, or was: one that is empty may be about to be locked by who made it."""
+    """Whether there is anything in a file, or was. The bus that made an empty one may be about to lock it."""
     try:
         return path.stat().st_size > 0
-    except OSError:  # its owner has just removed it, or it is nobody's that we are
+    except OSError:  # its owner has just removed it, or we may not read it
         return False
 
 
@@ -106,15 +106,15 @@ class Outbox:
 
     @property
     def trouble(self) -> str | None:
-        """Why writes could not wait here now, were the log away; None if they could."""
+        """Why writes could not wait here now if the log went away; None if they could."""
         reason = None if self._opened else private.obstacle(self._own.path.parent)
         return reason and f"{reason}. Set MNEMOBUS_DATA_DIR, or MNEMOBUS_OUTBOX to a file, or to off"
 
     async def open(self) -> None:
-        """Take up what an earlier process left. OutboxInUse, OutboxError if the configured file can't be had.
+        """Take up what an earlier process left. OutboxInUse, OutboxError if the configured file can't be used.
 
-        With MNEMOBUS_OUTBOX=auto the file is made when it is needed; that it could not be is no error before, as
-        many agents only read. It is logged, and `trouble` says it.
+        With MNEMOBUS_OUTBOX=auto the file is made when it is needed; if that is impossible, it is no error before,
+        as many agents only read. It is logged, and `trouble` says it.
         """
         if self._auto:
             if self.trouble:

@@ -43,7 +43,7 @@ _LENGTH = struct.Struct(">I")
 
 
 _SPARE = 1 << 20
-"""Bytes of disk that are kept to take writes out; to them comes room for the largest one."""
+"""Bytes of disk that are kept to take writes out; room for the largest write comes on top."""
 
 
 _SPARE_CALL = 1 << 17
@@ -178,7 +178,7 @@ class OutboxFile:
                 await database.close()
 
     async def close(self, *, remove: bool = False) -> None:
-        """Let go of the file; ``remove`` it if it is empty."""
+        """Close and unlock the file; ``remove`` it if it is empty."""
         async with self._lock:  # a transaction may still be under way, though its caller was cancelled
             remove = remove and not self.entries
             if not self.entries and self._database is not None:
@@ -231,7 +231,8 @@ class OutboxFile:
         """The last write to a memory."""
 
         async def find() -> Event | None:
-            # The id as a field of its own, its length before it; what merely mentions it is looked at, and passed over.
+            # The id as a field of its own, its length before it; a write that only mentions it is looked at and
+            # skipped.
             assert self._database is not None
             async with self._database.execute(
                 "SELECT fields FROM writes WHERE instr(fields, ?) ORDER BY n DESC",
@@ -338,7 +339,7 @@ class OutboxFile:
         await self._insist(update)
 
     async def renumber(self, call: KeptCall) -> None:
-        """Its number is used up: give its writes a new one, of a producer that nobody has been."""
+        """Its number is used up: give its writes a new one, of a new producer."""
 
         async def update() -> None:
             assert self._database is not None
@@ -361,7 +362,7 @@ class OutboxFile:
             return False
 
     async def _keep_spare(self) -> None:
-        """Have some space on the disk for the way out. OutboxFull if there is none."""
+        """Keep some space on the disk, which taking writes out will need. OutboxFull if there is none."""
         if self._has_spare:
             return
 
@@ -436,7 +437,7 @@ def _remove(path: Path) -> None:
 
 
 def _retrieve(task: asyncio.Future[Any]) -> None:
-    """Whoever waited for it may be gone; then nobody has to hear of it."""
+    """Its caller may be gone, and asyncio would report an error that nobody fetched."""
     if not task.cancelled():
         task.exception()
 

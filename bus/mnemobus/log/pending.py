@@ -40,7 +40,7 @@ from ..errors import BusClosed, NotCommitted, SettingsError, WriteRejected
 from ..keys import APPLY_GROUP, LAST, ZERO, Version
 from ..tasks import end
 
-logger = logging.getLogger("mnemobus.marks")
+logger = logging.getLogger("mnemobus.pending")
 
 _EVERYWHERE = "*"
 """In place of a scope: the mark of a delete_room on all scopes but rooms."""
@@ -48,7 +48,7 @@ _EVERYWHERE = "*"
 _POLL = (0.001, 0.1)
 """Seconds between questions to Redis while somebody waits: the first, and the longest."""
 _SLOWER = 1.25
-"""How much longer than the last each is."""
+"""Each is so many times as long as the last."""
 
 _ASKED = 200
 """Versions above the low-water mark that one question names at most."""
@@ -174,7 +174,8 @@ class _Cover:
 
 
 class PendingWrites:
-    """The marks of one bus, and those who wait for them. Used from one event loop."""
+    """The writes of one bus that are not known to be in the store: what they mark, and the calls that wait for them.
+    Used from one event loop."""
 
     def __init__(self, link: Link) -> None:
         self._link = link
@@ -187,17 +188,17 @@ class PendingWrites:
         self._kept = 0
         """Writes in the outbox that have marks of their own."""
         self._adrift = 0.0
-        """Others are there: until when queries wait for them. 0 if there are none."""
+        """Until when queries wait for other writes in the outbox. 0 if there are none."""
         self._logged = 0
         """Writes in the log that have marks of their own."""
         self._waiting: Counter[Write] = Counter()
         self._settling: Counter[str] = Counter()
         self._changed = asyncio.Event()
         self.in_doubt = False
-        """Whether Redis may have lost writes of this bus. Until `forget_missing` has looked, it is not believed when it
-        says what is applied: what is not in the log any more looks as if it had been."""
+        """Whether Redis may have lost writes of this bus. Until `forget_missing` has looked, its answers about what is
+        applied do not count: a write that is gone from the log looks as if it had been applied."""
         self.doubts = 0
-        """How often that came up: to have looked settles only what came up before."""
+        """How often that came up. A look settles only the doubts from before it."""
         self._poller: asyncio.Task[None] | None = None
         self._pause = _POLL[0]
         self._closed = False
@@ -310,7 +311,7 @@ class PendingWrites:
             return list(self._covers)
         shape = self._link.keys.shape
         own = shape.partition(scope.split(":", 2)[2])
-        # In partitions that have ended, any may have been the room's.
+        # The room may have been in any partition that has ended.
         return [p for p in self._covers if p == own or p not in shape.current]
 
     def on(self, scope: str) -> list[Write]:
@@ -473,7 +474,7 @@ class PendingWrites:
     def _start_polling(self) -> None:
         self._pause = _POLL[0]
         if self._poller is None and not self._closed:
-            self._poller = asyncio.get_running_loop().create_task(self._poll(), name="mnemobus-marks")
+            self._poller = asyncio.get_running_loop().create_task(self._poll(), name="mnemobus-pending")
 
     def _wanted(self) -> dict[int, list[Write]]:
         """What is waited for, by log partition: writes, and where there are none, covers."""
@@ -515,7 +516,7 @@ class PendingWrites:
         return await self._learn({partition: [] for partition in partitions})
 
     async def _learn(self, named: dict[int, list[Write]]) -> list[Progress]:
-        """Ask about log partitions, and about these writes of theirs, and settle what the answer settles."""
+        """Ask about log partitions and about these writes of theirs, and settle the writes that the answer decides."""
         named = {partition: writes[:_ASKED] for partition, writes in named.items()}
         epoch = self._link.epoch
         doubts = self.doubts
@@ -561,7 +562,7 @@ class PendingWrites:
         return states
 
     async def _believed(self, epoch: str, calls: Sequence[Call | Command]) -> list[Any]:
-        """The answers to questions, unless Redis may have lost since what they are about (TimeoutError)."""
+        """The answers to questions; TimeoutError if Redis may have lost their subject since."""
         *answers, current = await self._link.pipeline(
             [*calls, ("HGET", self._link.keys.epoch, "epoch")], pool=self._link.probe
         )
@@ -633,7 +634,7 @@ class PendingWrites:
             missing += await self._look_for(list(writes.values()), doubts)
         for partition, cover in list(self._covers.items()):
             if cover.doubts != doubts:
-                # Redis loses what came last: what it still has of them ends here.
+                # Redis loses the newest writes: the older ones that it still has end here.
                 asked = cover.version
                 found = await self._link.command(
                     "XREVRANGE",

@@ -4,14 +4,32 @@ One publisher per partition, one call in flight. What arrives while a call is un
 next one: an idle bus publishes a single write at once, a busy one publishes hundreds in one round trip.
 
 Usually a call needs no task: it is sent by who queues the first write, and its answer is handed to the writers in the
-moment in which it arrives. Whatever is out of the ordinary (no connection is idle, the call fails, the outbox is in
-use) is seen to by a task, which repeats the same call, with the same number, as long as it makes sense.
+moment in which it arrives. A task takes over where something is out of the ordinary: no connection is idle, the call
+fails, or the outbox is in use. It repeats the same call, with the same number, as long as that can help.
 
 A call carries the producer's id and a sequence number, and the script answers a repeated one with the IDs that
 it gave the first time. So a call that timed out, its outcome unknown, is simply repeated (tenacity, exponential
 backoff with jitter); a late first copy of it, arriving after its repetition, finds that it was overtaken. Two processes
 that go by one producer id (a copied outbox, a process that was forked) must not take each other's answers for their
 own: a repetition is known by a digest of its events, too.
+
+::
+
+    IDLE ─── publish; a connection is idle ──────────────────────► FLYING: a call is under way, without a task
+     │                                                              │  │
+     │                                          answered: writers ◄─┘  └─ no answer, or a refusal
+     │                                          are told; the next                │
+     │                                          call, or IDLE                     ▼
+     └────── publish; none is idle, or older writes are in the outbox ──────► DRAINING: a task sees to it
+                                                                                  │
+        no answer: the same call again, with the same number              ◄───────┤
+        answered: writers are told                                        ◄───────┤
+        no answer for `_LOG_PATIENCE`, or older writes are in the outbox:         │
+        it goes there, and writers are told                               ◄───────┤
+        no outbox, and the deadline is over: writers get an error         ◄───────┤
+        nothing is left: IDLE                                             ◄───────┘
+
+A publisher that is `resting` begins no call. The call under way goes on to its end; then `on_rest` is called.
 
 The log may be laid out anew while writes are under way (`mnemobus repartition`). A partition that has ended refuses
 new calls for ever, and goes on to answer those that it had. So a call of unknown outcome is repeated there, to the end.
@@ -164,7 +182,7 @@ class Publisher:
         self._overflow = overflow
         self._on_rest = on_rest
         self.resting = False
-        """Whether to make no more calls, for now: what is under way is seen to the end."""
+        """Whether to begin no call for now. The call under way goes on to its end."""
         self._queue: deque[_Pending] = deque()
         self._task: asyncio.Task[None] | None = None
         self._flying: list[_Pending] | None = None
@@ -271,7 +289,7 @@ class Publisher:
         return self._overflow is not None and self._overflow.waiting > 0
 
     def _hand_over(self, batch: list[_Pending] | None = None, *, unanswered: bool = False) -> None:
-        """Have a task publish what is queued; before that ``batch``, whose call has been made in vain."""
+        """Have a task publish what is queued; before that ``batch``, whose call has failed."""
         work = self._drain(batch, unanswered)
         self._task = asyncio.get_running_loop().create_task(work, name=f"mnemobus-publish-{self._partition}")
 
@@ -283,7 +301,8 @@ class Publisher:
                 try:
                     await self._publish(batch, made, unanswered)
                 except PartitionEnded:
-                    # Whoever knows the new layout by now has us rest, and takes these along. Else it is the same again.
+                    # If the new layout is known by now, `Publishers` takes these along. If not, the same call fails
+                    # again.
                     self._queue.extendleft(reversed(batch))
                 except Exception as error:  # every writer must hear of it, whatever it is
                     if not isinstance(error, MnemobusError):
@@ -322,7 +341,7 @@ class Publisher:
     async def _publish(self, batch: list[_Pending], made: float | None, unanswered: bool) -> None:
         """Publish, or keep in the outbox, and tell the writers.
 
-        made, unanswered: when the call was made already, in vain, and whether nothing came of that
+        made, unanswered: when the call was made already and failed, and whether it had no answer
         """
         overflow = self._overflow
         call = unavailable = None
@@ -370,7 +389,8 @@ class Publisher:
         return publish_call(self._link, self._partition, self._producer, self._sequence, _fields(batch))
 
     async def _insist(self, batch: list[_Pending], made: float | None, unanswered: bool) -> Logged:
-        """Make the call until it is answered, or it makes no sense any more; ``made``: the first time, in vain."""
+        """Repeat the call until it is answered, or until it can't help any more. ``made``: when it was made first, and
+        failed."""
         deadline = batch[0].deadline
         loop = asyncio.get_running_loop()
         spill_at = deadline

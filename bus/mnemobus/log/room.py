@@ -34,7 +34,7 @@ async def give_way(link: Link) -> bool:
                 dropped += await link.command("UNLINK", *keys)
             if cursor == b"0":
                 break
-    except ResponseError as error:  # not allowed, say
+    except ResponseError as error:  # it is not allowed, for example
         logger.debug("the shared results can't be dropped: %s", error)
     if dropped:
         logger.warning("Redis at %s is full: dropped the shared results of %d scopes", link.address, dropped)

@@ -13,7 +13,7 @@ logger = logging.getLogger("mnemobus.log")
 
 
 class Syncer:
-    """Waits until what was logged is on disk or on a replica, many waiters at once.
+    """Waits until what was logged is on disk or on a replica; many calls share one wait.
 
     WAITAOF and WAIT speak of what the same connection wrote before: a small write goes ahead of them, which
     is after everything that was logged when the wait began.

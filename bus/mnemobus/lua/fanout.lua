@@ -8,10 +8,10 @@
 -- ARGV[2]  about how many messages a feed keeps
 -- ARGV[3]  about how many bytes: where messages are large, it keeps fewer
 -- ARGV[4]  the consumer group
--- ARGV[5..] how many messages, for each: its payload (see feed/subscription.py), how many buckets; how many log
+-- ARGV[5..] how many messages, for each: its payload (see feed/messages.py), how many buckets; how many log
 --          partitions, for each: how many IDs of entries, these; then fields and values for the identity
 -- Returns  {epoch, how many entries were pending until now, a log that is none...}. Where that is another epoch than
---          ARGV[1], nothing was done. It is empty where there is none: whoever begins one reads what is committed.
+--          ARGV[1], nothing was done. It is empty where there is none: a new epoch begins with what is committed.
 --
 -- A feed is a stream, and a channel of the same name. Of a message: prev, the ID of the one before it; m, the payload;
 -- c, bytes of payloads up to here. Another worker may have confirmed what was not pending any more.

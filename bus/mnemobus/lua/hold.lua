@@ -11,6 +11,6 @@ end
 -- A full Redis takes the next command only after another write of the same script.
 redis.call('XDEL', KEYS[1], '0-1')
 redis.call('XGROUP', 'CREATE', KEYS[1], ARGV[1], ARGV[2])
--- Its idle time tells who finds the group whether anybody still uses it.
+-- Its idle time tells whether the group is still in use.
 redis.call('XGROUP', 'CREATECONSUMER', KEYS[1], ARGV[1], ARGV[1])
 return 1

@@ -206,8 +206,8 @@ class Writer(Protocol):
         if this epoch of the server (see `epoch`; "" for any) is over."""
 
     def relax(self, relaxed: bool) -> None:
-        """Whether batches need not wait until they are on the server's disk; who asks for it sees to what a crash
-        loses, by its `epoch`. Without effect on a store that has none."""
+        """Whether batches need not wait until they are on the server's disk. The caller then has to apply again what a
+        crash loses, and knows a crash by `epoch`. Without effect on a store that has no epoch."""
 
     def epoch(self, *, begin: bool = False) -> str:
         """What the server forgets if it ends before all that was committed is on disk. Empty if it has forgotten it,

@@ -1,6 +1,6 @@
 """A process's connections to PostgreSQL: how many, for how long, and in which state.
 
-*Precedence.* Whoever writes to the log is promised that workers commit it, so agents must never take the last
+*Precedence.* A writer is promised that workers commit what is in the log, so agents must never take the last
 connection. An agent opens one when a query needs it and closes it after a second without use. Whenever it opens one it
 looks at how many are taken, of the server's, of the database's and of the role's: above three quarters of any of the
 three it gives its own back at once, and tries again until `MNEMOBUS_DATABASE_TIMEOUT`. What is left is for the workers.
@@ -8,10 +8,10 @@ Above a half, connections of agents live for a second only, so that agents take 
 
 *State.* A connection sets its time limits once, and statements that come again and again are prepared: both belong to
 the server's process behind it. Behind a pooler that lends such a process for one transaction (PgBouncer in transaction
-mode, and what hosters call a pooled address) nothing may be left in it and nothing be expected there. Who is behind a
-pooler is told by one comparison, in the round trip that a new connection needs anyway: the number of the process that
-the login named is not that of the process that answers, for the pooler makes up a number of its own. Then nothing is
-prepared, and each transaction says by itself what it needs (:meth:`Database.begin`).
+mode, and what hosters call a pooled address) nothing may be left in it and nothing be expected there. Whether there is
+a pooler is told by one comparison, in the round trip that a new connection needs anyway: the number of the process
+that the login named is not that of the process that answers, for the pooler makes up a number of its own. Then nothing
+is prepared, and each transaction says by itself what it needs (:meth:`Database.begin`).
 
 What roles and databases set for themselves (ALTER ROLE ... SET) is overruled where a promise rests on it: isolation,
 time limits, and `synchronous_commit = off`, unless it is asked for (`MNEMOBUS_COMMIT`).
@@ -326,12 +326,12 @@ class Database:
 def _share(row: tuple[int, ...] | None) -> float:
     """How much of what may be taken is taken, where it is most."""
     pairs = zip(row[::2], row[1::2], strict=True) if row else ()
-    # What may be taken by one alone is taken by whoever needs it.
+    # A limit of three or less can't be shared out: it is left to the process that needs it first.
     return max((taken / limit for taken, limit in pairs if limit > 3), default=0.0)
 
 
 def no_place(error: Exception) -> bool:
-    """Whether a connection was refused because there are too many: it can be had once others are closed."""
+    """Whether a connection was refused because there are too many: there is one again once others are closed."""
     return isinstance(error, _Crowded) or (
         isinstance(error, psycopg.OperationalError) and bool(_NO_PLACE.search(str(error)))
     )

@@ -1,4 +1,4 @@
-"""How writes to one memory come together, in whatever order they arrive.
+"""How writes to one memory are merged, in whatever order they arrive.
 
 A memory's state is a set of registers, each with the version of the write that set it:
 
@@ -28,8 +28,8 @@ A room may hold any number of memories, and others must not wait for them all. S
 transaction of its own:
 
 1. *The tombstone*, with the room locked, so that no put is under way that has not seen it. From then on nothing older
-   comes to life in the room, whoever writes it: what is left to clear can only become less. Readers who name the room
-   or a memory see nothing of it any more.
+   comes to life in the room, so what is left to clear can only become less. Queries that name the room or a memory
+   see nothing of it any more.
 2. *The memories*, so many at a time, in the order of the room's index; without a lock, as nothing can be missed.
 3. *Their names*, for the fan-out. They are read once all steps are committed, not gathered on the way: a worker that
    died, or one that is at the same deletion, may have committed some of them and told nobody.
@@ -44,7 +44,8 @@ A memory that was deleted may be made again with other dimensions: what is above
 its deleted register. What comes late then, from before that delete, is what the row has seen the end of: it changes
 nothing and is no contradiction. So a replay, or a slow worker's batch, finds the same state whether or not the memory
 was made again meanwhile. What is applied *before* the delete that it follows in time (their rooms may be in two log
-partitions) contradicts a memory that lives, and is refused: who waits until the delete is committed is safe from that.
+partitions) contradicts a memory that lives, and is refused. A writer that waits until the delete is committed avoids
+that.
 """
 
 from __future__ import annotations
@@ -176,10 +177,10 @@ def embedding_length_changed(event: Event, length: int) -> str:
 
 
 class Stored(NamedTuple):
-    """What a row says of who may write to it: its dimensions and, packed, its put and its delete.
+    """What a row says of the events that may change it: its dimensions and, packed, its put and its delete.
 
     deleted  the tombstone of its room included
-    buried   the tombstone of the room of whoever asks, which need not be the row's
+    buried   the tombstone of the room that was asked about, which may be another than the row's
     """
 
     dimensions: Dimensions
@@ -312,7 +313,7 @@ def _made_again(
                 # The end of an earlier life, which nobody knew of here: what else is late from it must find it.
                 delta.dimensions = row.dimensions
             elif event.op == UPDATE and row.put == row.deleted:
-                # Updates of a life whose put is late wait there. Only that, or a delete, says that they do so in vain.
+                # Earlier updates wait there for their life's put. Only a put or a delete ends that, and not an update.
                 refused.append(Refused(event, dimensions_changed(event, row.dimensions)))
                 continue
             elif row.put <= row.deleted < version:

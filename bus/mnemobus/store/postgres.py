@@ -78,8 +78,8 @@ _AT_ONCE = 64 << 10
 """Bytes of a batch up to which it is sent and committed in one go. A process that is paused amid a larger one would
 keep its locks: the server waits for the rest."""
 _LOCK_TRIES, _LOCK_PATIENCE = 20, 0.1
-"""How often a deletion waits for its rooms' locks, and for how many seconds at first. Who waits for a lock lets nobody
-pass who comes later; so it gives way in between."""
+"""How often a deletion waits for its rooms' locks, and for how many seconds at first. A transaction
+that waits for a lock holds up all that come later; so it gives up in between."""
 
 
 class _Array(bytes):
@@ -302,7 +302,7 @@ _TOO_MUCH = {
     "25P04",  # transaction_timeout
     "53200",  # out of memory, or of places for locks
     "53400",  # beyond a configured limit, as of temporary files
-    "55P03",  # a lock was not to be had in time
+    "55P03",  # a lock was not free in time
     "57014",  # statement_timeout, or somebody cancelled it
 }
 """Less at once may do where so much did not."""
@@ -438,7 +438,7 @@ class _Database(Database):
 
     def _move(self, connection: Connection[Any], old: str) -> None:
         """Put the tables of schema 1 into our schema. Agents and workers of the version before go on with views of the
-        old names; whoever had a right to a table has it to the view as well."""
+        old names; a role that had a right to a table has it to the view as well."""
         here, there = sql.Identifier(old), sql.Identifier(self.namespace)
         for table in OURS:
             name = sql.Identifier(table)
