@@ -22,9 +22,7 @@ from mnemobus import (
     NotCommitted,
     Settings,
     WriteRejected,
-)
-from mnemobus import (
-    bus as bus_module,
+    known,
 )
 from mnemobus.keys import Keyspace, id_scope, room_scope
 from mnemobus.log import pending
@@ -223,7 +221,7 @@ async def test_g6_what_was_written_long_ago_and_is_not_applied_can_be_deleted_an
     settings: Settings, connect: Connect, pool_of: PoolOf, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # Given a bus that remembers five of its thirty writes, with workers away
-    monkeypatch.setattr(bus_module, "_KNOWN_DIMENSIONS", 5)
+    monkeypatch.setattr(known, "_DIMENSIONS", 5)
     monkeypatch.setattr(pending, "MARKS", 5)
     ids = [new_id() for _ in range(30)]
     async with connect(own_write_timeout=0.1) as bus:
@@ -248,7 +246,7 @@ async def test_g6_what_was_written_long_ago_and_is_not_applied_can_be_deleted_an
 async def test_g6_a_delete_is_refused_rather_than_dropped_where_nobody_can_tell(
     own_redis: Any, settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(bus_module, "_KNOWN_DIMENSIONS", 5)
+    monkeypatch.setattr(known, "_DIMENSIONS", 5)
     server: RedisServer = own_redis()
     options = {"redis_url": server.url, "own_write_timeout": 0.1, "redis_timeout": 0.5, "outbox": "off"}
     async with mnemobus.connect(**{**settings.model_dump(), **options}) as bus:
@@ -418,5 +416,9 @@ async def test_g7_marks_of_an_outbox_beyond_their_number_still_hold(
             server.start()
             await asyncio.gather(*(receipt.committed(30) for receipt in receipts))
             await eventually(lambda: bus.stats().marks == 0, timeout=20)
-            found = await bus.recent("messages", room="r1")
-            assert len(found) == 12 and not found.stale
+
+            async def complete() -> bool:
+                found = await bus.recent("messages", room="r1")
+                return len(found) == 12 and not found.stale
+
+            await eventually(complete)  # to ask what is applied may take longer than the 0.1 s
