@@ -126,7 +126,7 @@ async def run(world: World) -> list[Result]:
             for count in counts:
                 await crowd.grow(count)
                 for variant in variants:
-                    listeners = count if variant.name == ALL else FEW
+                    listeners = FEW if variant.name == SOME else count
                     if listeners > count:
                         continue
                     name = (
