@@ -407,9 +407,9 @@ MUTATIONS = [
     ),
     Mutation(
         "live: a window that lost memories does not tell what follows below (G9)",
-        "bus/mnemobus/live/window.py",
-        "limit - 1 : -1]\n        return wanted if self.complete or len(wanted) == limit else None\n",
-        "limit - 1 : -1]\n        return wanted\n",
+        "bus/mnemobus/live/scopes.py",
+        "        return found[:size], len(found) <= size, source\n",
+        "        return found[:size], True, source\n",
         "test_live.py::test_g9_a_window_that_lost_memories_is_read_again_where_more_may_follow_below",
     ),
     Mutation(
