@@ -406,13 +406,6 @@ MUTATIONS = [
         "test_live.py::test_g9_what_was_shown_live_is_not_missing_from_a_classic_answer_after_it",
     ),
     Mutation(
-        "live: a window that lost memories does not tell what follows below (G9)",
-        "bus/mnemobus/live/scopes.py",
-        "        return found[:size], len(found) <= size, source\n",
-        "        return found[:size], True, source\n",
-        "test_live.py::test_g9_a_window_that_lost_memories_is_read_again_where_more_may_follow_below",
-    ),
-    Mutation(
         "live: what is older than all that a window knows does not enter it (G9)",
         "bus/mnemobus/live/window.py",
         "        if at == 0 and not self.complete:\n            return",

@@ -373,7 +373,7 @@ class Applier:
         except Exception as error:
             if not passes(error):
                 raise
-            raise Stopping(f"{what} was not to be had before the worker shut down: {error}") from error
+            raise Stopping(f"the worker shut down before {what} could be used: {error}") from error
 
     def _bury(self, batch: Batch, part: Part) -> None:
         partition = part.partition

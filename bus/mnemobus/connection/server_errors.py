@@ -95,8 +95,8 @@ _MEANINGS: Final = {
     "MOVED": "it is a node of a Redis Cluster that does not serve these keys, and clusters are not supported:"
     " set REDIS_URL to a server that stands alone",
     "ASK": "it is a node of a Redis Cluster that is being resharded, and clusters are not supported",
-    "CROSSSLOT": "it is a node of a Redis Cluster, and clusters are not supported: set REDIS_URL to a server that stands"
-    " alone",
+    "CROSSSLOT": "it is a node of a Redis Cluster, and clusters are not supported: set REDIS_URL to a server that"
+    " stands alone",
     "CLUSTERDOWN": "its cluster is down",
     "TRYAGAIN": "its cluster is being resharded",
     "NOREPLICAS": "it has fewer replicas than min-replicas-to-write asks for: start them, or lower that",
