@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
+import sys
 from collections.abc import Sequence
 
 import pytest
@@ -15,6 +17,13 @@ from mnemobus.log.events import DELETE, DELETE_ROOM, PUT, UPDATE, Event, decode
 
 ID = "0190a2b4-0000-7000-8000-000000000001"
 V = Version(1_700_000_000_000, 5)
+
+
+def test_the_old_name_of_the_module_still_works_and_warns() -> None:
+    sys.modules.pop("mnemobus.events", None)
+    with pytest.warns(DeprecationWarning, match="moved to mnemobus.log.events"):
+        old = importlib.import_module("mnemobus.events")
+    assert old.Event is Event
 
 
 def wire(event: Event) -> list[bytes]:

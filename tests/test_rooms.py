@@ -20,7 +20,7 @@ FLOORS = [
     {"bus"},
     {"writes", "reads", "tokens"},
     {"known", "health"},
-    {"cache", "feed", "live"},
+    {"cache", "feed", "live", "events"},
     {"identity"},
     {"store", "log"},
     {"connection"},
