@@ -393,7 +393,14 @@ class LiveScopes:
                 ("XRANGE", keys.log(partition), f"({mark}", "+", "COUNT", _TAIL + 1)
                 for partition, mark in zip(partitions, applied, strict=True)
             ]
+            + [("HGET", keys.epoch, "epoch")]
         )
+        # A flush begins an epoch that this bus has not met yet: what L2 gave may be of a bucket that nobody drops.
+        current = replies.pop()
+        if isinstance(current, Exception):
+            raise current
+        if current is None or current.decode() != self._link.epoch:
+            return None
         tails = []
         for partition, mark, entries in zip(partitions, applied, replies, strict=True):
             if isinstance(entries, Exception):
