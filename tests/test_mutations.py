@@ -221,7 +221,7 @@ MUTATIONS = [
         "workers/mnemobus_workers/upkeep.py",
         "        if standing is not None and standing.reached is not None:\n",
         "        if False:\n",
-        "test_relaxed.py::test_g1_nothing_acknowledged_is_lost_as_the_server_crashes_while_writes_go_on",
+        "test_relaxed.py::test_g1_what_a_crash_lost_is_applied_again_though_newer_commits_hide_it",
     ),
     Mutation(
         "the own-write mark (G6)",

@@ -69,6 +69,20 @@ def settings(settings: Settings, own_postgres: PostgresServer, monkeypatch: Any)
     return settings.model_copy(update=changed)
 
 
+@pytest.fixture
+def tidied(monkeypatch: Any) -> list[None]:
+    """Grows with each time that a worker has trimmed the log."""
+    done: list[None] = []
+    tidy = UPKEEP.Upkeep.tidy
+
+    def counted(upkeep: Any) -> None:
+        tidy(upkeep)
+        done.append(None)
+
+    monkeypatch.setattr(UPKEEP.Upkeep, "tidy", counted)
+    return done
+
+
 def opened(settings: Settings) -> mnemobus.Bus:
     return mnemobus.connect(**settings.model_dump())
 
@@ -83,7 +97,7 @@ async def reached(postgres: Crashing) -> int:
 
 
 async def test_g1_what_a_crash_lost_is_applied_again_though_newer_commits_hide_it(
-    settings: Settings, postgres: Crashing, pool_of: PoolOf, caplog: Any
+    settings: Settings, postgres: Crashing, pool_of: PoolOf, tidied: list[None], caplog: Any
 ) -> None:
     log = Log(settings)
     with pool_of(settings):
@@ -91,24 +105,23 @@ async def test_g1_what_a_crash_lost_is_applied_again_though_newer_commits_hide_i
             await bus.write(said("before"), durability="committed")
             await eventually(lambda: reached(postgres))
             # Given events that are committed, confirmed, and not on the disk of the server
-            for n in range(20):
-                await bus.write(said(f"since {n}"), durability="committed")
+            since = [
+                f"since {n}" for n in range(500)
+            ]  # of many nodes of the stream: only whole ones are trimmed
+            await bus.write_many([said(text) for text in since], durability="committed")
             await eventually(log.done)
-            await asyncio.sleep(
-                0.5
-            )  # time enough to trim them, as they are applied and nothing is to be kept
+            # and that could be trimmed, as they are applied and nothing is to be kept
+            before = len(tidied)
+            await eventually(lambda: len(tidied) > before + 1)
     # When it crashes, then it has lost them
     postgres.crash()
     postgres.start()
-    lost = {f"since {n}" for n in range(20)} - set(await stored(settings))
-    assert lost
+    assert set(since) - set(await stored(settings))
     # and the workers apply them again, however much has come since
     with pool_of(settings):
         async with opened(settings) as bus:
             await bus.write(said("after"), durability="committed")
-            await eventually(
-                lambda: is_all(settings, ["before", "after", *(f"since {n}" for n in range(20))])
-            )
+            await eventually(lambda: is_all(settings, ["before", "after", *since]))
     assert "crashed, and may have lost the last commits" in caplog.text
 
 

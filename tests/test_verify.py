@@ -94,6 +94,34 @@ async def verifying(
             await reader.close()
 
 
+async def test_answers_that_are_none_of_a_redis_do_not_end_the_listening(
+    settings: Settings, capsys: pytest.CaptureFixture[str]
+) -> None:
+    # Given something at the address of Redis that answers each command with an empty list
+    met = 0
+
+    async def nonsense(hears: asyncio.StreamReader, says: asyncio.StreamWriter) -> None:
+        nonlocal met
+        met += 1
+        while asked := await hears.read(4096):
+            says.write(b"*0\r\n" * asked.count(b"*"))
+        says.close()
+
+    async with await asyncio.start_server(nonsense, "127.0.0.1", 0) as server:
+        port = server.sockets[0].getsockname()[1]
+        async with looking_at(
+            settings.model_copy(update={"redis_url": f"redis://127.0.0.1:{port}"})
+        ) as client:
+            verifier = Verifier(settings, client, open_reader(settings), MARKS, 1.0)
+            # When answers of agents are listened for
+            listening = asyncio.create_task(verifier._listen())
+            # Then it says what is wrong, and goes on
+            await eventually(lambda: met > 2)
+            assert not listening.done()
+            assert "the answers of agents can't be heard" in capsys.readouterr().err
+            await end([listening])
+
+
 async def test_agents_that_are_consistent_are_said_to_be(
     settings: Settings, pool: Settings, agent: StartAgent, connect: Connect, command: StartCommand
 ) -> None:

@@ -26,7 +26,7 @@ import redis.asyncio
 from redis.exceptions import RedisError
 
 from ..cache.query import Question, Versions, versions_of
-from ..connection.server_errors import AWAY, DENIED, code_of, meaning
+from ..connection.server_errors import AWAY, DENIED, SENSELESS, code_of, meaning
 from ..errors import LogUnavailable, StoreUnavailable
 from ..feed.audit import Holding, Inquiry, decode_holding, encode_inquiry
 from ..feed.messages import Invalidation
@@ -362,7 +362,7 @@ class Verifier:
         return {**asked.answers, **dict.fromkeys(asked.left)}
 
     async def _listen(self) -> None:
-        """Hear answers, on a connection that is made anew when it breaks."""
+        """Hear answers, on a connection that is made anew when it breaks, or when what comes is no message of Redis."""
         while True:
             pubsub = self._client.pubsub()
             try:
@@ -372,8 +372,14 @@ class Verifier:
                         self._hearing.set()
                     elif message["type"] == "message":
                         self._hear(message["data"])
-            except (*AWAY, RedisError):
-                pass
+            except AWAY:
+                pass  # who reads the feed says so
+            except (RedisError, *SENSELESS) as error:
+                err().print(
+                    f"the answers of agents can't be heard ({meaning(error)}); trying again",
+                    style="yellow",
+                    markup=False,
+                )
             finally:
                 self._hearing.clear()
                 self._lost += 1
