@@ -18,7 +18,7 @@ FLOORS = [
     {"cli", "__main__"},
     {"embedded", "testing"},
     {"bus"},
-    {"writes", "reads", "tokens"},
+    {"writes", "reads", "tokens", "context"},
     {"known", "health"},
     {"cache", "feed", "live", "events"},
     {"identity"},

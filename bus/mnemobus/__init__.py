@@ -1,6 +1,7 @@
 """mnemobus keeps the memories of many AI agents coherent. See README.md and docs/."""
 
 from .bus import KEEP, Bus, Receipt, connect
+from .context import CHAT_ROOM, DIRECT_MESSAGES, LONG_TASK, Context, Newest, Profile
 from .errors import (
     AccessDenied,
     BacklogFull,
@@ -33,14 +34,17 @@ from .errors import (
     WrongLoop,
 )
 from .keys import Version
-from .memory import Context, Memories, Memory
+from .memory import Memories, Memory
 from .settings import Settings
 from .stats import Health, Stats
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "CHAT_ROOM",
+    "DIRECT_MESSAGES",
     "KEEP",
+    "LONG_TASK",
     "AccessDenied",
     "BacklogFull",
     "BadEvent",
@@ -62,10 +66,12 @@ __all__ = [
     "MemoryNotFound",
     "MemoryTooLarge",
     "MnemobusError",
+    "Newest",
     "NotCommitted",
     "OutboxError",
     "OutboxFull",
     "OutboxInUse",
+    "Profile",
     "Receipt",
     "Rejected",
     "SchemaError",

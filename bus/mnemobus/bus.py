@@ -36,6 +36,8 @@ from .cache.read_path import ReadPath
 from .cache.shadow import Shadow
 from .connection.link import Link
 from .connection.server_errors import AWAY
+from .context import CHAT_ROOM, Context, Profile
+from .context import read as read_context
 from .errors import (
     BusClosed,
     IdentityMismatch,
@@ -51,7 +53,7 @@ from .known import Known
 from .live.scopes import LiveScopes
 from .log.pending import PendingWrites, Write
 from .log.publisher import forget_producers
-from .memory import Context, Memories, Memory
+from .memory import Memories, Memory
 from .reads import Reads
 from .records import Row
 from .settings import Settings
@@ -456,14 +458,6 @@ class Bus:
         query = query_of(table, room, entity, agent, world, before, after)
         return await self._reads.recent(scope, key, query, limit)
 
-    def _hit(self, table: str, *, room: str | None = None, entity: str | None = None, limit: int) -> Any:
-        """What L1 answers to `recent` of a room or of an entity; MISS if it can't."""
-        if type(limit) is not int:
-            return MISS
-        if entity is not None:
-            return self._local.hit(scope_of(table, None, entity, None, None), (limit, entity, None, None))
-        return self._local.hit(scope_of(table, room, None, None, None), limit)
-
     async def count(
         self,
         table: str,
@@ -486,26 +480,27 @@ class Bus:
         return await self._reads.count(scope, key, query)
 
     async def context(
-        self, *, room: str, entity: str | None = None, messages: int = 5, facts: int = 6
+        self,
+        profile: Profile = CHAT_ROOM,
+        *,
+        room: str | None = None,
+        entity: str | None = None,
+        agent: str | None = None,
+        world: str | None = None,
+        **limits: int,
     ) -> Context:
-        """What an agent needs at the start of a turn, read at once.
+        """What an agent needs at the start of a turn, read at once: the newest memories of each table of a profile.
 
-        The newest of table "messages" in the room, and of table "facts" about the entity (in the room, where no
-        entity is given).
+        ``limits`` are other numbers for some of its tables: ``bus.context(room="r1", messages=20)``. By default that is
+        the last 5 of table "messages" in the room, and of "facts" the last 6 about the entity, or in the room where no
+        entity is named.
+
+        Raises InvalidQuery if the profile asks for a dimension that is not named; else as `recent`.
         """
-        about: dict[str, Any] = {"room": room} if entity is None else {"entity": entity}
-        said = self._hit("messages", room=room, limit=messages)
-        known = self._hit("facts", **about, limit=facts)
-        if said is MISS and known is MISS:
-            said, known = await asyncio.gather(
-                self.recent("messages", room=room, limit=messages),
-                self.recent("facts", **about, limit=facts),
-            )
-        elif said is MISS:
-            said = await self.recent("messages", room=room, limit=messages)
-        elif known is MISS:
-            known = await self.recent("facts", **about, limit=facts)
-        return Context(said, known)
+        if limits:
+            profile = profile.with_limits(limits)
+        named = {"room": room, "entity": entity, "agent": agent, "world": world}
+        return await read_context(profile, named, self._local.hit, self.recent)
 
     async def _ask(self, question: Question) -> list[Row] | int:
         return await question.ask(self._reader)

@@ -15,7 +15,7 @@ from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from threading import Lock
-from typing import Any, NamedTuple, NoReturn, overload
+from typing import Any, NoReturn, overload
 
 import orjson
 
@@ -367,13 +367,6 @@ class Memories(Sequence[Memory]):
 
     def __repr__(self) -> str:
         return f"Memories({list(self._items)!r}, source={self.source!r}, stale={self.stale!r})"
-
-
-class Context(NamedTuple):
-    """What an agent needs at the start of a turn: the room's messages and the facts, newest first."""
-
-    messages: Memories
-    facts: Memories
 
 
 HEAD = struct.Struct(">QQqII")

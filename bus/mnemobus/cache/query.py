@@ -88,23 +88,24 @@ ROOM_SCOPES: Final[Mapping[str, Mapping[str, str]]] = _SCOPES["room"]
 
 def room_scope(table: str, room: str) -> str:
     """The scope of a room; InvalidQuery if there can be none."""
-    return _scope("room", table, room)
+    return scope_by("room", table, room)
 
 
 def scope_of(table: str, room: str | None, entity: str | None, agent: str | None, world: str | None) -> str:
     """The scope that a query depends on: the narrowest that it names."""
     if room is not None:
-        return _scope("room", table, room)
+        return scope_by("room", table, room)
     if entity is not None:
-        return _scope("entity", table, entity)
+        return scope_by("entity", table, entity)
     if agent is not None:
-        return _scope("agent", table, agent)
+        return scope_by("agent", table, agent)
     if world is not None:
-        return _scope("world", table, world)
+        return scope_by("world", table, world)
     raise InvalidQuery("name at least one of room, entity, agent and world")
 
 
-def _scope(kind: str, table: str, name: str) -> str:
+def scope_by(kind: str, table: str, name: str) -> str:
+    """The scope of a room, entity, agent or world; InvalidQuery if there can be none."""
     known = _SCOPES[kind]
     try:
         return known[table][name]
@@ -116,6 +117,18 @@ def _scope(kind: str, table: str, name: str) -> str:
     _remembered[kind] += 1
     scope = known.setdefault(table, {})[name] = f"{kind}:{table}:{name}"
     return scope
+
+
+def newest_key(kind: str, name: str, limit: int) -> Key:
+    """What the newest memories of a room, entity, agent or world are called in L1, in its scope."""
+    if kind == "room":
+        return limit
+    return (
+        limit,
+        name if kind == "entity" else None,
+        name if kind == "agent" else None,
+        name if kind == "world" else None,
+    )
 
 
 def _check_names(table: str, names: Mapping[str, str | None]) -> None:
