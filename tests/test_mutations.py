@@ -497,6 +497,27 @@ MUTATIONS = [
         '    if code == "ENDED":\n        return WriteFailed(',
         "test_repartition.py::test_g1_a_flushed_redis_takes_no_write_to_partitions_that_nobody_serves",
     ),
+    Mutation(
+        "repartition: a partition takes events by the layout that it has now (G2)",
+        "bus/mnemobus/lua/publish.lua",
+        "if not meter[3] or meter[3] ~= ARGV[6] then\n",
+        "if not meter[3] then\n",
+        "test_repartition.py::test_g2_a_layout_from_before_a_flush_is_none_though_its_partitions_are_there_again",
+    ),
+    Mutation(
+        "repartition: a call is made for rooms that belong there by the layout that is known now (G2)",
+        "bus/mnemobus/log/append.py",
+        "        if shape.first + crc32(fields[_ROOM]) % shape.size != partition:\n",
+        "        if False:\n",
+        "test_repartition.py::test_g2_a_call_that_was_made_for_another_layout_is_refused_where_its_rooms_do_not_belong_now",
+    ),
+    Mutation(
+        "repartition: in the outbox nothing overtakes a call of unknown outcome (G7)",
+        "bus/mnemobus/log/outbox_file.py",
+        " WHERE sequence IS NOT NULL), n + 1)",
+        " WHERE sequence IS NOT NULL AND n < 0), n + 1)",
+        "test_repartition.py::test_g2_what_waits_behind_calls_of_unknown_outcome_overtakes_none_of_them",
+    ),
 ]
 
 

@@ -20,9 +20,10 @@ from mnemobus import InvalidQuery, LogUnavailable, Memory, MnemobusError, Settin
 from mnemobus.cli import repartition
 from mnemobus.cli.repartition import Repartition
 from mnemobus.connection.link import Link
+from mnemobus.errors import PartitionEnded
 from mnemobus.keys import LAYOUT, Dimensions, Keyspace, Shape, Version
-from mnemobus.log import outbox
-from mnemobus.log.append import publish_call
+from mnemobus.log import outbox, outbox_file
+from mnemobus.log.append import append, publish_call
 from mnemobus.log.events import PUT, Event
 from mnemobus.memory import new_id
 from mnemobus_workers.pool import make_broker
@@ -360,7 +361,7 @@ async def test_g2_an_agent_of_an_older_version_that_was_away_writes_nothing_wher
     link = Link(settings)
     try:
         await link.command("PING")
-        keys, arguments = publish_call(link, 1, "old", 1, [put("late")])
+        keys, arguments = call_before(link, 1, "old", 1, [put("late")])
         # When it calls the log as it has known it
         with pytest.raises(redis.asyncio.ResponseError, match="BACKLOG"):
             await link.command("EVAL", BEFORE, len(keys), *keys, *arguments)
@@ -378,10 +379,16 @@ async def test_g2_an_agent_of_an_older_version_that_was_away_writes_nothing_wher
         assert health.backlog == 0
 
 
-def put(text: str) -> list[bytes]:
+def put(text: str, room: str = "r1") -> list[bytes]:
     """An event as the log has it."""
     content = orjson.dumps({"text": text})
-    return Event(PUT, Dimensions("messages", "r1"), new_id(), content, b"{}", created_us=1).fields()
+    return Event(PUT, Dimensions("messages", room), new_id(), content, b"{}", created_us=1).fields()
+
+
+def call_before(*call: Any) -> tuple[list[str], list[Any]]:
+    """KEYS and ARGV of a call as the version before makes it: without the layout."""
+    keys, arguments = publish_call(*call)
+    return keys, [*arguments[:5], *arguments[6:]]
 
 
 def tidy(settings: Settings, rounds: int = 1) -> None:
@@ -499,6 +506,34 @@ async def test_g7_what_waits_in_the_outbox_goes_to_the_new_partitions(
             found = await bus.get(ids[0])
             assert found is not None and found.content == {"text": "2"}
     await log.client.aclose()
+
+
+async def test_g2_what_waits_behind_calls_of_unknown_outcome_overtakes_none_of_them(tmp_path: Path) -> None:
+    keys = Keyspace("p", 2, 1)
+    first, second = ((keys.log_partition(room), room) for room in ("a", "d"))
+    assert first[0] != second[0]
+
+    file = outbox_file.OutboxFile(tmp_path / "outbox.db", keys, 1 << 20)
+    await file.open()
+    try:
+        # Given two calls to two partitions, of unknown outcome, and writes that came later
+        await file.append(first[0], [put("1", "a")], ("me", 1))
+        await file.append(second[0], [put("2", "d")], ("me", 1))
+        for n, (partition, room) in ((3, second), (4, first), (5, second)):
+            await file.append(partition, [put(str(n), room)])
+        # When the log is laid out anew, with one partition, and neither call was done
+        keys.shape = Shape(2, 1)
+        made = []
+        while (call := await file.next_call()) is not None:
+            if call.partition < 2:
+                await file.ended(call)
+            else:
+                made += [dict(zip(e[::2], e[1::2], strict=True))[b"content"] for e in call.events]
+                await file.answered(call)
+        # Then they go to the new partition in the order in which they were written
+        assert made == [b'{"text":"%d"}' % n for n in range(1, 6)]
+    finally:
+        await file.close()
 
 
 async def test_a_bus_whose_calls_are_cancelled_while_it_goes_on_elsewhere_can_be_closed(
@@ -739,7 +774,7 @@ async def test_a_bus_from_before_is_taken_over(settings: Settings, connect: Conn
     # Given a log that agents of the version before have written
     await log.client.hset(log.keys.layout, mapping={"log_partitions": 4, "feed_partitions": 64})
     link = Link(settings)
-    keys, arguments = publish_call(link, link.keys.log_partition("r1"), "old", 1, [put("0")])
+    keys, arguments = call_before(link, link.keys.log_partition("r1"), "old", 1, [put("0")])
     await log.client.eval(BEFORE, len(keys), *keys, *arguments)
     await link.close()
     # When a bus of this version comes, and workers do
@@ -774,6 +809,81 @@ async def test_g1_a_flushed_redis_takes_no_write_to_partitions_that_nobody_serve
             # Then that is committed
             await receipt.committed(20)
             assert await stored(settings) == ["0", "1", "2"]
+
+
+async def where_they_belong(log: Log) -> None:
+    """Each event is in the partition of its room, by the layout that the log has."""
+    shape = await log.shape()
+    for partition, _, event in await log.entries():
+        assert partition == shape.partition(event["room"]), (shape, partition, event)
+
+
+async def test_g2_a_layout_from_before_a_flush_is_none_though_its_partitions_are_there_again(
+    settings: Settings, own_redis: Callable[..., Any]
+) -> None:
+    server = own_redis()
+    slow = {"redis_url": server.url, "log_partitions": 1, "heartbeat": 50.0, "max_staleness": 60.0}
+    settings = settings.model_copy(update=slow)
+    log = Log(settings)
+    with worker_threads(settings):
+        await are_there(settings)
+        await to(settings, 5)
+    async with mnemobus.connect(**settings.model_dump()) as bus:
+        # Given an agent that knows partitions 1 to 5
+        assert bus.settings.redis_url == server.url
+        await bus.write(said("0"))
+        assert (await log.shape()).current == range(1, 6)
+        # When all is lost, and another one lays the log out anew, from 0 to 4, before the first has noticed
+        await log.client.flushall()
+        async with mnemobus.connect(**settings.model_copy(update={"log_partitions": 5}).model_dump()):
+            assert (await log.shape()).current == range(5)
+            await asyncio.gather(*(bus.write(said(str(n), f"room-{n}")) for n in range(20)))
+    # Then each room's writes are where everybody takes them to be
+    assert len(await log.entries()) == 20
+    await where_they_belong(log)
+    await log.client.aclose()
+
+
+async def test_g2_a_call_that_was_made_for_another_layout_is_refused_where_its_rooms_do_not_belong_now(
+    settings: Settings, connect: Connect, log: Log
+) -> None:
+    async with connect(log_partitions=5):
+        link = Link(settings)
+        try:
+            await link.command("PING")
+            right = link.keys.log_partition("r1")
+            # Given a call, as an outbox keeps it, to a partition that is written to, but not with that room
+            with pytest.raises(PartitionEnded):
+                await append(link, (right + 1) % 5, "me", 1, [put("0")])
+            # Then none of it is there
+            assert not await log.entries()
+            await append(link, right, "me", 1, [put("0")])
+            await where_they_belong(log)
+        finally:
+            await link.close()
+
+
+async def test_g2_a_bus_that_opens_while_redis_is_away_writes_where_the_log_is_laid_out_to(
+    settings: Settings, own_redis: Callable[..., Any]
+) -> None:
+    server = own_redis("--appendonly", "yes", "--appendfsync", "always")
+    settings = settings.model_copy(update={"redis_url": server.url, "log_partitions": 5})
+    log = Log(settings)
+    async with mnemobus.connect(**settings.model_dump()) as bus:
+        await bus.write(said("0"))
+    # Given a Redis that is away as a bus opens whose settings name another number of partitions
+    server.kill()
+    outbox_off = {"log_partitions": 2, "outbox": "off"}
+    async with mnemobus.connect(**settings.model_copy(update=outbox_off).model_dump()) as bus:
+        writing = [asyncio.create_task(bus.write(said(str(n), f"room-{n}"))) for n in range(20)]
+        await asyncio.sleep(0)
+        # When it is back
+        server.start()
+        await asyncio.gather(*writing)
+    # Then the writes are where the others take them to be
+    assert len(await log.entries()) == 21
+    await where_they_belong(log)
+    await log.client.aclose()
 
 
 async def test_partitions_that_have_ended_are_given_up_once_nothing_is_asked_of_them(

@@ -173,6 +173,11 @@ class Shape(NamedTuple):
         return shape
 
     @property
+    def name(self) -> str:
+        """What an open partition has in its meter: the layout by which it is written to."""
+        return f"{self.first} {self.size}"
+
+    @property
     def current(self) -> range:
         """The partitions that are written to."""
         return range(self.first, self.first + self.size)
@@ -233,7 +238,7 @@ class Keyspace:
 
     def meter(self, partition: int) -> str:
         """A hash of counters, events added and events applied among them; their difference is the backlog. Also whether
-        the partition takes writes: open, and closed for a moment."""
+        the partition takes writes: open, with the `Shape.name` by which it does, and closed for a moment."""
         return f"{{{self.prefix}:l{partition}}}:meter"
 
     def heads(self, partition: int) -> str:

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Sequence
 from functools import lru_cache
 from hashlib import blake2b
 from typing import NamedTuple
+from zlib import crc32
 
 from redis.exceptions import ResponseError
 
@@ -36,6 +37,10 @@ _DELETE_ROOM = DELETE_ROOM.encode()
 
 _ROOM = 5
 """The place of an event's room among its fields."""
+
+
+_LAYOUT = 5
+"""The place of the layout among the script's arguments."""
 
 
 Field = str | bytes | int
@@ -113,13 +118,17 @@ def _slots_named(room: bytes, *others: bytes | None) -> tuple[int, ...]:
 def publish_call(
     link: Link | ThreadedLink, partition: int, producer: str, sequence: int, events: Iterable[Sequence[bytes]]
 ) -> tuple[list[str], list[Field]]:
-    """KEYS and ARGV of publish.lua."""
+    """KEYS and ARGV of publish.lua. The call is repeated where it was made first; new ones are taken only where their
+    rooms belong by the layout that the log has."""
     keys = link.keys
-    arguments: list[Field] = [producer, sequence, link.settings.max_backlog, "", link.epoch]
+    shape = keys.shape
+    arguments: list[Field] = [producer, sequence, link.settings.max_backlog, "", link.epoch, shape.name]
     # The same whether the fields come from memory or from the outbox.
     digest = blake2b(digest_size=8)
     for fields in events:
         digest.update(b"\0".join(fields))
+        if shape.first + crc32(fields[_ROOM]) % shape.size != partition:
+            arguments[_LAYOUT] = ""  # it is known differently since the call was made first
         slots = _slots(fields)
         if slots:
             arguments.append(len(slots))

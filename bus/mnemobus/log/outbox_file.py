@@ -149,6 +149,7 @@ class OutboxFile:
             meta = [("owner", owner), ("producer", secrets.token_hex(8))]
             await database.executemany("INSERT INTO meta VALUES (?, ?)", meta)
             await database.execute(f"PRAGMA user_version={_SCHEMA}")
+        await database.execute("CREATE INDEX IF NOT EXISTS calls ON writes (n) WHERE sequence IS NOT NULL")
         await database.execute("COMMIT")
         rows = await database.execute_fetchall("SELECT name, value FROM meta")
         values = {str(name): str(value) for name, value in rows}
@@ -302,12 +303,16 @@ class OutboxFile:
         self._laid_out = shape
 
     async def _first_rows(self, partition: int) -> list[int]:
-        """Those that go together in one call: of one partition, none of them in a call yet."""
+        """Those that go together in one call: of one partition, in no call yet, and older than all that are in one.
+
+        A call that was made before the log was laid out anew may have writes to the same rooms: nothing overtakes them.
+        """
         assert self._database is not None
         rows: list[int] = []
         size = 0
         for number, length in await self._database.execute_fetchall(
-            "SELECT n, size FROM writes WHERE partition = ? AND sequence IS NULL ORDER BY n LIMIT ?",
+            "SELECT n, size FROM writes WHERE partition = ? AND sequence IS NULL AND n < coalesce((SELECT min(n) FROM"
+            " writes WHERE sequence IS NOT NULL), n + 1) ORDER BY n LIMIT ?",
             (partition, CALL_EVENTS),
         ):
             size += length

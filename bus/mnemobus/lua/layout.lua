@@ -3,7 +3,8 @@
 -- KEYS[1]  layout: a hash. log_partitions and feed_partitions; 0 log partitions once the log was laid out anew: an older
 --          mnemobus, which knows these two only, must not take part. first and count: the numbers of the log partitions that
 --          are written to. oldest: the lowest number of those that are kept. closing: see close.lua
--- KEYS[2..] meters of the log partitions that the caller takes for those that are written to; open, where one is
+-- KEYS[2..] meters of the log partitions that the caller takes for those that are written to. open: first and count of the
+--          layout by which it is one of them
 -- ARGV[1]  feed partitions that the caller is configured for
 -- ARGV[2]  the number of the first of these log partitions
 -- Returns  {feed partitions, first, count, oldest} as they stand. Where first and count are not the caller's, it asks once
@@ -18,10 +19,11 @@ if not there[1] or not there[2] then
   first, count, oldest = '0', there[1], '0'
 end
 if tonumber(first) == tonumber(ARGV[2]) and tonumber(count) == #KEYS - 1 then
+  local shape = string.format('%d %d', tonumber(first), tonumber(count))
   for i = 2, #KEYS do
-    if not redis.call('HGET', KEYS[i], 'open') then -- else without trying to write, which a full Redis refuses
+    if redis.call('HGET', KEYS[i], 'open') ~= shape then -- else without trying to write, which a full Redis refuses
       redis.call('HDEL', KEYS[i], 'open')
-      redis.call('HSET', KEYS[i], 'open', '1')
+      redis.call('HSET', KEYS[i], 'open', shape)
     end
   end
 end

@@ -5,7 +5,7 @@
 --          run of IDs with one number after the other, the first of them and how many; {seq, d, t, ids} of an older
 --          mnemobus
 -- KEYS[3]  meter: a hash, added and applied; their difference is the backlog. open: there while the partition is one that
---          is written to; closed: see close.lua
+--          is written to, see layout.lua; closed: see close.lua
 -- KEYS[4]  heads: a hash, slot -> version of its last event, and n: how many events were announced. Followed by a colon
 --          and the slot it names the slot's channel.
 -- ARGV[1]  producer id
@@ -13,7 +13,8 @@
 -- ARGV[3]  backlog at which the log takes no more
 -- ARGV[4]  digest of the call's events: a repetition has the same
 -- ARGV[5]  epoch, as far as the producer knows
--- ARGV[6..] for each event: how many slots follow (-n: it touches all n that there are; one follows), the slots; the
+-- ARGV[6]  the log's layout by which these events belong here, as open has it; empty if by none that the producer knows
+-- ARGV[7..] for each event: how many slots follow (-n: it touches all n that there are; one follows), the slots; the
 --          sizes of its fields, with commas between (empty: announced without them); how many arguments follow, then its
 --          field names and values, alternating
 -- Returns  {IDs, previous}: the ID of each event, in order, and the event before it in each of its slots, slots of one
@@ -21,8 +22,8 @@
 --          the first time, and nothing else.
 -- Errors   BACKLOG n      the backlog stands at n; nothing was written
 --          CLOSED n       for n ms at most the partition takes no new calls; nothing was written
---          ENDED          it takes none any more, or never did: the log is laid out differently; nothing was written, and
---                         no copy of this call will be
+--          ENDED          it takes none any more, or never did, or not these: the log is laid out differently; nothing
+--                         was written, and no copy of this call will be
 --          SUPERSEDED n   the producer has gone on to call n; nothing was written
 --          TAKEN n        call n of this producer was another one: two go by the same id; nothing was written
 
@@ -52,7 +53,9 @@ if record and (tonumber(string.match(record, '^{"seq":(%d+),')) or seq) >= seq t
 end
 
 local meter = redis.call('HMGET', KEYS[3], 'added', 'applied', 'open', 'closed')
-if not meter[3] then
+-- Numbers of partitions begin anew once Redis was flushed: that this one is written to does not say that it is the
+-- room's. In two partitions the events of a room would be in no order.
+if not meter[3] or meter[3] ~= ARGV[6] then
   return redis.error_reply('ENDED')
 end
 if meter[4] then
@@ -69,7 +72,7 @@ if backlog >= tonumber(ARGV[3]) then
 end
 
 local ids, before = {}, {}
-local at = 6
+local at = 7
 while at <= #ARGV do
   local count = tonumber(ARGV[at])
   local named = math.max(count, 1) -- slots whose previous event the producer hears of

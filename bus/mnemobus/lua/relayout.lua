@@ -79,9 +79,9 @@ for i = 2 * count + 2, #KEYS, 2 do
   redis.pcall('XGROUP', 'CREATE', KEYS[i], ARGV[2], '0', 'MKSTREAM') -- a worker may have made it
   redis.call('XSETID', KEYS[i], last)
 end
+local first = string.format('%d', tonumber(ARGV[3]) + count)
 for i = 2 * count + 3, #KEYS, 2 do
-  redis.call('HSET', KEYS[i], 'open', '1')
+  redis.call('HSET', KEYS[i], 'open', first .. ' ' .. ARGV[5])
 end
-redis.call('HSET', KEYS[1], 'log_partitions', '0',
-  'first', string.format('%d', tonumber(ARGV[3]) + count), 'count', ARGV[5])
+redis.call('HSET', KEYS[1], 'log_partitions', '0', 'first', first, 'count', ARGV[5])
 return 0
