@@ -17,6 +17,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import count
 from typing import Any
 
 import dramatiq
@@ -97,7 +98,10 @@ class Worker:
 
     def publish(self, *texts: str, partition: int = 0) -> list[bytes]:
         """Events in the log, as a bus puts them there; their IDs."""
-        events = [event(text).fields() for text in texts]
+        self.call("PING")  # to be connected is to know how the log is laid out
+        of_room = self.link.keys.log_partition
+        room = next(room for n in count() if of_room(room := f"r{n}") == partition)
+        events = [event(text, room).fields() for text in texts]
         ids, _ = self.link.run(
             "publish", *publish_call(self.link, partition, secrets.token_hex(8), 1, events)
         )
@@ -124,9 +128,9 @@ class Worker:
         return [id for id, _ in self.call("XRANGE", self.log, "-", "+")]
 
 
-def event(text: str) -> Event:
+def event(text: str, room: str = "r1") -> Event:
     content = b'{"text":"%s"}' % text.encode()
-    return Event(PUT, Dimensions("messages", "r1"), new_id(), content, b"{}", created_us=1)
+    return Event(PUT, Dimensions("messages", room), new_id(), content, b"{}", created_us=1)
 
 
 def ids_of(batch: Batch) -> list[bytes]:
@@ -735,7 +739,9 @@ def test_a_log_that_is_gone_is_made_anew_and_read_from_its_beginning(
     held = me.take()
     # When all of it disappears, and something is written before a worker looks
     me.call("DEL", me.log, me.link.keys.meter(0), me.link.keys.producers(0))
-    me.call("HSET", me.link.keys.meter(0), "open", 1)  # as whoever connects next does it
+    me.call(
+        "HSET", me.link.keys.meter(0), "open", me.link.keys.shape.name
+    )  # as the next one that connects does
     me.publish("1", "2")
     # Then that is delivered
     proxy = me.take()

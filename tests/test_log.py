@@ -48,7 +48,7 @@ def event(room: str = "r1") -> list[bytes]:
 
 
 async def test_g1_a_call_that_is_repeated_is_answered_and_not_done_again(settings: Settings) -> None:
-    link = Link(settings)
+    link = Link(settings.model_copy(update={"log_partitions": 1}))
 
     async def publish(producer: str, sequence: int, events: int) -> list[Version]:
         return (await append(link, 0, producer, sequence, [event()] * events)).versions
@@ -184,7 +184,7 @@ async def test_a_durability_that_does_not_exist_is_refused(settings: Settings, c
 
 
 async def test_a_producer_that_another_process_has_overtaken_is_told(settings: Settings) -> None:
-    link = Link(settings)
+    link = Link(settings.model_copy(update={"log_partitions": 1}))
     logged: list[Version] = []
     ahead = Publisher(link, 0, "same", lambda p, e, v, _: logged.append(v))
     behind = Publisher(link, 0, "same", lambda p, e, v, _: logged.append(v))

@@ -918,7 +918,7 @@ async def test_partitions_that_have_ended_are_given_up_once_nothing_is_asked_of_
 
             # Then they are gone, but for what keeps agents of an older version out
             await eventually(given_up)
-            assert await log.shape() == Shape(4, 2, 4)
+            assert (await log.shape())[:3] == (4, 2, 4)
             # and all goes on
             await bus.write(said("2"), durability="committed")
             await bus.observe(token, 10)

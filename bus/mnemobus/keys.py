@@ -143,7 +143,7 @@ def partition_of(name: str, partitions: int) -> int:
     return crc32(name.encode("utf-8", "surrogatepass")) % partitions
 
 
-LAYOUT = ("log_partitions", "feed_partitions", "first", "count", "oldest")
+LAYOUT = ("log_partitions", "feed_partitions", "first", "count", "oldest", "life")
 """Fields of the layout's hash in Redis; see layout.lua."""
 
 
@@ -154,28 +154,31 @@ class Shape(NamedTuple):
     first   the lowest number of those that are written to
     size    how many these are
     oldest  the lowest number of all that are kept: those below ``first`` take no more writes, and are read
+    life    another one once Redis has lost the layout, and numbers begin anew; empty while it is only assumed
     """
 
     first: int
     size: int
     oldest: int = 0
+    life: str = ""
 
     @classmethod
     def read(cls, reply: Sequence[bytes | None]) -> Shape | None:
         """By the values of `LAYOUT` in the layout's hash; None where it has none, or not all of it. ValueError for
         values that make no sense."""
-        log, feed, first, count, oldest = reply
+        log, feed, first, count, oldest, life = reply
         if log is None or feed is None:
             return None
-        shape = cls(int(first or 0), int(count or log), int(oldest or 0))
+        shape = cls(int(first or 0), int(count or log), int(oldest or 0), (life or b"").decode())
         if not (0 <= shape.oldest <= shape.first and shape.size > 0):
             raise ValueError(f"{shape} is no layout of a log")
         return shape
 
     @property
     def name(self) -> str:
-        """What an open partition has in its meter: the layout by which it is written to."""
-        return f"{self.first} {self.size}"
+        """What an open partition has in its meter: the layout by which it is written to. Empty while the layout is only
+        assumed: no partition has that."""
+        return f"{self.first} {self.size} {self.life}" if self.life else ""
 
     @property
     def current(self) -> range:
@@ -221,7 +224,7 @@ class Keyspace:
 
     def log_partition(self, room: str) -> int:
         """The log partition of a room. All writes to one room are in one total order."""
-        first, size, _ = self.shape
+        first, size, *_ = self.shape
         return first + crc32(room.encode("utf-8", "surrogatepass")) % size
 
     def feed_partition(self, scope: str) -> int:

@@ -48,6 +48,10 @@ from .proxy import Proxy
 from .report import tell
 from .world import rooms
 
+NOT_THERE = (redis.RedisError, *AWAY, AttributeError)
+"""What a client of Redis raises while the server is killed, paused or started. redis-py may lose a connection while it
+checks that, and has no writer then."""
+
 ROOMS = 4
 MEMORIES = 5
 PLAYERS = 3
@@ -342,7 +346,7 @@ class Campaign:
 
     async def look_at_layout(self) -> None:
         """How the log is laid out now. After a flush it is the first to connect that says so."""
-        with contextlib.suppress(redis.RedisError, *AWAY):
+        with contextlib.suppress(*NOT_THERE):
             shape = Shape.read(await self._client.hmget(self.keys.layout, list(LAYOUT)))
             if shape is not None:
                 self.keys.shape = shape
@@ -368,13 +372,13 @@ class Campaign:
         """Leave one message in each partition; how many went."""
         trimmed = 0
         for partition in range(self.settings.feed_partitions):
-            with contextlib.suppress(redis.RedisError, *AWAY):
+            with contextlib.suppress(*NOT_THERE):
                 trimmed += await self._client.xtrim(self.keys.feed(partition), maxlen=1, approximate=False)
         return trimmed
 
     async def kill_clients(self) -> int:
         """How many there were."""
-        with contextlib.suppress(redis.RedisError, *AWAY):
+        with contextlib.suppress(*NOT_THERE):
             return int(await self._client.execute_command("CLIENT", "KILL", "TYPE", "pubsub"))
         return 0
 

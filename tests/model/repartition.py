@@ -4,7 +4,8 @@ One room, whose writes go to one partition, the *old* one, and after the change 
 makes writes one after the other; its calls and their answers may be lost, and copies of calls arrive late. A worker
 applies. A command closes the log, and ends the old partition in the step that begins the new one; it may be killed at
 any moment, and run again. Another agent holds the room live: it hears the partition that it takes for the room's, and
-verifies that with a heartbeat.
+verifies that with a heartbeat. The writer may have opened without knowing a layout, and take the new partition for the
+room's before it is, though it is there, for other rooms.
 
 Modelled after cli/repartition.py, lua/close.lua, lua/relayout.lua, lua/publish.lua, log/publisher.py (`Publishers`) and
 feed/subscription.py (`_verify`).
@@ -27,6 +28,8 @@ class Call(NamedTuple):
     partition: int
     sequence: int
     writes: tuple[int, ...]
+    assumed: bool = False
+    """Whether the writer did not know how the log is laid out. No layout has that name."""
 
 
 class State(NamedTuple):
@@ -47,7 +50,9 @@ class State(NamedTuple):
     kills: int = 0
     runs: int = 0
     # The agent
+    guesses: int = 0
     knows: int = OLD
+    assumes: bool = False
     network: tuple[Call, ...] = ()
     written: int = 0
     queue: tuple[int, ...] = ()
@@ -71,9 +76,9 @@ class State(NamedTuple):
 class Repartition(World):
     name = "repartition"
     about = "the log is laid out anew, under lost and late calls, with a command that is killed"
-    sizes: ClassVar = {"writes": 2, "repeats": 1, "kills": 0, "runs": 1}
-    small = ({}, {"kills": 1, "runs": 2}, {"writes": 3}, {"kills": 1})
-    larger = ({"writes": 3, "repeats": 2, "kills": 1, "runs": 2},)
+    sizes: ClassVar = {"writes": 2, "repeats": 1, "kills": 0, "runs": 1, "guesses": 0}
+    small = ({}, {"kills": 1, "runs": 2}, {"writes": 3}, {"kills": 1}, {"guesses": 1})
+    larger = ({"writes": 3, "repeats": 2, "kills": 1, "runs": 2, "guesses": 1},)
     rules = (
         Rule("floor", "the new partition begins by the clock, which was set back", "G2"),
         Rule("drained", "the old partition ends with events that are not applied", "G9"),
@@ -85,6 +90,7 @@ class Repartition(World):
         Rule("passing", "a log that is closed for a moment is taken for one that has ended", "G1", 1),
         Rule("lapses", "the log stays closed when the command that closed it is killed", "G1", 3),
         Rule("rest", "writes go to the new partition while a call to the old one is under way", "G2", 2),
+        Rule("belongs", "a partition takes what was placed by a layout that is assumed, or lost", "G5", 4),
         Rule("elsewhere", "what the feed names of a partition that is not heard is taken for heard", "G4"),
         Rule("looks", "the heartbeat does not look at the layout", "G5"),
     )
@@ -151,6 +157,8 @@ class Repartition(World):
             return s, "superseded"
         if partition == OLD and s.ended and self.keeps("ended"):
             return s, "ended"
+        if call.assumed and self.keeps("belongs"):
+            return s, "ended"
         if s.closed and partition == OLD:
             return s, "closed"
         last = max([version for write, version in s.versions if write in s.logs[partition]], default=0)
@@ -211,16 +219,21 @@ class Repartition(World):
     # The agent that writes
 
     def writer(self, s: State) -> Iterator[tuple[str, State]]:
+        if s.guesses and not s.written and not s.ended:
+            yield (
+                "the writer opens, and takes the new partition for the room's",
+                s._replace(knows=NEW, assumes=True, guesses=s.guesses - 1),
+            )
         if s.written < self.size["writes"]:
             n = s.written + 1
             yield f"write {n}", s._replace(written=n, queue=(*s.queue, n))
         if s.ended and s.knows == OLD:
-            yield "the writer's heartbeat finds the new layout", s._replace(knows=NEW)
+            yield "the writer's heartbeat finds the new layout", s._replace(knows=NEW, assumes=False)
         at_rest = not s.calls or (
             not self.keeps("rest") and all(call.partition != s.knows for call in s.calls)
         )
         if s.queue and at_rest:
-            call = Call(s.knows, s.sequences[s.knows] + 1, s.queue)
+            call = Call(s.knows, s.sequences[s.knows] + 1, s.queue, s.assumes)
             yield (
                 f"it makes {shown(call)}",
                 self.sent(s, call)._replace(queue=(), calls=(*s.calls, call)),
@@ -254,9 +267,14 @@ class Repartition(World):
             return s._replace(waits=True)
         if answer in ("closed", "ended"):
             # What it carries is queued again, before all that came later.
-            knows = NEW if answer == "ended" else s.knows
+            knows = (NEW if s.ended else OLD) if answer == "ended" else s.knows
             return s._replace(
-                calls=others, unanswered=False, waits=False, queue=call.writes + s.queue, knows=knows
+                calls=others,
+                unanswered=False,
+                waits=False,
+                queue=call.writes + s.queue,
+                knows=knows,
+                assumes=False,
             )
         return s
 

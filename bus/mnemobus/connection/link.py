@@ -245,16 +245,16 @@ class _Link:
         shape = self.keys.shape
         while True:
             meters = map(self.keys.meter, shape.current)
-            arguments = (self.keys.feed_partitions, shape.first)
-            reply = yield evaluate((script("layout"), [self.keys.layout, *meters], arguments))
-            feed, first, count, oldest = map(int, reply)
+            arguments = (self.keys.feed_partitions, shape.first, secrets.token_hex(6))
+            *numbers, life = yield evaluate((script("layout"), [self.keys.layout, *meters], arguments))
+            feed, first, count, oldest = map(int, numbers)
             if feed != self.keys.feed_partitions:
                 raise SettingsError(
                     f"the bus {self.keys.prefix!r} at {self.address} is laid out differently: MNEMOBUS_FEED_PARTITIONS"
                     f" is {self.keys.feed_partitions} here but {feed} there. The feed's partitions can't change while a"
                     " bus is in use: set it to what is there, or use another REDIS_KEY_PREFIX"
                 )
-            known, shape = shape, Shape(first, count, oldest)
+            known, shape = shape, Shape(first, count, oldest, str(life, "ascii"))
             if known[:2] == shape[:2]:
                 break
         self.lay_out(shape)

@@ -67,6 +67,8 @@ async def append(
     LogFull, another WriteFailed, or a SettingsError if nothing was written; PartitionEnded if nothing was, and nothing
     ever will be by this call; Overtaken if the producer has gone on to another call.
     """
+    if not link.laid_out:  # a bus that opened while Redis was away: to connect is to learn it
+        await link.command("PING")
     epoch = link.epoch
     call = publish_call(link, partition, producer, sequence, events)
     try:

@@ -53,8 +53,8 @@ if record and (tonumber(string.match(record, '^{"seq":(%d+),')) or seq) >= seq t
 end
 
 local meter = redis.call('HMGET', KEYS[3], 'added', 'applied', 'open', 'closed')
--- Numbers of partitions begin anew once Redis was flushed: that this one is written to does not say that it is the
--- room's. In two partitions the events of a room would be in no order.
+-- Numbers of partitions begin anew once Redis was flushed, and a producer may only assume how many there are: that this one
+-- is written to does not say that it is the room's. In two partitions the events of a room would be in no order.
 if not meter[3] or meter[3] ~= ARGV[6] then
   return redis.error_reply('ENDED')
 end

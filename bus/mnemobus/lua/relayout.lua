@@ -36,9 +36,9 @@ local function fields_of(list)
   return fields
 end
 
-local there = redis.call('HMGET', KEYS[1], 'first', 'count', 'log_partitions', 'closing')
+local there = redis.call('HMGET', KEYS[1], 'first', 'count', 'log_partitions', 'closing', 'life')
 local token = there[4] and string.match(there[4], '^(%S+) ')
-if (there[1] or '0') ~= ARGV[3] or (there[2] or there[3]) ~= ARGV[4] or token ~= ARGV[1] then
+if not there[5] or (there[1] or '0') ~= ARGV[3] or (there[2] or there[3]) ~= ARGV[4] or token ~= ARGV[1] then
   return redis.error_reply('LAYOUT')
 end
 
@@ -81,7 +81,7 @@ for i = 2 * count + 2, #KEYS, 2 do
 end
 local first = string.format('%d', tonumber(ARGV[3]) + count)
 for i = 2 * count + 3, #KEYS, 2 do
-  redis.call('HSET', KEYS[i], 'open', first .. ' ' .. ARGV[5])
+  redis.call('HSET', KEYS[i], 'open', first .. ' ' .. ARGV[5] .. ' ' .. there[5])
 end
 redis.call('HSET', KEYS[1], 'log_partitions', '0', 'first', first, 'count', ARGV[5])
 return 0
