@@ -357,6 +357,13 @@ MUTATIONS = [
         "test_live.py::test_g9_a_window_that_is_opened_has_what_is_logged_and_not_committed",
     ),
     Mutation(
+        "live: what is opened in an epoch that is over is not held (G5)",
+        "bus/mnemobus/live/scopes.py",
+        "        if current is None or current.decode() != self._link.epoch:\n            return None\n",
+        "",
+        "test_live.py::test_g5_a_window_that_is_opened_in_an_epoch_that_is_over_is_not_held",
+    ),
+    Mutation(
         "live: an opening leaves out what the store is known to have refused (G9)",
         "bus/mnemobus/live/scopes.py",
         "            refused = await self._refused(partition, events)\n",
