@@ -317,7 +317,7 @@ MUTATIONS = [
     Mutation(
         "live: the heads move with each event, so that a lost message shows (G5)",
         "bus/mnemobus/lua/publish.lua",
-        "  redis.call('HSET', KEYS[4], unpack(moved))\n",
+        "redis.call('HSET', KEYS[4], unpack(moved))\n",
         "",
         "test_live.py::test_g5_a_lost_message_is_repaired_by_the_heartbeat",
     ),
