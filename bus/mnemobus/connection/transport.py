@@ -120,7 +120,7 @@ class Ear(_Line):
                 hear(said)
         except redis.exceptions.InvalidResponse as error:
             self._end(redis.exceptions.ConnectionError(f"this is no Redis: {error}"))
-        except Exception as error:  # who listens must hear of it, whatever it is
+        except Exception as error:  # noqa: BLE001 (who listens is told, whatever it is)
             self._end(error)
 
     def connection_lost(self, error: Exception | None) -> None:

@@ -383,9 +383,7 @@ class Feed:
 
     async def _look_after(self) -> None:
         silent = clock() - self._heard
-        if self._ear is not None and silent > max(
-            3 * self._settings.heartbeat, self._settings.max_staleness
-        ):
+        if self._ear is not None and silent > max(3 * self._settings.heartbeat, self._settings.max_staleness):
             logger.warning("nothing was heard from the feed for %.1f s: replacing its connection", silent)
             self._heard = clock()
             self._reconnect()

@@ -75,7 +75,9 @@ class Window:
         known = None
         if event.id in map(_id, self.rows):  # as few puts are
             room = event.dimensions[:2]
-            known = next((r for r in reversed(self.rows) if r.id == event.id and r.dimensions[:2] == room), None)
+            known = next(
+                (r for r in reversed(self.rows) if r.id == event.id and r.dimensions[:2] == room), None
+            )
         if event.op == PUT:
             if known is not None:
                 self._remove(known)
