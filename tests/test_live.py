@@ -468,6 +468,33 @@ async def test_g9_a_new_epoch_withdraws_what_redis_lost(own_redis: Any, settings
         assert await texts(bus) == ["new"]
 
 
+async def test_g5_a_window_that_is_opened_in_an_epoch_that_is_over_is_not_held(
+    own_redis: Any, settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server: RedisServer = own_redis()
+    # Given a bus that does not ask for the epoch by itself for a while
+    quiet = {"redis_url": server.url, "heartbeat": 20.0, "max_staleness": 40.0}
+    async with mnemobus.connect(**{**settings.model_dump(), **quiet}) as bus:
+        await bus.recent("messages", room="r1")
+        bus._local.drop("room:messages:r1")
+        epoch = bus._link.epoch
+        # If Redis is flushed while a window is opened: its base is there, the tail of the log is not
+        reached, go = gate(monkeypatch, bus._live, "_base")
+        opening = asyncio.create_task(texts(bus))
+        await reached.wait()
+        async with redis.asyncio.Redis.from_url(server.url) as client:
+            await client.flushall()
+        go.set()
+        await opening
+        # Then it is not held: an empty log does not mean that the base has all
+        assert bus._link.epoch == epoch
+        assert bus._local.live("room:messages:r1") is None
+        # And it is opened anew once the bus is in the epoch that begins then
+        assert await bus._feed.sync()
+        assert bus._link.epoch != epoch
+        await hold(bus)
+
+
 async def test_g9_what_was_shown_does_not_go_back_over_a_restart_of_redis(
     own_redis: Any, settings: Settings
 ) -> None:

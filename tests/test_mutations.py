@@ -317,7 +317,7 @@ MUTATIONS = [
     Mutation(
         "live: the heads move with each event, so that a lost message shows (G5)",
         "bus/mnemobus/lua/publish.lua",
-        "  redis.call('HSET', KEYS[4], unpack(moved))\n",
+        "redis.call('HSET', KEYS[4], unpack(moved))\n",
         "",
         "test_live.py::test_g5_a_lost_message_is_repaired_by_the_heartbeat",
     ),
@@ -355,6 +355,13 @@ MUTATIONS = [
         "            window.merge(event for _, events in tails for event in events)\n",
         "",
         "test_live.py::test_g9_a_window_that_is_opened_has_what_is_logged_and_not_committed",
+    ),
+    Mutation(
+        "live: what is opened in an epoch that is over is not held (G5)",
+        "bus/mnemobus/live/scopes.py",
+        "        if current is None or current.decode() != self._link.epoch:\n            return None\n",
+        "",
+        "test_live.py::test_g5_a_window_that_is_opened_in_an_epoch_that_is_over_is_not_held",
     ),
     Mutation(
         "live: an opening leaves out what the store is known to have refused (G9)",

@@ -14,7 +14,7 @@ from redis.exceptions import ResponseError
 
 from mnemobus import Settings
 from mnemobus.connection.link import Link
-from mnemobus.connection.transport import BlockingWire, Busy, Wire
+from mnemobus.connection.transport import BlockingWire, Busy, Ear, Wire, pack
 from servers import RedisServer, eventually
 
 
@@ -124,6 +124,80 @@ async def test_a_call_that_is_not_answered_in_time_fails_and_its_late_reply_reac
     server.resume()
     assert await link.command("PING") == b"PONG"
     await link.close()
+
+
+async def test_a_call_has_its_whole_time_after_others_on_its_connection(
+    own_redis: Any, settings: Settings
+) -> None:
+    server: RedisServer = own_redis()
+    link = Link(settings.model_copy(update={"redis_url": server.url}))
+    loop = asyncio.get_running_loop()
+    wire = await link.pool.take()
+
+    async def ask(timeout: float) -> Any:
+        answered: asyncio.Future[Any] = loop.create_future()
+        wire.call(pack([("PING",)]), 1, timeout, answered.set_result)
+        return await answered
+
+    # Given a connection whose first call was answered, and whose deadline is to come
+    began = loop.time()
+    assert await ask(0.3) == [b"PONG"]
+    while loop.time() < began + 0.2:
+        await asyncio.sleep(0.01)
+    # If the next one is not answered
+    server.pause()
+    began = loop.time()
+    outcome = await ask(0.3)
+    # Then it ends at its own deadline
+    assert isinstance(outcome, redis.TimeoutError)
+    assert loop.time() - began >= 0.29
+    server.resume()
+    # And a shorter one is not held up by a longer one before
+    wire = await link.pool._connect()
+    assert await ask(600.0) == [b"PONG"]
+    server.pause()
+    assert isinstance(await asyncio.wait_for(ask(0.1), 30), redis.TimeoutError)
+    server.resume()
+    await link.close()
+
+
+async def test_what_a_server_says_unasked_is_heard_until_it_refuses_or_the_hearer_fails(link: Link) -> None:
+    async def listen(hear: Any) -> Ear:
+        connection = link.dedicated()
+        await connection.connect()
+        return Ear(connection, hear)
+
+    # Given a connection that listens, what is published is heard, in order
+    heard: list[Any] = []
+    ear = await listen(heard.append)
+    ear.send("SUBSCRIBE", "wire-a", "wire-b")
+    await eventually(lambda: len(heard) == 2)
+    await link.command("PUBLISH", "wire-a", "1")
+    await link.command("PUBLISH", "wire-b", "2" * 200_000)
+    await eventually(lambda: len(heard) == 4)
+    assert [list(said) for said in heard[2:]] == [
+        [b"message", b"wire-a", b"1"],
+        [b"message", b"wire-b", b"2" * 200_000],
+    ]
+    # If it is cut, who waits for its end hears of that; what is sent then goes nowhere
+    ear.cut()
+    with pytest.raises(redis.ConnectionError, match=r"Connection closed by server\."):
+        await ear.ended
+    ear.send("SUBSCRIBE", "wire-c")
+    # So it is with what the server refuses
+    ear = await listen(heard.append)
+    ear.send("SUBSCRIBE")
+    with pytest.raises(ResponseError, match="wrong number of arguments"):
+        await ear.ended
+
+    # And with what goes wrong where it is heard
+    def fail(said: object) -> None:
+        raise LookupError("a mistake")
+
+    ear = await listen(fail)
+    ear.send("SUBSCRIBE", "wire-a")
+    with pytest.raises(LookupError, match="a mistake"):
+        await ear.ended
 
 
 # What is taken from redis-py besides its public face (docs/decisions/0008)

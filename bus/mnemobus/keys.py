@@ -36,10 +36,10 @@ class Version(NamedTuple):
         if not (ms.isdigit() and seq.isdigit()):
             shown = text.decode("ascii", "replace") if isinstance(text, bytes) else text
             raise ValueError(f"{shown!r} is not a version of the form <milliseconds>-<sequence>")
-        version = cls(int(ms), int(seq))
-        if version.ms >= _LIMIT or version.seq >= _LIMIT:
+        numbers = int(ms), int(seq)
+        if numbers[0] >= _LIMIT or numbers[1] >= _LIMIT:
             raise ValueError(f"{written.decode()!r} is out of range for a version")
-        return version
+        return tuple.__new__(cls, numbers)  # what cls(...) does, by a function of Python
 
     def before(self) -> Version:
         """The last version that is lower; there is none before 0-0."""

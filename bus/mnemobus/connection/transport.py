@@ -8,6 +8,8 @@ A wire is used by one call at a time, which may carry many commands. A call that
 leaves replies that nobody waits for: its wire is cut. A wire that breaks while it is idle is noticed at once, and is
 not given to anybody. Nor is one whose server says that it takes no writes, as after a failover: it is cut, and all
 others of the same age with it.
+
+An `Ear` is a connection on which the server speaks unasked. What it says is handed over in the same way.
 """
 
 from __future__ import annotations
@@ -57,7 +59,14 @@ def _error(parse: Callable[[str], Exception], text: str) -> Exception:
         return redis.exceptions.ResponseError(text)
 
 
-class Wire(asyncio.Protocol):
+def _broken(error: Exception | None) -> redis.exceptions.ConnectionError:
+    """That a connection was closed, and why."""
+    return redis.exceptions.ConnectionError(
+        f"Error while reading: {error}" if error else "Connection closed by server."
+    )
+
+
+class _Line(asyncio.Protocol):
     """An open connection, whose handshake is done. Used from one event loop."""
 
     def __init__(self, connection: AbstractConnection) -> None:
@@ -72,10 +81,69 @@ class Wire(asyncio.Protocol):
             protocolError=redis.exceptions.InvalidResponse,
             notEnoughData=_MORE,
         )
+        self._transport.set_protocol(self)
+
+    def _refused(self, text: str) -> Exception:
+        """An error that the server answered."""
+        return _error(self._parse_error, text)
+
+    def cut(self) -> None:
+        """Close at once."""
+        self._transport.abort()
+
+
+class Ear(_Line):
+    """A connection on which the server speaks unasked.
+
+    hear   called with each thing that it says, in order, from the event loop, in the moment in which it arrives
+    ended  raises why nothing comes any more: an error that the server answered, redis-py's ConnectionError, or what
+           `hear` raised
+    """
+
+    def __init__(self, connection: AbstractConnection, hear: Callable[[Any], None]) -> None:
+        super().__init__(connection)
+        self._hear = hear
+        self.ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+
+    def send(self, *command: Argument) -> None:
+        """Send a command, unless the connection is closed. What is answered is heard."""
+        if not self._transport.is_closing():
+            self._transport.write(pack((command,)))
+
+    def data_received(self, data: bytes) -> None:
+        parser, hear = self._parser, self._hear
+        try:
+            parser.feed(data)
+            while (said := parser.gets()) is not _MORE:
+                if isinstance(said, Exception):
+                    raise said
+                hear(said)
+        except redis.exceptions.InvalidResponse as error:
+            self._end(redis.exceptions.ConnectionError(f"this is no Redis: {error}"))
+        except Exception as error:  # noqa: BLE001 (who listens is told, whatever it is)
+            self._end(error)
+
+    def connection_lost(self, error: Exception | None) -> None:
+        self._end(_broken(error))
+
+    def _end(self, error: Exception) -> None:
+        self._transport.abort()
+        if not self.ended.done():
+            self.ended.set_exception(error)
+            self.ended.exception()  # who was cancelled won't fetch it
+
+
+class Wire(_Line):
+    """A connection for one call at a time."""
+
+    def __init__(self, connection: AbstractConnection) -> None:
+        super().__init__(connection)
         self._loop = asyncio.get_running_loop()
         self.since = self._loop.time()
         """When it was opened."""
         self._timer: asyncio.TimerHandle | None = None
+        """Set for the deadline of this call or of one before: most are answered long before."""
+        self._deadline = 0.0
         self._replies: list[Any] = []
         self._expected = 0
         self._done: Done | None = None
@@ -83,7 +151,6 @@ class Wire(asyncio.Protocol):
         """What its server said, if that means that it takes no writes."""
         self.closed: asyncio.Future[None] = self._loop.create_future()
         """Done once it is closed, by either side."""
-        self._transport.set_protocol(self)
 
     @property
     def open(self) -> bool:
@@ -104,11 +171,22 @@ class Wire(asyncio.Protocol):
             self._loop.call_soon(done, redis.exceptions.ConnectionError("Connection closed by server."))
             return
         self._expected, self._replies, self._done = expected, [], done
-        self._timer = self._loop.call_later(timeout, self._too_late, timeout)
+        self._deadline = deadline = self._loop.time() + timeout
+        timer = self._timer
+        if timer is None or timer.when() > deadline:
+            if timer is not None:
+                timer.cancel()
+            self._timer = self._loop.call_at(deadline, self._look_at_time, timeout)
         self._transport.write(packed)
 
-    def _too_late(self, timeout: float) -> None:
-        self._fail(redis.exceptions.TimeoutError(f"no answer within {timeout:g} s"))
+    def _look_at_time(self, timeout: float) -> None:
+        self._timer = None
+        if self._done is None:
+            return
+        if self._loop.time() < self._deadline:  # that of a later call
+            self._timer = self._loop.call_at(self._deadline, self._look_at_time, timeout)
+        else:
+            self._fail(redis.exceptions.TimeoutError(f"no answer within {timeout:g} s"))
 
     def _fail(self, error: Exception) -> None:
         self._transport.abort()
@@ -116,8 +194,6 @@ class Wire(asyncio.Protocol):
 
     def _finish(self, outcome: list[Any] | Exception) -> None:
         done, self._done, self._expected, self._replies = self._done, None, 0, []
-        if self._timer is not None:
-            self._timer.cancel()
         if done is not None:
             done(outcome)
 
@@ -138,8 +214,10 @@ class Wire(asyncio.Protocol):
             self._finish(replies)
 
     def connection_lost(self, error: Exception | None) -> None:
-        reason = f"Error while reading: {error}" if error else "Connection closed by server."
-        self._finish(redis.exceptions.ConnectionError(reason))
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        self._finish(_broken(error))
         if not self.closed.done():
             self.closed.set_result(None)
 
@@ -151,10 +229,6 @@ class Wire(asyncio.Protocol):
                 await asyncio.shield(self.closed)
         except TimeoutError:
             self.cut()
-
-    def cut(self) -> None:
-        """Close at once."""
-        self._transport.abort()
 
 
 class Pool:

@@ -19,12 +19,12 @@ from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
-from redis.asyncio.connection import AbstractConnection
 from redis.exceptions import RedisError
 
 from ..cache.l1 import LocalCache, clock
 from ..connection.link import Link
 from ..connection.server_errors import AWAY, meaning
+from ..connection.transport import Ear
 from ..errors import AccessDenied, SettingsError
 from ..keys import Version
 from ..log.pending import PendingWrites
@@ -69,7 +69,8 @@ class Feed:
             self._bad,
             self._note_denial,
         )
-        self._connection: AbstractConnection | None = None
+        self._ear: Ear | None = None
+        """The connection that listens."""
         self._listening_to = ""
         """The run id of the server at its other end."""
         self._heard = clock()
@@ -120,9 +121,6 @@ class Feed:
         self.heartbeat.stop()
         await end(self._tasks)
         await self.heartbeat.close()
-        if self._connection is not None:
-            with suppress(*AWAY, RedisError):
-                await self._connection.disconnect(nowait=True)
         with suppress(ValueError):
             self._link.on_epoch.remove(self._on_epoch)
             self._link.on_layout.remove(self._on_layout)
@@ -175,12 +173,8 @@ class Feed:
 
     async def send(self, *command: str | bytes) -> None:
         """Send on the listening connection, if there is one; a new one subscribes to all on its own."""
-        connection = self._connection
-        if connection is not None:
-            # The reader of this connection sees the same, and replaces it. redis-py gives way between finding it open
-            # and writing: closed meanwhile, it has nothing to write to (AttributeError).
-            with suppress(*AWAY, RedisError, AttributeError):
-                await connection.send_command(*command, check_health=False)
+        if self._ear is not None:
+            self._ear.send(*command)
 
     async def _listen(self) -> None:
         """Hold a connection to Redis, subscribed to all partitions, and hear what comes."""
@@ -192,17 +186,18 @@ class Feed:
                 for partition in self.positions:
                     partition.confirmed = False
                 live = [] if self.live is None else self.live.listener.disconnected()
-                self._connection = connection
+                self._ear = ear = Ear(connection, self._hear)
                 self._listening_to = "" if self._link.server is None else self._link.server.run_id
                 channels = [p.channel for p in self.positions]
                 await self.send("SUBSCRIBE", self._own_channel, self._layout_channel, *channels, *live)
-                while True:
-                    self._hear(await connection.read_response(timeout=float("inf"), push_request=True))
+                await ear.ended
             except (*AWAY, RedisError, SettingsError) as error:
                 self._broke(error)
             finally:
-                self.reconnects += self._connection is not None
-                self._connection = None
+                if self._ear is not None:
+                    self.reconnects += 1
+                    self._ear.cut()
+                    self._ear = None
                 with suppress(*AWAY, RedisError):
                     await connection.disconnect(nowait=True)
             await asyncio.sleep(self._settings.redis_create_retry_interval / 1000)
@@ -366,20 +361,19 @@ class Feed:
         if (
             self.heartbeat.up
         ):  # once: a new connection may lead there again, until one leads elsewhere (see `_follow`)
-            self._once(self._reconnect)
+            self._reconnect()
         self.suspect(refusal)
 
-    async def _follow(self) -> None:
+    def _follow(self) -> None:
         """Listen to the server that the bus has come to, if it is another one."""
         server = self._link.server
         if server is not None and server.run_id != self._listening_to:
-            await self._reconnect()
+            self._reconnect()
 
-    async def _reconnect(self) -> None:
+    def _reconnect(self) -> None:
         """Have the listening connection replaced."""
-        connection = self._connection
-        if connection is not None:
-            await connection.disconnect(nowait=True)
+        if self._ear is not None:
+            self._ear.cut()
 
     def _lose(self, partition: Partition) -> None:
         """Drop all of a partition."""
@@ -389,13 +383,10 @@ class Feed:
 
     async def _look_after(self) -> None:
         silent = clock() - self._heard
-        connection = self._connection
-        if connection is not None and silent > max(
-            3 * self._settings.heartbeat, self._settings.max_staleness
-        ):
+        if self._ear is not None and silent > max(3 * self._settings.heartbeat, self._settings.max_staleness):
             logger.warning("nothing was heard from the feed for %.1f s: replacing its connection", silent)
             self._heard = clock()
-            await self._reconnect()
+            self._reconnect()
         now = clock()
         for partition in self.positions:
             opens = self.live is not None and self.live.opens(partition.number)
@@ -413,7 +404,7 @@ class Feed:
 
     def _on_epoch(self, epoch: str) -> None:
         """Everything may have changed without a word."""
-        self._once(self._follow)
+        self._follow()
         self._local.clear()
         self._pending.doubt()
         self.positions.forget()

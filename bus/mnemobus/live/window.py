@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from itertools import islice
+from operator import attrgetter
 
 from ..log.events import DELETE, DELETE_ROOM, PUT, Event
 from ..memory import Memory
@@ -71,10 +72,12 @@ class Window:
                 self._remove(row)
             return
         # By its room as well: one that was deleted may have been made again in another, whose events may be ahead.
-        room = event.dimensions[:2]
-        known = next(
-            (row for row in reversed(self.rows) if row.id == event.id and row.dimensions[:2] == room), None
-        )
+        known = None
+        if event.id in map(_id, self.rows):  # as few puts are
+            room = event.dimensions[:2]
+            known = next(
+                (r for r in reversed(self.rows) if r.id == event.id and r.dimensions[:2] == room), None
+            )
         if event.op == PUT:
             if known is not None:
                 self._remove(known)
@@ -107,6 +110,9 @@ class Window:
         while len(self.rows) > self._capacity or (self.bytes > self._max_bytes and self.rows):
             self.bytes -= size_of(self.rows.pop(0))
             self.complete = False
+
+
+_id = attrgetter("id")
 
 
 def _matches(row: Memory, query: Query) -> bool:

@@ -93,13 +93,14 @@ def read_reply(
         # The answer may be from before Redis lost what it tells of.
         for callback in link.on_late:
             callback()
-    versions = [Version.parse(id) for id in reply[0]]
+    versions = list(map(Version.parse, reply[0]))
     if len(reply) < 2 or epoch != link.epoch:
         return Logged(versions, None)
-    before = iter(reply[1])
-    previous = [
-        tuple(Version.parse(next(before)) for _ in range(max(1, len(slots)))) for slots in map(_slots, events)
-    ]
+    before, at, previous = list(map(Version.parse, reply[1])), 0, []
+    for fields in events:
+        till = at + max(1, len(_slots(fields)))
+        previous.append(tuple(before[at:till]))
+        at = till
     return Logged(versions, previous)
 
 
@@ -108,7 +109,8 @@ def _slots(fields: Sequence[bytes]) -> tuple[int, ...]:
     named = dict(zip(fields[::2], fields[1::2], strict=True))
     if named[b"op"] == _DELETE_ROOM:
         return ()
-    return _slots_named(*(named.get(name) for name in (b"room", b"agent", b"entity", b"world")))
+    get = named.get
+    return _slots_named(named[b"room"], get(b"agent"), get(b"entity"), get(b"world"))
 
 
 @lru_cache(10_000)

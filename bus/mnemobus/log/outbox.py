@@ -98,7 +98,8 @@ class Outbox:
     @property
     def waiting(self) -> int:
         """Writes that are not in the log yet; while there are any, newer ones have to wait behind them."""
-        return self._own.entries + sum(file.entries for file in self._found)
+        own = self._own.entries
+        return own + sum(file.entries for file in self._found) if self._found else own
 
     @property
     def where(self) -> str:

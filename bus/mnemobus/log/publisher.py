@@ -175,6 +175,7 @@ class Publisher:
         on_rest: Callable[[], None] = lambda: None,
     ) -> None:
         self._link = link
+        self._loop = asyncio.get_running_loop()
         self._settings: Settings = link.settings
         self._partition = self.partition = partition
         self._producer = self.producer = producer
@@ -201,11 +202,10 @@ class Publisher:
     def publish(self, events: Sequence[Event]) -> list[asyncio.Future[list[Write]]]:
         """Queue events, which go in one call as far as they fit; the futures give their Writes, in order, once they
         are in the log or in the outbox, else a WriteFailed."""
-        return self.enqueue(parcels(events, asyncio.get_running_loop().time() + self._settings.write_timeout))
+        return self.enqueue(parcels(events, self._loop.time() + self._settings.write_timeout))
 
-    def enqueue(self, waiting: Iterable[_Pending]) -> list[asyncio.Future[list[Write]]]:
+    def enqueue(self, waiting: list[_Pending]) -> list[asyncio.Future[list[Write]]]:
         """The same, of events that are made up into parcels."""
-        waiting = list(waiting)
         self._queue.extend(waiting)
         if self._is_idle and self._queue and not self.resting:
             self._begin()
@@ -248,7 +248,7 @@ class Publisher:
             self._hand_over()
             return
         self._flying = self._take()
-        self._made, self._epoch = asyncio.get_running_loop().time(), self._link.epoch
+        self._made, self._epoch = self._loop.time(), self._link.epoch
         self._sequence += 1
         self.calls += 1
         wire.call(
@@ -504,6 +504,8 @@ class Publishers:
         """Queue events. For each log partition, which of them go there, by their places, and the futures that give
         their Writes in this order; see `Publisher.publish`."""
         partition_of = self._link.keys.log_partition
+        if len(events) == 1 and self._line is None:  # as most are
+            return [([0], self._of(partition_of(events[0].dimensions.room)).publish(events))]
         by_partition: dict[int, list[int]] = {}
         for index, event in enumerate(events):
             by_partition.setdefault(partition_of(event.dimensions.room), []).append(index)

@@ -72,6 +72,7 @@ if backlog >= tonumber(ARGV[3]) then
 end
 
 local ids, before = {}, {}
+local heads, moved = {}, {} -- slot -> its last event, of this call; and these slots, in order
 local at = 7
 while at <= #ARGV do
   local count = tonumber(ARGV[at])
@@ -88,25 +89,38 @@ while at <= #ARGV do
     end
   end
   local first, last = at + 2, at + 1 + tonumber(ARGV[at + 1])
-  local heads = redis.call('HMGET', KEYS[4], unpack(slots)) -- before anything is written: the key may be another's
+  local known = {}
+  for i = 1, #slots do
+    if not heads[slots[i]] then
+      known = redis.call('HMGET', KEYS[4], unpack(slots)) -- before anything is written: the key may be another's
+      break
+    end
+  end
   local id = redis.call('XADD', KEYS[1], '*', unpack(ARGV, first, last))
   local after = ' ' .. ARGV[5] .. ' ' .. ARGV[at] .. '\n'
   if ARGV[at] ~= '' then
     after = after .. table.concat(ARGV, '', first, last)
   end
-  local moved = {}
-  for i, slot in ipairs(slots) do
-    local previous = heads[i] or '0-0'
+  for i = 1, #slots do
+    local slot = slots[i]
+    local previous = heads[slot]
+    if not previous then
+      previous = known[i] or '0-0'
+      moved[#moved + 1] = slot
+    end
     redis.call('PUBLISH', KEYS[4] .. ':' .. slot, id .. ' ' .. previous .. after)
-    moved[2 * i - 1], moved[2 * i] = slot, id
+    heads[slot] = id
     if i <= named then
       before[#before + 1] = previous
     end
   end
-  redis.call('HSET', KEYS[4], unpack(moved))
   ids[#ids + 1] = id
   at = last + 1
 end
+for i = #moved, 1, -1 do
+  moved[2 * i - 1], moved[2 * i] = moved[i], heads[moved[i]]
+end
+redis.call('HSET', KEYS[4], unpack(moved))
 redis.call('HINCRBY', KEYS[4], 'n', #ids)
 redis.call('HINCRBY', KEYS[3], 'added', #ids)
 local runs, run, ms, number = {}, nil, nil, nil
