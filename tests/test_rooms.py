@@ -18,6 +18,8 @@ FLOORS = [
     {"cli", "__main__"},
     {"embedded", "testing"},
     {"bus"},
+    {"lifecycle"},
+    {"parts"},
     {"writes", "reads", "tokens"},
     {"known", "health"},
     {"cache", "feed", "live", "events"},

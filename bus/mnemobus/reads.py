@@ -1,21 +1,22 @@
 """Reads that L1 could not answer at once: from a call to a query, and its place in each tier.
 
-The hit itself is in `Bus`, which saves a call. What follows it is `cache/read_path.py`.
+`Bus` itself asks L1, which saves a call on every hit. A query that misses goes on to cache/read_path.py.
 """
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable
 from typing import Any
 
 from .cache.l1 import MISS, Key, LocalCache
-from .cache.query import COUNT, GET, GET_FIELD, MANY, ONE, Plan, field_of
+from .cache.query import COUNT, GET, GET_FIELD, MANY, ONE, Plan, field_of, limit_of, query_of, scope_of
 from .cache.read_path import ReadPath
 from .errors import InvalidQuery
 from .keys import id_scope
 from .known import Known
 from .live.scopes import LiveScopes
-from .memory import Memories, Memory
+from .memory import Context, Memories, Memory
 from .store import Query, Reader
 
 MAX_LIMIT = 10_000
@@ -92,6 +93,37 @@ class Reads:
 
         plan = Plan(scope, scope, query.table, key, field_of("count", query, 0), find, COUNT, _window(query))
         return await self._answer(plan)  # type: ignore[no-any-return]
+
+    async def context(self, room: str, entity: str | None, messages: int, facts: int) -> Context:
+        """The newest messages of a room, and the newest facts about an entity, or in the room."""
+        about = room if entity is None else None
+        said = self._hit("messages", room, None, messages)
+        known = self._hit("facts", about, entity, facts)
+        if said is MISS and known is MISS:
+            said, known = await asyncio.gather(
+                self._newest("messages", room, None, messages), self._newest("facts", about, entity, facts)
+            )
+        elif said is MISS:
+            said = await self._newest("messages", room, None, messages)
+        elif known is MISS:
+            known = await self._newest("facts", about, entity, facts)
+        return Context(said, known)
+
+    def _hit(self, table: str, room: str | None, entity: str | None, limit: int) -> Any:
+        """What L1 answers to `Bus.recent` of a room or of an entity; MISS if it can't."""
+        if type(limit) is not int:
+            return MISS
+        key: Key = limit if entity is None else (limit, entity, None, None)
+        return self._local.hit(scope_of(table, room, entity, None, None), key)
+
+    async def _newest(self, table: str, room: str | None, entity: str | None, limit: int) -> Memories:
+        limit = limit_of(limit)
+        found = self._hit(table, room, entity, limit)
+        if found is not MISS:
+            return found  # type: ignore[no-any-return]
+        scope = scope_of(table, room, entity, None, None)
+        key: Key = limit if entity is None else (limit, entity, None, None)
+        return await self.recent(scope, key, query_of(table, room, entity, None, None, None, None), limit)
 
     async def _answer(self, plan: Plan) -> Any:
         self._check()

@@ -20,6 +20,7 @@ from .cache.query import timeout_of
 from .connection.link import Link
 from .connection.server_errors import AWAY
 from .errors import (
+    BusClosed,
     DimensionChanged,
     DurabilityUnavailable,
     InvalidMemory,
@@ -99,8 +100,8 @@ class Receipt:
 class Writes:
     """The writes of one bus.
 
-    get        reads a memory by its id, as `Bus.get` does
-    committed  waits until the store has a write; see `Receipt.committed`
+    get    reads a memory by its id, as `Bus.get` does
+    check  raises if the bus may not be used, here and now
     """
 
     def __init__(
@@ -114,7 +115,7 @@ class Writes:
         known: Known,
         tokens: Tokens,
         get: Callable[[str], Awaitable[Memory | None]],
-        committed: Callable[[Write, float], Awaitable[None]],
+        check: Callable[[], None],
     ) -> None:
         settings = self._settings = link.settings
         self._link = link
@@ -125,7 +126,7 @@ class Writes:
         self._known = known
         self._tokens = tokens
         self._get = get
-        self._committed = committed
+        self._check = check
         self.outbox = (
             None
             if settings.outbox == "off"
@@ -288,6 +289,26 @@ class Writes:
         elif durability == "committed":
             await asyncio.gather(*(receipt.committed(self._settings.write_timeout) for receipt in receipts))
         return receipts
+
+    async def _committed(self, write: Write, timeout: float) -> None:
+        """Return once the store has a write; see `Receipt.committed`."""
+        try:
+            self._check()
+        except BusClosed:
+            if write.applied:
+                raise
+            raise BusClosed(
+                "the bus was closed before the store was known to have the write; what is in the log or the outbox"
+                " goes on from there"
+            ) from None
+        await self._pending.wait(write, timeout)
+
+    def check_versions(self) -> None:
+        """LogUnavailable while writes wait in the outbox: they have no version yet that a token could name."""
+        if self.outbox is not None and self.outbox.waiting:
+            raise LogUnavailable(
+                f"{self.outbox.waiting} writes wait in the outbox: a token can't name them yet"
+            )
 
     def _logged(
         self,
