@@ -42,17 +42,19 @@ LIVING = [
     *(
         path
         for folder in ("log", "live", "feed", "cache", "connection", "health", "store")
-        for path in (ROOT / "bus" / "mnemobus" / folder).glob("*.py")
+        for path in (ROOT / "bus" / "mnemobus" / folder).rglob("*.py")
     ),
     *(ROOT / "workers" / "mnemobus_workers").glob("*.py"),
 ]
 """The modules whose objects live as long as an agent or a worker; commands end."""
 MODULES = {
-    path.stem: ".".join(
+    name: ".".join(
         path.relative_to(path.parents[len(path.relative_to(ROOT).parts) - 2]).with_suffix("").parts
     )
     for path in LIVING
+    for name in (path.stem, f"{path.parent.name}.{path.stem}")
 }
+"""By their names, with their folders where several have one name."""
 MAKERS = {
     *("dict", "list", "set", "bytearray", "deque", "OrderedDict", "Counter", "defaultdict"),
     *("WeakValueDictionary", "WeakKeyDictionary", "WeakSet", "Queue", "LifoQueue", "SimpleQueue"),
@@ -123,7 +125,7 @@ def shown(number: float) -> str:
     return f"{number:,.0f}"
 
 
-BOUNDS = re.findall(r"`((?:[a-z]+\.)?_?[A-Z][A-Z_]+)` \(([\d,]+)( MiB| h| ms| s)?\)", PAGE)
+BOUNDS = re.findall(r"`((?:[a-z]+\.)*_?[A-Z][A-Z_]+)` \(([\d,]+)( MiB| h| ms| s)?\)", PAGE)
 
 
 @pytest.mark.parametrize("name, figure, unit", BOUNDS)

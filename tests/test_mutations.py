@@ -151,7 +151,7 @@ MUTATIONS = [
     ),
     Mutation(
         "the tombstone of a room (G3)",
-        "bus/mnemobus/store/sqlite.py",
+        "bus/mnemobus/store/sqlite/statements.py",
         "WHERE t.tbl = n.tbl AND t.room = n.room)",
         "WHERE t.tbl = n.tbl AND t.room = n.room AND FALSE)",
         "test_store.py::test_g3_a_deleted_room_stays_deleted",
@@ -267,7 +267,7 @@ MUTATIONS = [
     ),
     Mutation(
         "the file: what is committed is in the one that is there now (G1)",
-        "bus/mnemobus/store/sqlite.py",
+        "bus/mnemobus/store/sqlite/writer.py",
         "        if self._connection is not None and file != self._file:\n",
         "        if False:\n",
         "test_identity.py::test_g1_a_file_that_is_replaced_under_the_workers_swallows_nothing",

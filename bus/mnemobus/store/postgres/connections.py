@@ -38,7 +38,7 @@ from psycopg.abc import AdaptContext
 from psycopg.pq import ExecStatus, Format, TransactionStatus
 from psycopg.pq.abc import PGresult
 
-from ..errors import StoreUnavailable
+from ...errors import StoreUnavailable
 
 IDLE = 1.0
 """Seconds without use after which an agent closes a connection."""
