@@ -25,7 +25,8 @@ from mnemobus import LogFull, Memory, Settings, memory
 from mnemobus.cache import l2
 from mnemobus.connection.link import Link, ThreadedLink
 from mnemobus.keys import Keyspace, Version
-from mnemobus.log.pending import MARKS, PendingWrites
+from mnemobus.log.marks import MARKS
+from mnemobus.log.pending import PendingWrites
 from mnemobus.memory import new_id
 from mnemobus.records import Row
 from mnemobus_workers import upkeep

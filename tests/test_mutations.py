@@ -281,7 +281,7 @@ MUTATIONS = [
     ),
     Mutation(
         "what came together in one mark is still waited for (G6)",
-        "bus/mnemobus/log/pending.py",
+        "bus/mnemobus/log/marks.py",
         "            or bool(self._covers and self._over(scope))\n",
         "",
         "test_truth.py::test_g6_marks_beyond_their_number_come_together_and_still_hold",
@@ -449,8 +449,8 @@ MUTATIONS = [
     ),
     Mutation(
         "repartition: new partitions wait until no call to an old one is under way (G2)",
-        "bus/mnemobus/log/publisher.py",
-        "        if self._line is None or not all(publisher._is_idle for publisher in self):\n            return\n",
+        "bus/mnemobus/log/routing.py",
+        "        if self._line is None or not all(publisher.is_idle for publisher in self):\n            return\n",
         "        if self._line is None:\n            return\n",
         "test_repartition.py::test_g1_g2_what_waits_behind_a_call_goes_to_the_new_partitions_in_its_order",
     ),

@@ -17,7 +17,7 @@ from typing import Any, Literal
 
 from .connection.server_errors import AWAY
 from .errors import BusClosed, IdentityMismatch, StoreError, StoreUnavailable, WrongLoop
-from .log.publisher import forget_producers
+from .log.routing import forget_producers
 from .parts import Parts
 from .settings import Settings
 from .tasks import end

@@ -1,9 +1,9 @@
 """Writes: what is checked before one leaves the process, how it is published, and what its writer holds.
 
 A write is checked by itself (`encode`), and against what this bus knows of its memory and table (known.py). Then it is
-an event, which a publisher puts into the log (log/publisher.py), or the outbox keeps while the log is away. In the
-moment in which it is logged, before its writer knows, what it touches is dropped from L1 and marked as pending
-(log/pending.py): no query of this bus is answered without it from then on (G6).
+an event. A publisher puts it into the log (log/routing.py, log/publisher.py); while the log is away, the outbox keeps
+it. As soon as it is logged, and before its writer knows, what it touches is dropped from L1 and marked as pending
+(log/marks.py): from then on, no query of this bus is answered without it (G6).
 """
 
 from __future__ import annotations
@@ -36,9 +36,10 @@ from .keys import Dimensions, Version, id_scope
 from .known import Known
 from .live.scopes import LiveScopes
 from .log.events import DELETE, DELETE_ROOM, UPDATE, Event
+from .log.marks import Write
 from .log.outbox import Outbox
-from .log.pending import PendingWrites, Write
-from .log.publisher import Publishers
+from .log.pending import PendingWrites
+from .log.routing import Publishers
 from .log.search import last_pending
 from .log.syncer import Syncer
 from .memory import Memory

@@ -6,7 +6,7 @@ applies. A command closes the log, and ends the old partition in the step that b
 any moment, and run again. Another agent holds the room live: it hears the partition that it takes for the room's, and
 verifies that with a heartbeat.
 
-Modelled after cli/repartition.py, lua/close.lua, lua/relayout.lua, lua/publish.lua, log/publisher.py (`Publishers`) and
+Modelled after cli/repartition.py, lua/close.lua, lua/relayout.lua, lua/publish.lua, log/routing.py (`Publishers`) and
 feed/subscription.py (`_verify`).
 """
 

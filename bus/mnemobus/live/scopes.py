@@ -39,7 +39,8 @@ from ..errors import BadEvent, MnemobusError, SettingsError
 from ..feed.messages import Invalidation
 from ..keys import ZERO, Dimensions, Version, slot_of
 from ..log.events import DELETE_ROOM, Event, decode
-from ..log.pending import INDEXED, PendingWrites, Progress
+from ..log.pending import INDEXED, PendingWrites
+from ..log.progress import Progress
 from ..memory import Memory
 from ..records import Row, pack_memories, unpack_memories
 from ..settings import Settings

@@ -1,98 +1,27 @@
-"""The log, as a writer sees it: events go in once, in order, and get their versions.
-
-One publisher per partition, one call in flight. What arrives while a call is under way goes together in the
-next one: an idle bus publishes a single write at once, a busy one publishes hundreds in one round trip.
-
-Usually a call needs no task: it is sent by who queues the first write, and its answer is handed to the writers in the
-moment in which it arrives. A task takes over where something is out of the ordinary: no connection is idle, the call
-fails, or the outbox is in use. It repeats the same call, with the same number, as long as that can help.
-
-A call carries the producer's id and a sequence number, and the script answers a repeated one with the IDs that
-it gave the first time. So a call that timed out, its outcome unknown, is simply repeated (tenacity, exponential
-backoff with jitter); a late first copy of it, arriving after its repetition, finds that it was overtaken. Two processes
-that go by one producer id (a copied outbox, a process that was forked) must not take each other's answers for their
-own: a repetition is known by a digest of its events, too.
-
-::
-
-    IDLE ─── publish; a connection is idle ──────────────────────► FLYING: a call is under way, without a task
-     │                                                              │  │
-     │                                          answered: writers ◄─┘  └─ no answer, or a refusal
-     │                                          are told; the next                │
-     │                                          call, or IDLE                     ▼
-     └────── publish; none is idle, or older writes are in the outbox ──────► DRAINING: a task sees to it
-                                                                                  │
-        no answer: the same call again, with the same number              ◄───────┤
-        answered: writers are told                                        ◄───────┤
-        no answer for `_LOG_PATIENCE`, or older writes are in the outbox:         │
-        it goes there, and writers are told                               ◄───────┤
-        no outbox, and the deadline is over: writers get an error         ◄───────┤
-        nothing is left: IDLE                                             ◄───────┘
-
-A publisher that is `resting` begins no call. The call under way goes on to its end; then `on_rest` is called.
+"""Which publisher a write goes to: that of its log partition, also while the log is laid out anew.
 
 The log may be laid out anew while writes are under way (`mnemobus repartition`). A partition that has ended refuses
-new calls for ever, and goes on to answer those that it had. So a call of unknown outcome is repeated there, to the end.
-Once no call is under way, all that waits goes to the new partitions, in its order, before anything that came later
-(`Publishers`).
-
-A log that can't be reached for a moment is waited for. Where that goes on, what the call carries, and everything after
-it, goes to the outbox (log/outbox.py) if there is one, which makes the same call once the log is back.
-
-Publishing is no part of the caller's task: cancelling a write gives up the answer, not the write, and everything that
-has to follow a logged write (`on_logged`) follows.
+new calls for ever, and goes on to answer those that it had. So a call of unknown outcome is repeated there, to the end
+(publisher.py). Once no call is under way, all that waits goes to the new partitions, in its order, before anything that
+came later.
 """
 
 from __future__ import annotations
 
 import asyncio
-import logging
-import random
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from functools import partial
-from itertools import repeat
-from typing import Any, Protocol
 
 from redis.exceptions import RedisError
-from tenacity import (
-    AsyncRetrying,
-    RetryCallState,
-    retry_if_exception_type,
-    retry_if_not_exception_type,
-    wait_random,
-    wait_random_exponential,
-)
 
-from ..connection.link import Link, evalsha, script
+from ..connection.link import Link
 from ..connection.server_errors import AWAY
-from ..connection.transport import Wire, pack
-from ..errors import (
-    BacklogFull,
-    LogClosed,
-    LogFull,
-    LogUnavailable,
-    MnemobusError,
-    PartitionEnded,
-    SettingsError,
-    Unready,
-)
-from ..keys import Version
-from ..settings import Settings
-from .append import CALL_BYTES, CALL_EVENTS, Field, Logged, append, publish_call, read_reply
+from ..errors import SettingsError
 from .events import Event
-from .pending import Write
-
-logger = logging.getLogger("mnemobus.log")
-
-
-_CLOSED_PAUSE = (0.01, 0.05)
-"""Seconds between two looks whether a log that is being laid out anew takes writes again: between these."""
-
-_LOG_PATIENCE = 0.5
-"""Seconds that a log which can't be reached is waited for before writes go to the outbox."""
+from .marks import Write
+from .parcel import Parcel, parcels
+from .publisher import OnLogged, Overflow, Publisher
 
 
 async def forget_producers(link: Link, publishers: Iterable[Publisher]) -> None:
@@ -105,375 +34,6 @@ async def forget_producers(link: Link, publishers: Iterable[Publisher]) -> None:
     if commands:
         with suppress(*AWAY, RedisError, SettingsError):
             await link.pipeline(commands)
-
-
-class Overflow(Protocol):
-    """Where writes go while the log can't be reached: the outbox."""
-
-    @property
-    def waiting(self) -> int:
-        """Writes that newer ones have to wait behind."""
-
-    @property
-    def trouble(self) -> str | None:
-        """Why nothing can be kept there; None if it can."""
-
-    async def keep(
-        self, partition: int, events: Sequence[tuple[Event, Sequence[bytes]]], call: tuple[str, int] | None
-    ) -> list[Write]:
-        """Keep writes until it can; ``call``: producer and number under which they may be in the log already."""
-
-
-@dataclass(slots=True)
-class _Pending:
-    """Writes of one caller that wait to be published, together."""
-
-    events: list[Event]
-    fields: list[list[bytes]]
-    size: int
-    deadline: float
-    done: asyncio.Future[list[Write]]
-
-
-def parcels(events: Iterable[Event], deadline: float) -> list[_Pending]:
-    """Events as they go together in a call, each parcel with a future of its own."""
-    loop = asyncio.get_running_loop()
-    made: list[_Pending] = []
-    for event in events:
-        fields = event.fields()
-        size = sum(map(len, fields))
-        if not made or made[-1].size + size > CALL_BYTES or len(made[-1].events) == CALL_EVENTS:
-            made.append(_Pending([], [], 0, deadline, loop.create_future()))
-        made[-1].events.append(event)
-        made[-1].fields.append(fields)
-        made[-1].size += size
-    return made
-
-
-def _fields(batch: Iterable[_Pending]) -> list[list[bytes]]:
-    return [fields for pending in batch for fields in pending.fields]
-
-
-OnLogged = Callable[[int, Event, Version, tuple[Version, ...] | None], Write]
-"""Called with log partition, event, version and the event before it in each of its slots (see `Logged`) for each event
-that is in the log, before its writer knows; what it returns is the writer's answer."""
-
-
-class Publisher:
-    """Appends events to one partition of the log.
-
-    on_rest  called when it is at rest, having been told to be
-    """
-
-    def __init__(
-        self,
-        link: Link,
-        partition: int,
-        producer: str,
-        on_logged: OnLogged,
-        overflow: Overflow | None = None,
-        on_rest: Callable[[], None] = lambda: None,
-    ) -> None:
-        self._link = link
-        self._settings: Settings = link.settings
-        self._partition = self.partition = partition
-        self._producer = self.producer = producer
-        self._on_logged = on_logged
-        self._overflow = overflow
-        self._on_rest = on_rest
-        self.resting = False
-        """Whether to begin no call for now. The call under way goes on to its end."""
-        self._queue: deque[_Pending] = deque()
-        self._task: asyncio.Task[None] | None = None
-        self._flying: list[_Pending] | None = None
-        """What the call carries that is under way without a task."""
-        self._made = 0.0
-        """When that was made, and in which epoch."""
-        self._epoch = ""
-        self._landed = asyncio.Event()
-        self._sequence = 0
-        self._copies = False
-        """Whether a copy of a call may be on its way yet: one was not answered, whatever came of its repetition."""
-        self.calls = 0
-        self.retries = 0
-        self.events = 0
-
-    def publish(self, events: Sequence[Event]) -> list[asyncio.Future[list[Write]]]:
-        """Queue events, which go in one call as far as they fit; the futures give their Writes, in order, once they
-        are in the log or in the outbox, else a WriteFailed."""
-        return self.enqueue(parcels(events, asyncio.get_running_loop().time() + self._settings.write_timeout))
-
-    def enqueue(self, waiting: Iterable[_Pending]) -> list[asyncio.Future[list[Write]]]:
-        """The same, of events that are made up into parcels."""
-        waiting = list(waiting)
-        self._queue.extend(waiting)
-        if self._is_idle and self._queue and not self.resting:
-            self._begin()
-        return [pending.done for pending in waiting]
-
-    def rest(self) -> bool:
-        """Make no more calls until `enqueue` is called after `resting` was unset; whether none is under way."""
-        self.resting = True
-        return self._is_idle
-
-    def take_queue(self) -> list[_Pending]:
-        """What waits, in order; it is the caller's from now on."""
-        queue = list(self._queue)
-        self._queue.clear()
-        return queue
-
-    @property
-    def _is_idle(self) -> bool:
-        """Whether no call is under way."""
-        return self._task is None and self._flying is None
-
-    async def close(self) -> None:
-        """Wait until what is queued is in the log, or has failed."""
-        while not self._is_idle:
-            if self._task is not None:
-                await asyncio.shield(self._task)
-            else:
-                self._landed.clear()
-                await self._landed.wait()
-
-    @property
-    def done(self) -> bool:
-        """Whether the log may forget this producer: it has made calls, each was answered, and none will come."""
-        return self._sequence > 0 and self._is_idle and not self._queue and not self._copies
-
-    def _begin(self) -> None:
-        """Make the next call: at once, if a connection is idle; else a task sees to it."""
-        wire = None if self._behind_outbox else self._link.pool.idle()
-        if wire is None:
-            self._hand_over()
-            return
-        self._flying = self._take()
-        self._made, self._epoch = asyncio.get_running_loop().time(), self._link.epoch
-        self._sequence += 1
-        self.calls += 1
-        wire.call(
-            pack([evalsha((script("publish"), *self._arguments(self._flying)))]),
-            1,
-            self._settings.redis_timeout,
-            partial(self._land, wire),
-        )
-
-    def _land(self, wire: Wire, outcome: list[Any] | Exception) -> None:
-        """The end of a call that had no task."""
-        batch, self._flying = self._flying, None
-        assert batch is not None
-        if isinstance(outcome, Exception):
-            self._copies = True
-            self._link.pool.drop(wire)
-            self._again(1, outcome)
-            self._hand_over(batch, unanswered=True)
-        elif isinstance(outcome[0], Exception):
-            self._link.pool.give_back(wire)
-            self._hand_over(batch)  # which hears the same, and knows what to do about it
-        else:
-            self._link.pool.give_back(wire)
-            try:
-                self._tell(batch, read_reply(self._link, self._epoch, _fields(batch), outcome[0]))
-            except Exception as error:  # every writer must hear of it, whatever it is
-                logger.exception("publishing to log partition %d failed", self._partition)
-                self._fail(batch, error)
-            if self.resting:
-                self._on_rest()
-            elif self._queue:
-                self._begin()
-        self._landed.set()
-
-    @property
-    def _behind_outbox(self) -> bool:
-        """Whether newer writes have to wait behind others in the outbox."""
-        return self._overflow is not None and self._overflow.waiting > 0
-
-    def _hand_over(self, batch: list[_Pending] | None = None, *, unanswered: bool = False) -> None:
-        """Have a task publish what is queued; before that ``batch``, whose call has failed."""
-        work = self._drain(batch, unanswered)
-        self._task = asyncio.get_running_loop().create_task(work, name=f"mnemobus-publish-{self._partition}")
-
-    async def _drain(self, batch: list[_Pending] | None, unanswered: bool) -> None:
-        made = None if batch is None else self._made
-        try:
-            while batch or (self._queue and not self.resting):
-                batch = batch or self._take()
-                try:
-                    await self._publish(batch, made, unanswered)
-                except PartitionEnded:
-                    # If the new layout is known by now, `Publishers` takes these along. If not, the same call fails
-                    # again.
-                    self._queue.extendleft(reversed(batch))
-                except Exception as error:  # every writer must hear of it, whatever it is
-                    if not isinstance(error, MnemobusError):
-                        logger.exception("publishing to log partition %d failed", self._partition)
-                    self._fail(batch, error)
-                batch, made, unanswered = None, None, False
-        except BaseException:  # the loop is shutting down, and cancelled this task
-            self._task = None
-            self._copies = self._copies or bool(batch)
-            self._queue.extendleft(batch or ())
-            self._fail(self._queue, LogUnavailable("the bus was shut down before the write was published"))
-            self._queue.clear()
-            raise
-        self._task = None
-        if self.resting:
-            self._on_rest()
-
-    def _take(self) -> list[_Pending]:
-        batch: list[_Pending] = []
-        events = size = 0
-        while self._queue:
-            events += len(self._queue[0].events)
-            size += self._queue[0].size
-            if batch and (size > CALL_BYTES or events > CALL_EVENTS):
-                break
-            batch.append(self._queue.popleft())
-        return batch
-
-    @staticmethod
-    def _fail(batch: Sequence[_Pending] | deque[_Pending], error: Exception) -> None:
-        for pending in batch:
-            if not pending.done.done():
-                pending.done.set_exception(error)
-                pending.done.exception()  # a writer that was cancelled won't fetch it
-
-    async def _publish(self, batch: list[_Pending], made: float | None, unanswered: bool) -> None:
-        """Publish, or keep in the outbox, and tell the writers.
-
-        made, unanswered: when the call was made already and failed, and whether it had no answer
-        """
-        overflow = self._overflow
-        call = unavailable = None
-        if made is not None or not self._behind_outbox:
-            if made is None:
-                self._sequence += 1
-            try:
-                self._tell(batch, await self._insist(batch, made, unanswered))
-                return
-            except PartitionEnded:
-                raise
-            except LogUnavailable as error:
-                if overflow is None:
-                    raise
-                call, unavailable = (self._producer, self._sequence), error
-                self._copies = True  # the outbox makes it again
-        assert overflow is not None
-        events = [pair for p in batch for pair in zip(p.events, p.fields, strict=True)]
-        try:
-            kept = await overflow.keep(self._partition, events, call)
-        except MnemobusError as full:
-            if unavailable is None:
-                raise
-            raise LogUnavailable(f"{unavailable}; and {full}") from full
-        self._answer(batch, kept)
-
-    def _tell(self, batch: list[_Pending], logged: Logged) -> None:
-        """The batch is in the log."""
-        versions = logged.versions
-        self.events += len(versions)
-        events = (event for pending in batch for event in pending.events)
-        told = zip(events, versions, logged.previous or repeat(None, len(versions)), strict=True)
-        self._answer(batch, [self._on_logged(self._partition, *each) for each in told])
-
-    @staticmethod
-    def _answer(batch: list[_Pending], writes: list[Write]) -> None:
-        at = 0
-        for pending in batch:
-            count = len(pending.events)
-            if not pending.done.done():
-                pending.done.set_result(writes[at : at + count])
-            at += count
-
-    def _arguments(self, batch: list[_Pending]) -> tuple[list[str], list[Field]]:
-        return publish_call(self._link, self._partition, self._producer, self._sequence, _fields(batch))
-
-    async def _insist(self, batch: list[_Pending], made: float | None, unanswered: bool) -> Logged:
-        """Repeat the call until it is answered, or until it can't help any more. ``made``: when it was made first, and
-        failed."""
-        deadline = batch[0].deadline
-        loop = asyncio.get_running_loop()
-        spill_at = deadline
-        if self._overflow is not None and self._overflow.trouble is None:
-            spill_at = min(deadline, (loop.time() if made is None else made) + _LOG_PATIENCE)
-        if loop.time() >= spill_at:
-            raise self._unreachable("no answer in time")
-
-        def stop(state: RetryCallState) -> bool:
-            if isinstance(_error(state), (BacklogFull, LogClosed)):
-                return loop.time() >= deadline
-            return loop.time() + state.upcoming_sleep >= spill_at
-
-        backoff = wait_random_exponential(multiplier=self._settings.redis_create_retry_interval / 1000, max=2)
-        soon = wait_random(*_CLOSED_PAUSE)
-
-        def wait(state: RetryCallState) -> float:
-            error = _error(state)
-            pause = soon(state) if isinstance(error, LogClosed) else backoff(state)
-            # Workers may make room until the very end.
-            last = isinstance(error, (BacklogFull, LogClosed))
-            return min(pause, max(deadline - loop.time(), 0)) if last else pause
-
-        retrying = AsyncRetrying(
-            retry=retry_if_exception_type((*AWAY, Unready, BacklogFull))
-            & retry_if_not_exception_type(PartitionEnded),
-            wait=wait,
-            stop=stop,
-            before_sleep=self._before_sleep,
-            reraise=True,
-        )
-        events = _fields(batch)
-        try:
-            async for attempt in retrying:
-                with attempt:
-                    self.calls += 1
-                    try:
-                        return await append(
-                            self._link, self._partition, self._producer, self._sequence, events
-                        )
-                    except AWAY:
-                        unanswered = self._copies = True
-                        raise
-                    except PartitionEnded:
-                        await self._learn()
-                        raise
-                    except SettingsError as error:
-                        # It was fit for use when the bus was opened: somebody will see to it, and the outbox can wait.
-                        if self._overflow is None and not unanswered:
-                            raise
-                        raise Unready(f"{error}: nothing was written") from error
-        except AWAY as error:
-            raise self._unreachable(error) from error
-        except (BacklogFull, LogFull, Unready) as error:
-            if not unanswered or isinstance(error, PartitionEnded):
-                raise
-            # A first copy of the call may be on its way yet, and arrive when there is room again.
-            raise LogUnavailable(
-                f"the write was not answered, and may or may not be in the log; when it was repeated: {error}"
-            ) from error
-        raise AssertionError("unreachable")
-
-    async def _learn(self) -> None:
-        """Find out how the log is laid out: as it is known here, it is not."""
-        shape = self._link.keys.shape
-        with suppress(*AWAY, RedisError, SettingsError):
-            await self._link.renew_epoch()
-        if shape == self._link.keys.shape:  # or Redis was flushed, and has made the partition anew
-            await asyncio.sleep(random.uniform(*_CLOSED_PAUSE))
-
-    def _unreachable(self, reason: object) -> LogUnavailable:
-        return LogUnavailable(
-            f"Redis at {self._link.address} could not be reached in time ({reason}; MNEMOBUS_WRITE_TIMEOUT is"
-            f" {self._settings.write_timeout:g} s): the write may or may not be in the log"
-        )
-
-    def _before_sleep(self, state: RetryCallState) -> None:
-        self._again(state.attempt_number, _error(state))
-
-    def _again(self, attempt: int, error: BaseException | None) -> None:
-        self.retries += 1
-        log = logger.warning if attempt == 1 else logger.debug
-        log("log partition %d: %s; trying again", self._partition, error)
 
 
 class Publishers:
@@ -493,7 +53,7 @@ class Publishers:
         self._by_partition: dict[int, Publisher] = {}
         self.events = self.calls = self.retries = 0
         """Figures of publishers that are gone, as their partitions are."""
-        self._line: list[_Pending] | None = None
+        self._line: list[Parcel] | None = None
         """What waits until all have come to rest; None while none has to."""
         link.on_layout.append(self._on_layout)
 
@@ -532,7 +92,7 @@ class Publishers:
         while True:
             for publisher in self:
                 await publisher.close()
-            if all(publisher._is_idle for publisher in self):
+            if all(publisher.is_idle for publisher in self):
                 if self._line is None:
                     return
                 self._on_rest()  # one of them was cancelled, and did not tell
@@ -546,7 +106,7 @@ class Publishers:
 
     def _on_rest(self) -> None:
         """One of them has come to rest."""
-        if self._line is None or not all(publisher._is_idle for publisher in self):
+        if self._line is None or not all(publisher.is_idle for publisher in self):
             return
         line = [pending for publisher in self for pending in publisher.take_queue()] + self._line
         self._line = None
@@ -560,7 +120,7 @@ class Publishers:
         for pending in line:
             self._again(pending)
 
-    def _again(self, pending: _Pending) -> None:
+    def _again(self, pending: Parcel) -> None:
         """Queue what was queued for another layout."""
         partition_of = self._link.keys.log_partition
         by_partition: dict[int, list[int]] = {}
@@ -588,7 +148,7 @@ class Publishers:
                 pending.done.set_result([write for write in writes if write is not None])
 
         for partition, indexes in by_partition.items():
-            part = _Pending(
+            part = Parcel(
                 [pending.events[index] for index in indexes],
                 [pending.fields[index] for index in indexes],
                 sum(len(field) for index in indexes for field in pending.fields[index]),
@@ -597,7 +157,3 @@ class Publishers:
             )
             part.done.add_done_callback(partial(answered, indexes))
             self._of(partition).enqueue([part])
-
-
-def _error(state: RetryCallState) -> BaseException | None:
-    return state.outcome.exception() if state.outcome else None
