@@ -18,13 +18,13 @@ from .cache.query import (
     cursor_of,
     limit_of,
     query_of,
-    room_scope,
     scope_of,
+    scope_of_room,
     timeout_of,
 )
 from .lifecycle import LifeCycle
 from .memory import Context, Memories, Memory
-from .parts import Parts
+from .parts import BusParts
 from .settings import Settings
 from .stats import Health, Stats
 from .values import canonical_id
@@ -54,7 +54,7 @@ class Bus:
         self.settings = settings
         self._life = LifeCycle(settings, self._use)
 
-    def _use(self, parts: Parts) -> None:
+    def _use(self, parts: BusParts) -> None:
         """Have the parts at hand: a call, and a hit above all, makes no detour. Tests look at the others."""
         self._parts = parts
         self.id = parts.id
@@ -223,7 +223,7 @@ class Bus:
             try:
                 scope = ROOM_SCOPES[table][room]
             except (KeyError, TypeError, ValueError):
-                scope = room_scope(table, room)
+                scope = scope_of_room(table, room)
         else:
             scope = scope_of(table, room, entity, agent, world)
             key = (limit, entity, agent, world)

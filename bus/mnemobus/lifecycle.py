@@ -18,7 +18,7 @@ from typing import Any, Literal
 from .connection.server_errors import AWAY
 from .errors import BusClosed, IdentityMismatch, StoreError, StoreUnavailable, WrongLoop
 from .log.routing import forget_producers
-from .parts import Parts
+from .parts import BusParts
 from .settings import Settings
 from .tasks import end
 
@@ -32,7 +32,7 @@ class LifeCycle:
          opened
     """
 
-    def __init__(self, settings: Settings, use: Callable[[Parts], None]) -> None:
+    def __init__(self, settings: Settings, use: Callable[[BusParts], None]) -> None:
         self._settings = settings
         self._use = use
         self._state: Literal["new", "open", "closed", "forked"] = "new"
@@ -44,7 +44,7 @@ class LifeCycle:
         _lives.add(self)
 
     def _make_parts(self) -> None:
-        self._parts = Parts(self._settings, self.check)
+        self._parts = BusParts(self._settings, self.check)
         self._use(self._parts)
 
     # Opening

@@ -26,7 +26,7 @@ from .tokens import Tokens
 from .writes import Writes
 
 
-class Parts:
+class BusParts:
     """The parts of one bus. None of them does anything before lifecycle.py opens it.
 
     check  raises if the bus may not be used, here and now

@@ -83,10 +83,10 @@ _MOST_SCOPES = 10_000
 """How many of each kind are remembered."""
 _remembered: Counter[str] = Counter()
 ROOM_SCOPES: Final[Mapping[str, Mapping[str, str]]] = _SCOPES["room"]
-"""Those of rooms, by table and room, for the hot path; `room_scope` has the others."""
+"""Those of rooms, by table and room, for the hot path; `scope_of_room` has the others."""
 
 
-def room_scope(table: str, room: str) -> str:
+def scope_of_room(table: str, room: str) -> str:
     """The scope of a room; InvalidQuery if there can be none."""
     return _scope("room", table, room)
 

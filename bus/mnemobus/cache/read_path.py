@@ -38,7 +38,7 @@ from .query import Plan
 
 logger = logging.getLogger("mnemobus.reads")
 
-_JOIN_PATIENCE = 0.05
+_FEED_PATIENCE = 0.05
 """Seconds that a read waits for its feed partition; without it the read is not cached."""
 
 
@@ -125,7 +125,7 @@ class ReadPath:
         while True:
             stale = plan.scope in self._pending and not await self._wait_for_own_writes(plan.scope)
             stale = not await self._live.committed(plan, self._feed.reachable) or stale
-            joined = self._feed.joined(partition) or await self._feed.join(partition, _JOIN_PATIENCE)
+            joined = self._feed.joined(partition) or await self._feed.join(partition, _FEED_PATIENCE)
             marked = plan.scope in self._pending
             if joined and not stale and not marked:
                 bucket = self._local.open(plan.name, partition, self._settings.ttl(plan.table))

@@ -38,7 +38,7 @@ from ..errors import BusClosed, SettingsError
 from ..keys import LAYOUT, Version
 from ..log.pending import PendingWrites
 from .messages import decode_entry
-from .positions import Partition, Positions
+from .positions import HEAD_GRACE, Partition, Positions
 
 if TYPE_CHECKING:
     from ..live.scopes import LiveScopes
@@ -47,8 +47,6 @@ logger = logging.getLogger("mnemobus.feed")
 
 REPLAY = 500
 """Messages read at a time when the feed is replayed."""
-_GRACE = (0.002, 0.005, 0.010)
-"""Seconds for which a head may be ahead of its position; after them pub/sub has lost something."""
 
 
 class Heartbeat:
@@ -262,7 +260,7 @@ class Heartbeat:
         self.refusal = refusal
 
     async def _catch_up(self, heads: list[tuple[Partition, Version]]) -> None:
-        for pause in _GRACE:
+        for pause in HEAD_GRACE:
             if not any(p.behind(head) for p, head in heads):
                 return
             await asyncio.sleep(pause)

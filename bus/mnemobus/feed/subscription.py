@@ -43,7 +43,7 @@ _LISTEN_PATIENCE = 0.5
 """Seconds that a bus which opens waits to be told that it may listen."""
 _ANSWERING = 16
 """Questions that are answered at a time; more are not answered."""
-_LINGER = 30.0
+_PARTITION_LINGER = 30.0
 """Seconds that a partition without a bucket is still listened to."""
 
 
@@ -403,7 +403,7 @@ class Feed:
                 partition.idle_since = None
             elif partition.idle_since is None:
                 partition.idle_since = now
-            elif now - partition.idle_since > _LINGER:
+            elif now - partition.idle_since > _PARTITION_LINGER:
                 self.positions.leave(partition)
                 await self.send("UNSUBSCRIBE", partition.channel)
 

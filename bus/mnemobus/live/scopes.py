@@ -46,7 +46,7 @@ from ..records import Row, pack_memories, unpack_memories
 from ..settings import Settings
 from ..store import Query
 from .channel import Channel
-from .listener import Listener, Place
+from .listener import Listener, Slot
 from .window import Window
 
 logger = logging.getLogger("mnemobus.live")
@@ -339,7 +339,7 @@ class LiveScopes:
         self._local.hold(bucket, settings.ttl(plan.table))
         return bucket, source
 
-    def _places(self, plan: Plan) -> list[Place]:
+    def _places(self, plan: Plan) -> list[Slot]:
         """The channels of a query's scope."""
         assert plan.window is not None
         query, keys = plan.window, self._link.keys

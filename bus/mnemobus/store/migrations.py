@@ -48,7 +48,7 @@ def missing(where: str) -> SchemaError:
     return SchemaError(f"{where} has no schema yet: start a worker (mnemobus worker), which makes it")
 
 
-def check(number: int, where: str) -> None:
+def check_number(number: int, where: str) -> None:
     """SchemaError if a reader of this version can't read a schema of this number."""
     if number < store.SCHEMA:
         raise SchemaError(

@@ -38,7 +38,6 @@ from ...embedded import (
     absolute,
     await_workers,
     check_store,
-    end,
     free_port,
     log_tail,
     spawn,
@@ -50,7 +49,7 @@ from ...store import open_reader
 from ..console import emit, err, run_until_signal
 from ..inspection import ask, keyspace, looking_at
 from . import proof
-from .rooms import Part, rooms_of
+from .rooms import Role, rooms_of
 from .summary import Summary, show
 
 AGENT = f"{__package__}.agent"
@@ -157,7 +156,7 @@ class _Demo:
     ) -> None:
         self._settings = settings
         name = f"demo-{secrets.token_hex(3)}"
-        self._parts = [Part(number, agents, writes, name) for number in range(agents)]
+        self._parts = [Role(number, agents, writes, name) for number in range(agents)]
         self._rooms = rooms_of(self._parts[0])
         self._expected = sum(room.writes for room in self._rooms)
         self._json = json

@@ -119,7 +119,7 @@ class PostgresReader(SqlReader):
                     except psycopg.Error as error:
                         raise self._server.error(error) from error
                     number = await self.schema()
-                migrations.check(number, self._server.where)
+                migrations.check_number(number, self._server.where)
                 self._prepared = True
 
     async def _fetch(self, sql: str, parameters: Sequence[Any] = ()) -> list[tuple[Any, ...]]:

@@ -15,7 +15,7 @@ from .. import Cursor, Deletion, merge
 from ..merge import Delta, Room
 from .arrays import Byteas, texts, uuids
 from .connections import Session
-from .locks import LOCKS, slot_of
+from .locks import LOCKS, lock_slot
 from .server import PostgresServer
 from .statements import PostgresStatements, columns
 
@@ -68,14 +68,14 @@ class PostgresTransaction:
         return cursor.fetchall() if cursor.description else []
 
     def share(self, rooms: Collection[Room]) -> None:
-        self._locked = self._execute(self._sql.share, (LOCKS, sorted(set(map(slot_of, rooms)))))
+        self._locked = self._execute(self._sql.share, (LOCKS, sorted(set(map(lock_slot, rooms)))))
 
     def be_patient(self, seconds: float) -> None:
         """For how long to wait for a lock."""
         self._execute("SELECT set_config('lock_timeout', %s, true)", (str(round(seconds * 1000)),))
 
     def exclude(self, rooms: Collection[Room]) -> None:
-        self._locked = self._execute(self._sql.exclude, (LOCKS, sorted(set(map(slot_of, rooms)))))
+        self._locked = self._execute(self._sql.exclude, (LOCKS, sorted(set(map(lock_slot, rooms)))))
 
     def bury(self, rooms: Mapping[Room, bytes]) -> None:
         for room, version in sorted(rooms.items()):

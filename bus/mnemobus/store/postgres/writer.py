@@ -25,7 +25,7 @@ from .. import Applied, Cursor, Deletion, Identity, merge
 from ..merge import Delta
 from .arrays import INT, Byteas, Int4s, uuids
 from .connections import Connections, Session, at_once
-from .locks import LOCKS, slot_of
+from .locks import LOCKS, lock_slot
 from .schema import upgrade
 from .server import PostgresServer
 from .statements import PLACE, columns
@@ -109,7 +109,7 @@ class PostgresWriter:
         def work(link: Session) -> _Won | None:
             if link.pooled:
                 return None
-            slots = sorted({slot_of(delta.dimensions[:2]) for delta in batch.deltas})
+            slots = sorted({lock_slot(delta.dimensions[:2]) for delta in batch.deltas})
             locks = (INT.pack(LOCKS), Int4s.of([INT.pack(slot) for slot in slots]))
             # Another store than that is left as it is.
             expected = None if self._expected is None else bytes.fromhex(self._expected)

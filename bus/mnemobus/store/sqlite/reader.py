@@ -105,7 +105,7 @@ class SqliteReader(SqlReader):
                     raise migrations.missing(f"SQLite {self._path}")
                 upgrade(connection, self._path, self._namespace)
                 number = SCHEMA
-            migrations.check(number, f"SQLite {self._path}")
+            migrations.check_number(number, f"SQLite {self._path}")
         finally:
             connection.close()
 
