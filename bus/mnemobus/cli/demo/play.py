@@ -38,6 +38,7 @@ from ...embedded import (
     absolute,
     await_workers,
     check_store,
+    end_process,
     free_port,
     log_tail,
     spawn,
@@ -199,7 +200,7 @@ class _Demo:
                     env=environment,
                     limit=1 << 28,
                 )
-            stack.push_async_callback(end, process, 2.0)
+            stack.push_async_callback(end_process, process, 2.0)
             self._agents.append(_AgentProcess(part.number, process))
         for agent, part in zip(self._agents, self._parts, strict=True):
             await agent.tell(asdict(part))
