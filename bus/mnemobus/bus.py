@@ -84,8 +84,9 @@ class Bus:
     async def open(self) -> None:
         """Connect. Done by ``async with``.
 
-        A Redis or a store that is away is no error (the bus degrades, and recovers), both are. A Redis that is not
-        fit for use (it could evict the log, refuses the login, is laid out differently) is a SettingsError.
+        If either Redis or the store can't be reached, the bus opens without it and recovers later. Raises
+        StoreUnavailable if neither can be reached; SettingsError if Redis is not fit for use (it could evict the log,
+        refuses the login, does not fit the settings); IdentityMismatch if the store is another bus's.
         """
         await self._life.open()
 
@@ -94,7 +95,7 @@ class Bus:
 
         Calls that wait for a write to be committed, or for what a token names, raise BusClosed at once.
 
-        If it is cancelled, the bus goes on closing; a repeated call waits for that.
+        If this call is cancelled, the bus closes all the same; a repeated call waits until it has.
         """
         await self._life.close()
 
@@ -119,13 +120,13 @@ class Bus:
     # Writes
 
     async def write(self, memory: Memory, *, durability: Durability | None = None) -> Receipt:
-        """Log a memory, new or as a whole in place of what has its id.
+        """Log a memory: a new one, or one that replaces the memory with its id as a whole.
 
-        durability: "logged" (the default, see MNEMOBUS_DURABILITY): it is in the log; "synced": and on disk or on a
-        replica there; "committed": and in the store.
+        durability  when the call returns. "logged" (the default, see MNEMOBUS_DURABILITY): the write is in the log;
+                    "synced": it is also on the disk of Redis, or on a replica; "committed": it is also in the store
 
         Raises InvalidMemory, which names the field, before anything leaves the process; WriteFailed if the log does
-        not take it.
+        not take the write.
         """
         self._life.check()
         return await self._writes.write(memory, durability)
@@ -135,8 +136,8 @@ class Bus:
     ) -> list[Receipt]:
         """Log memories; receipts in the order given. One publish per partition of the log.
 
-        All are validated before the first is logged. Not a transaction: if it raises WriteFailed, memories of
-        other partitions may have been logged.
+        All are validated before the first is logged. This is no transaction: if it raises WriteFailed, memories of
+        other partitions may be in the log.
         """
         self._life.check()
         return await self._writes.write_many(memories, durability)
@@ -150,11 +151,11 @@ class Bus:
         embedding: Sequence[float] | Keep | None = KEEP,
         durability: Durability | None = None,
     ) -> Receipt:
-        """Change what is given, and nothing else, of a memory; ``embedding=None`` removes its embedding.
+        """Change the given fields of a memory, and no others; ``embedding=None`` removes its embedding.
 
-        Two agents that update different fields at once both win. Raises MemoryNotFound if there is no such memory, as
-        far as this bus has heard (a deletion that comes before the update in the log, and is heard of later, leaves it
-        without effect); NotCommitted if that can't be known now; else as `write`.
+        If two agents update different fields at once, both changes stay. Raises MemoryNotFound if this bus knows of no
+        such memory; NotCommitted if that can't be known now; and what `write` raises. If a deletion comes before the
+        update in the log, and this bus has not heard of it yet, the update has no effect.
         """
         self._life.check()
         return await self._writes.update(id, content, metadata, embedding, durability)
@@ -162,8 +163,8 @@ class Bus:
     async def delete(self, id: str, *, durability: Durability | None = None) -> Receipt | None:
         """Delete a memory; None if there is none with this id.
 
-        What this bus has written counts, whether or not it is in the store yet. Raises NotCommitted if it can't be
-        known now whether that is one of them; else as `write`.
+        Writes of this bus count, even if they are not in the store yet. Raises NotCommitted if it can't be known now
+        whether there is such a memory; and what `write` raises.
         """
         [receipt] = await self.delete_many([id], durability=durability)
         return receipt
@@ -176,7 +177,7 @@ class Bus:
         return await self._writes.delete_many(ids, durability)
 
     async def delete_room(self, table: str, *, room: str, durability: Durability | None = None) -> Receipt:
-        """Delete all of a table's memories in a room, also those logged before and not committed yet."""
+        """Delete all memories of a table in a room, including those that are logged and not committed yet."""
         self._life.check()
         return await self._writes.delete_room(table, room, durability)
 
@@ -185,7 +186,7 @@ class Bus:
     async def get(self, id: str) -> Memory | None:
         """The memory with this id, or None.
 
-        From the nearest tier that has it and may answer. Raises StoreUnavailable if none can.
+        It comes from the nearest tier that has it and is current. Raises StoreUnavailable if no tier can answer.
         """
         try:
             found = self._local.hit(id, GET)
@@ -209,11 +210,11 @@ class Bus:
     ) -> Memories:
         """The newest ``limit`` memories of a table that match every dimension given, newest first.
 
-        ``before`` and ``after`` page: pass the last memory of one page to get the next. Memories with the same date
-        are in the order of their ids, so that paging neither repeats nor misses one. With ``after`` alone the
-        answer holds those nearest to it.
+        ``before`` and ``after`` are for pages: pass the last memory of one page to get the next. Each is a memory, a
+        datetime, or a datetime and an id. Memories with the same date are in the order of their ids, so no page repeats
+        or misses one. With ``after`` alone, the answer has the memories that follow it directly.
 
-        Raises InvalidQuery, or StoreUnavailable if no tier can answer.
+        Raises InvalidQuery, which names the argument; StoreUnavailable if no tier can answer.
         """
         if type(limit) is not int:  # True is 1 to a cache
             limit = limit_of(limit)
@@ -259,19 +260,20 @@ class Bus:
     async def context(
         self, *, room: str, entity: str | None = None, messages: int = 5, facts: int = 6
     ) -> Context:
-        """What an agent needs at the start of a turn, read at once.
+        """What an agent needs at the start of a turn, in one call.
 
-        The newest of table "messages" in the room, and of table "facts" about the entity (in the room, where no
-        entity is given).
+        That is the newest memories of table "messages" in the room, and of table "facts" about the entity, or in the
+        room if no entity is given. Raises what `recent` raises.
         """
         return await self._reads.context(room, entity, messages, facts)
 
     # Across agents
 
     def token(self) -> str:
-        """What another bus needs to `observe` all that this one has written and observed so far.
+        """A token for another bus, which can `observe` all that this bus has written and observed so far.
 
-        Raises LogUnavailable while writes wait in the outbox: they have no version yet that could be waited for.
+        Raises LogUnavailable while writes wait in the outbox: they have no version yet that the other bus could wait
+        for.
         """
         self._life.check_process()
         self._writes.check_versions()
@@ -285,7 +287,7 @@ class Bus:
         self._life.check()
         await self._tokens.observe(token, timeout_of(timeout))
 
-    # What it tells of itself
+    # Figures and health
 
     def stats(self) -> Stats:
         """Figures since the bus was opened."""
@@ -293,8 +295,9 @@ class Bus:
         return self._parts.stats()
 
     async def health(self, timeout: float = 2.0) -> Health:
-        """How the bus is, now: asks Redis and the store, for ``timeout`` seconds at most. Raises only BusClosed, and
-        InvalidQuery for a timeout that is no number."""
+        """The health of the bus now. It asks Redis and the store, for ``timeout`` seconds at most.
+
+        Raises only BusClosed, WrongLoop, and InvalidQuery for a timeout that is not a number."""
         self._life.check_state()
         return await self._checkup.health(timeout_of(timeout))
 

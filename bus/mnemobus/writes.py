@@ -359,9 +359,9 @@ class Writes:
         return scopes
 
     async def _find_dimensions(self, id: str, *, there: bool = False) -> Dimensions | None:
-        """The dimensions of a memory that there is, or was when this bus last heard of it; else None.
+        """The dimensions of a memory that exists, or existed when this bus last heard of it; else None.
 
-        there: only if it still is, as far as the nearest tier that has it can tell
+        there: only if it still exists, as far as the nearest tier that has it can tell
         """
         known = self._known.dimensions(id)
         deleted = self._known.deleted(id)

@@ -38,7 +38,7 @@ _LAST_ID = "ffffffff-ffff-ffff-ffff-ffffffffffff"
 
 @dataclass(frozen=True, slots=True)
 class Kind:
-    """What the answers of one kind of query are like, in each place.
+    """The forms of the answers to one kind of query, in each place.
 
     name    get, recent or count
     pack    as L2 keeps what the store answered
@@ -62,7 +62,7 @@ class Plan:
     key     in L1
     field   in L2
     find    asks the store
-    window  the query, where a window of its scope may answer it, and the limit with it
+    window  the query, if a window of its scope may answer it; None if not. ``limit`` is its limit
     """
 
     scope: str
@@ -108,7 +108,7 @@ def _scope(kind: str, table: str, name: str) -> str:
     known = _SCOPES[kind]
     try:
         return known[table][name]
-    except (KeyError, TypeError, ValueError):  # a list, say, which the check names
+    except (KeyError, TypeError, ValueError):  # a list, for example: the check names it
         _check_names(table, {kind: name})
     if _remembered[kind] >= _MOST_SCOPES:
         known.clear()

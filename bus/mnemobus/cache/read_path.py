@@ -47,7 +47,7 @@ Answer = tuple[Any, str, bool]
 
 
 class Load:
-    """A read under way of one query, for others to share.
+    """A read of one query that is under way, and that other reads may share.
 
     began: when, by `clock`
     """
@@ -59,7 +59,7 @@ class Load:
         self._waiting: list[asyncio.Future[Answer | None]] = []
 
     async def wait(self) -> Answer | None:
-        """What it finds; None if the task that loads was cancelled. Raises what the load raises."""
+        """The result; None if the task that loads was cancelled. Raises what the load raises."""
         answer: asyncio.Future[Answer | None] = asyncio.get_running_loop().create_future()
         self._waiting.append(answer)
         return await answer
@@ -149,7 +149,7 @@ class ReadPath:
             return plan.kind.show(kept, source, stale)
 
     def _outdo(self, plan: Plan) -> None:
-        """A window has answered a query. A load of that query that began earlier may find less: it must not be seen
+        """A window has answered a query. A load of that query that began earlier may find less: nobody may see it
         any more."""
         if any((bucket, plan.key) in self._loads for bucket in self._local.beside(plan.name)):
             self._local.drop(plan.scope)

@@ -23,7 +23,7 @@ class Parcel:
 
 
 def parcels(events: Iterable[Event], deadline: float) -> list[Parcel]:
-    """Events as they go together in a call, each parcel with a future of its own."""
+    """The parcels of these events, each with its own future."""
     loop = asyncio.get_running_loop()
     made: list[Parcel] = []
     for event in events:

@@ -40,7 +40,7 @@ class Publishers:
     """The publishers of all log partitions that this bus has written to.
 
     Once the log is laid out anew, all of them come to rest, and what comes meanwhile waits. Then what waited with them
-    goes to the new partitions, and after that what came meanwhile: of what is written to one room, nothing overtakes.
+    goes to the new partitions, and after that what came meanwhile: so writes to one room stay in their order.
     """
 
     def __init__(

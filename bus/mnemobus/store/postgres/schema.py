@@ -30,7 +30,7 @@ advisory lock does not refresh."""
 
 
 def upgrade(server: PostgresServer) -> None:
-    """Apply the migrations that are missing; others may be at the same."""
+    """Apply the migrations that are missing. Other processes may do so at the same time."""
     with server.connect() as connection:
         connection.isolation_level, connection.read_only = IsolationLevel.READ_COMMITTED, False
         _check_encoding(server, connection)
@@ -56,7 +56,7 @@ def upgrade(server: PostgresServer) -> None:
 
 
 def _migrate(server: PostgresServer, connection: Connection[Any], migration: Migration, found: Found) -> None:
-    # Where there is one that somebody made for us, no right to make schemas is needed.
+    # If somebody made the schema for us, the right to make schemas is not needed.
     if not connection.execute(
         "SELECT 1 FROM pg_namespace WHERE nspname = %s", (server.namespace,)
     ).fetchone():
@@ -98,7 +98,7 @@ def _move(server: PostgresServer, connection: Connection[Any], old: str) -> None
 
 @contextmanager
 def _unhurried(server: PostgresServer, connection: Session) -> Iterator[None]:
-    """A transaction that may take as long as it takes: tables may be large, and others be at the same."""
+    """A transaction without a time limit: tables may be large, and another process may be upgrading them already."""
     with connection.transaction():
         server.limit(connection, math.inf)
         yield

@@ -1,5 +1,6 @@
-"""How workers commit to PostgreSQL: a batch in one round trip where that does, else in a transaction; tried again where
-others got in the way, or the connection was dead."""
+"""How workers commit to PostgreSQL: a batch in one round trip if possible, else in a transaction.
+
+A call is repeated if another transaction got in its way, or if its connection was dead."""
 
 from __future__ import annotations
 
@@ -93,10 +94,10 @@ class PostgresWriter:
         return applied
 
     def _apply_at_once(self, events: Sequence[Event]) -> _Won | None:
-        """Commit in one round trip what nothing has to be looked up for: most batches. None if it is no such batch.
+        """Commit a batch in one round trip if nothing has to be looked up for it, as for most. None for others.
 
-        What changed nothing may contradict what is stored. Then merge.apply sees to it, in another transaction: there
-        the others have no further effect.
+        What changed nothing may contradict what is stored. Then merge.apply follows, in another transaction, where
+        the other events have no further effect.
         """
         if not events or any(event.embedding for event in events):
             return None
@@ -199,7 +200,7 @@ class PostgresWriter:
                     self._do(sql.make_epoch, ())
                 except (
                     StoreError
-                ) as error:  # others make it at the same time; if not, the next statement says so
+                ) as error:  # another worker makes it at the same time; if not, the next statement fails
                     logger.debug("%s", error)
             self._do(sql.begin_epoch, (uuid.uuid4(),))
         try:
@@ -256,7 +257,7 @@ class PostgresWriter:
         return self._run(attempt)
 
     def _run(self, work: Callable[[Session], T]) -> T:
-        """Do this work, which must bear to be repeated, on a connection; again where others got in its way."""
+        """Do this work on a connection; it may be repeated, as it is if other transactions got in its way."""
         connections = self._opened()
         tries, worn = 1, False
         while True:
@@ -268,7 +269,7 @@ class PostgresWriter:
                         lost = link.closed
                         if not self._server.worn(link, error) or (worn and not lost):
                             raise
-                        if worn:  # it may be this batch that the server dies of
+                        if worn:  # this batch may be what kills the server
                             raise StoreTooSlow(str(self._server.error(error))) from error
                         connections.drain()  # the others are as old
                         worn = True
@@ -280,7 +281,7 @@ class PostgresWriter:
             except psycopg.Error as error:
                 meant = self._server.error(error)
                 if worn and type(meant) is StoreUnavailable:
-                    # It went away in the midst of the batch, and is not back at once.
+                    # The server went away during the batch, and has not come back at once.
                     meant = StoreTooSlow(str(meant))
                 raise meant from error
             except (OverflowError, UnicodeError, struct.error) as error:  # while building the columns

@@ -72,8 +72,8 @@ def connection_to(path: Path, timeout: float) -> sqlite3.Connection:
     deadline = time.monotonic() + timeout
     while True:
         try:
-            # Changes nothing but once in the life of a file. That once does not wait for other processes
-            # which are at the same, as everything else does.
+            # This changes a file only once. That one time SQLite does not wait for other processes that do the same,
+            # as it does for everything else.
             connection.execute("PRAGMA journal_mode = WAL")
             return connection
         except sqlite3.OperationalError as error:

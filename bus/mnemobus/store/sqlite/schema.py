@@ -37,7 +37,7 @@ def _frozen(found: dict[str, set[str]]) -> Columns:
 
 
 def upgrade(connection: sqlite3.Connection, path: Path, namespace: str) -> None:
-    """Apply the migrations that are missing; others may be at the same."""
+    """Apply the migrations that are missing. Other processes may do so at the same time."""
     before = f"{namespace}_"
     while migrations.following("sqlite", look(connection, path, namespace).number):
         connection.execute("BEGIN IMMEDIATE")

@@ -66,7 +66,7 @@ class SqliteTransaction:
 
     def _upsert_many(self, deltas: Sequence[Delta]) -> list[str]:
         """All of them in one statement: while it runs, the process's other threads do. It tells how many rows it
-        changed, not which; where that was not every one, it is taken back, and done again row by row."""
+        changed, not which. If it did not change all of them, it is rolled back, and done again row by row."""
         self._execute("SAVEPOINT many")
         rows = chain.from_iterable(map(row_of, deltas))
         if self._execute(self._sql.upsert_many, tuple(rows)).rowcount == len(deltas):

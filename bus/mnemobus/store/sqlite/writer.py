@@ -36,7 +36,7 @@ _PUT_BACK = (
 _PAUSE = 0.1
 """Seconds at most between two steps of a deletion, for others."""
 _GLANCE = 8
-"""Milliseconds in which SQLite looks three times whether it is locked, before it is asked anew."""
+"""Milliseconds in which SQLite looks three times whether it is locked, before it is asked again."""
 
 
 class SqliteWriter:
@@ -119,7 +119,7 @@ class SqliteWriter:
                     connection.execute("ROLLBACK")
                 raise
             if file_at(self._path) != self._file:
-                # The file has another name by now, or none. Whether this is in the one at our path, nobody knows.
+                # The file has another name by now, or none. Nobody knows whether the file at our path has this batch.
                 raise StoreUnavailable(
                     f"SQLite {self._path} was replaced or removed while a batch was committed"
                 )
@@ -176,7 +176,7 @@ class SqliteWriter:
             try:
                 yield self._connected()
             except (sqlite3.Error, OSError) as error:
-                self._disconnect()  # the next call begins afresh, whatever this was
+                self._disconnect()  # the next call opens another connection, whatever the error was
                 raise error_of(self._path, error) from error
             except MemoryError as error:
                 self._disconnect()
