@@ -165,7 +165,7 @@ MUTATIONS = [
     ),
     Mutation(
         "a room under deletion is not seen by who names it (G3)",
-        "bus/mnemobus/store/reader.py",
+        "bus/mnemobus/store/queries.py",
         "AND put_version > coalesce(",
         "OR put_version > coalesce(",
         "test_store.py::test_a_large_room_is_deleted_in_steps",

@@ -1,4 +1,4 @@
-"""How agents read from PostgreSQL. The queries themselves are in store/reader.py."""
+"""How agents read from PostgreSQL. The queries themselves are in store/queries.py."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ...errors import SchemaError, StoreUnavailable
 from ...settings import Settings
 from .. import Identity, Totals, migrations
 from ..layout import TABLES
-from ..reader import SqlReader
+from ..queries import SqlReader
 from . import schema
 from .connections import AsyncConnections
 from .server import PostgresServer

@@ -1,4 +1,4 @@
-"""How agents read from SQLite: a few connections, each with a thread. The queries themselves are in store/reader.py."""
+"""How agents read from SQLite: a few connections, each with a thread. The queries are in store/queries.py."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from ...settings import Settings
 from ...tasks import in_background
 from .. import SCHEMA, Identity, migrations
 from ..layout import Names
-from ..reader import SqlReader
+from ..queries import SqlReader
 from .file import File, connection_to, error_of, file_at, identity_of, path_of
 from .schema import look, upgrade
 from .statements import SqliteStatements
