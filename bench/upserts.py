@@ -2,7 +2,7 @@
 
 All of them merge the same deltas by the same statement, each batch in one transaction, with fsync; new rows only:
 
-unnest       an array for each column, binary: what store/postgres.py does
+unnest       an array for each column, binary: what store/postgres/ does
 COPY         binary, into a temporary table; the statement reads from there
 executemany  the statement once for each row, in pipeline mode, prepared
 """
@@ -21,9 +21,11 @@ import psycopg
 from psycopg.types.json import Json
 
 from mnemobus.keys import Dimensions, Version
-from mnemobus.store import postgres
 from mnemobus.store.layout import Names
 from mnemobus.store.merge import Delta
+from mnemobus.store.postgres.arrays import ADAPTERS
+from mnemobus.store.postgres.statements import PostgresStatements
+from mnemobus.store.postgres.transaction import PostgresTransaction
 from mnemobus.values import encode_embedding, encode_object
 
 from .floors.store import prepare
@@ -40,7 +42,7 @@ _NAMES = [
     *("put", "content_version", "metadata_version", "embedding_version", "own_deleted"),
 ]
 
-_SQL = postgres._Statements(Names('"mnemobus".'))
+_SQL = PostgresStatements(Names('"mnemobus".'))
 
 Way = Callable[[psycopg.Connection[Any], Sequence[Delta]], None]
 
@@ -48,7 +50,7 @@ Way = Callable[[psycopg.Connection[Any], Sequence[Delta]], None]
 def unnest(connection: psycopg.Connection[Any], deltas: Sequence[Delta]) -> None:
     with connection.pipeline() as pipeline:
         connection.execute("BEGIN")
-        postgres._Transaction(connection, pipeline, _SQL).upsert(deltas)
+        PostgresTransaction(connection, pipeline, _SQL).upsert(deltas)
         connection.execute("COMMIT")
 
 
@@ -101,7 +103,7 @@ async def main() -> None:
         url = World("", "", url, version, Path(), False).database()
         prepare(url)
         print(f"PostgreSQL {version}: us for each row, median (quartiles); times as long as unnest")
-        with psycopg.connect(url, autocommit=True, context=postgres._adapters) as connection:
+        with psycopg.connect(url, autocommit=True, context=ADAPTERS) as connection:
             columns = ", ".join(f"{name} {type}" for name, type in zip(_NAMES, _TYPES, strict=True))
             connection.execute(f"CREATE TEMPORARY TABLE incoming ({columns}) ON COMMIT DELETE ROWS".encode())
             for embeddings in (False, True):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 
-import mnemobus.bus
+import mnemobus.parts
 from agent_process import main
 from mnemobus.cache.l1 import LocalCache
 
@@ -23,5 +23,5 @@ class StuckCache(LocalCache):
 
 
 if __name__ == "__main__":
-    mnemobus.bus.LocalCache = StuckCache  # type: ignore[misc]
+    mnemobus.parts.LocalCache = StuckCache  # type: ignore[misc]
     asyncio.run(main())

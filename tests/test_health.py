@@ -26,7 +26,7 @@ from mnemobus import Memory, Settings
 from mnemobus.cli.doctor import examine, exit_status
 from mnemobus.cli.finding import Finding
 from mnemobus.connection.link import ThreadedLink
-from mnemobus.health.vitals import Report, Worker, decode, read
+from mnemobus.health.vitals import Report, Worker, decode_report, read
 from mnemobus.keys import Keyspace
 from mnemobus.stats import Health
 from mnemobus.store import open_writer
@@ -643,12 +643,12 @@ def test_what_killed_workers_left_is_removed_and_never_more_than_a_hundred_of_it
 )  # fmt: skip
 def test_what_is_no_report_is_refused(value: bytes) -> None:
     with pytest.raises(ValueError):
-        decode(value)
+        decode_report(value)
 
 
 def test_a_report_of_a_newer_version_is_read() -> None:
-    assert decode(b'{"version": "9", "time": 5, "new": [1]}') == Report("9", time=5)
-    assert decode(Report("1", time=2.5, why="x" * 5_000).encode()).why == "x" * 500
+    assert decode_report(b'{"version": "9", "time": 5, "new": [1]}') == Report("9", time=5)
+    assert decode_report(Report("1", time=2.5, why="x" * 5_000).encode()).why == "x" * 500
 
 
 async def test_a_clock_of_redis_that_was_set_back_makes_no_worker_look_alive_for_long(world: World) -> None:

@@ -773,12 +773,10 @@ def test_workers_of_the_version_before_go_on_on_postgresql(postgres_url: str) ->
             writer = store.open_writer(Settings.load(database_url=postgres_url))
             writer.open()
             # What they send is merged as ever, by the same rules
-            from mnemobus.store import postgres
+            from mnemobus.store.layout import Names
+            from mnemobus.store.postgres.statements import PostgresStatements
 
-            class Bare(postgres.Names):
-                pass
-
-            upsert = postgres._Statements(Bare("")).upsert
+            upsert = PostgresStatements(Names("")).upsert
             connection.execute("SET search_path TO public")
             values = [
                 [uuid.UUID(int=7)],

@@ -761,7 +761,7 @@ def test_without_a_terminal_plain_lines_and_a_word_when_nobody_works(
     assert running.out.startswith("1,200 lines: 1,200 written, 1,200 of them in the store")
 
 
-PATIENT = "from mnemobus.cli import importing, main; importing.PATIENCE = 1; main()"
+PATIENT = "from mnemobus.cli import importing, main; importing.COMMIT_PATIENCE = 1; main()"
 
 
 def test_without_workers_an_import_gives_up_in_the_end(settings: Settings, command: Start) -> None:

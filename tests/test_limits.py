@@ -25,7 +25,8 @@ from mnemobus import LogFull, Memory, Settings, memory
 from mnemobus.cache import l2
 from mnemobus.connection.link import Link, ThreadedLink
 from mnemobus.keys import Keyspace, Version
-from mnemobus.log.pending import MARKS, PendingWrites
+from mnemobus.log.marks import MARKS
+from mnemobus.log.pending import PendingWrites
 from mnemobus.memory import new_id
 from mnemobus.records import Row
 from mnemobus_workers import upkeep
@@ -42,17 +43,19 @@ LIVING = [
     *(
         path
         for folder in ("log", "live", "feed", "cache", "connection", "health", "store")
-        for path in (ROOT / "bus" / "mnemobus" / folder).glob("*.py")
+        for path in (ROOT / "bus" / "mnemobus" / folder).rglob("*.py")
     ),
     *(ROOT / "workers" / "mnemobus_workers").glob("*.py"),
 ]
 """The modules whose objects live as long as an agent or a worker; commands end."""
 MODULES = {
-    path.stem: ".".join(
+    name: ".".join(
         path.relative_to(path.parents[len(path.relative_to(ROOT).parts) - 2]).with_suffix("").parts
     )
     for path in LIVING
+    for name in (path.stem, f"{path.parent.name}.{path.stem}")
 }
+"""By their names, with their folders where several have one name."""
 MAKERS = {
     *("dict", "list", "set", "bytearray", "deque", "OrderedDict", "Counter", "defaultdict"),
     *("WeakValueDictionary", "WeakKeyDictionary", "WeakSet", "Queue", "LifoQueue", "SimpleQueue"),
@@ -123,7 +126,7 @@ def shown(number: float) -> str:
     return f"{number:,.0f}"
 
 
-BOUNDS = re.findall(r"`((?:[a-z]+\.)?_?[A-Z][A-Z_]+)` \(([\d,]+)( MiB| h| ms| s)?\)", PAGE)
+BOUNDS = re.findall(r"`((?:[a-z]+\.)*_?[A-Z][A-Z_]+)` \(([\d,]+)( MiB| h| ms| s)?\)", PAGE)
 
 
 @pytest.mark.parametrize("name, figure, unit", BOUNDS)

@@ -644,7 +644,7 @@ async def test_g5_the_feed_is_listened_to_while_a_window_is_opened(
         bus._local.drop("room:messages:r1")
         # Given a window whose base is slow to come, and a feed that is not listened to for longer than it is needed
         reached, go = gate(monkeypatch, bus._reader, "recent")
-        monkeypatch.setattr("mnemobus.feed.subscription._LINGER", 0.0)
+        monkeypatch.setattr("mnemobus.feed.subscription._PARTITION_LINGER", 0.0)
         opening = asyncio.create_task(texts(bus))
         await reached.wait()
         for _ in range(4):
@@ -873,7 +873,7 @@ async def test_live_may_be_off_and_on_by_table(settings: Settings, connect: Conn
 async def test_a_scope_that_is_not_held_any_more_costs_no_channel(
     settings: Settings, connect: Connect, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("mnemobus.live.listener._LINGER", 0.0)
+    monkeypatch.setattr("mnemobus.live.listener._CHANNEL_LINGER", 0.0)
     async with connect() as bus:
         await hold(bus)
         assert len(bus._live.listener) == 1

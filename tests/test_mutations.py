@@ -151,7 +151,7 @@ MUTATIONS = [
     ),
     Mutation(
         "the tombstone of a room (G3)",
-        "bus/mnemobus/store/sqlite.py",
+        "bus/mnemobus/store/sqlite/statements.py",
         "WHERE t.tbl = n.tbl AND t.room = n.room)",
         "WHERE t.tbl = n.tbl AND t.room = n.room AND FALSE)",
         "test_store.py::test_g3_a_deleted_room_stays_deleted",
@@ -165,7 +165,7 @@ MUTATIONS = [
     ),
     Mutation(
         "a room under deletion is not seen by who names it (G3)",
-        "bus/mnemobus/store/reader.py",
+        "bus/mnemobus/store/queries.py",
         "AND put_version > coalesce(",
         "OR put_version > coalesce(",
         "test_store.py::test_a_large_room_is_deleted_in_steps",
@@ -267,7 +267,7 @@ MUTATIONS = [
     ),
     Mutation(
         "the file: what is committed is in the one that is there now (G1)",
-        "bus/mnemobus/store/sqlite.py",
+        "bus/mnemobus/store/sqlite/writer.py",
         "        if self._connection is not None and file != self._file:\n",
         "        if False:\n",
         "test_identity.py::test_g1_a_file_that_is_replaced_under_the_workers_swallows_nothing",
@@ -281,7 +281,7 @@ MUTATIONS = [
     ),
     Mutation(
         "what came together in one mark is still waited for (G6)",
-        "bus/mnemobus/log/pending.py",
+        "bus/mnemobus/log/marks.py",
         "            or bool(self._covers and self._over(scope))\n",
         "",
         "test_truth.py::test_g6_marks_beyond_their_number_come_together_and_still_hold",
@@ -456,8 +456,8 @@ MUTATIONS = [
     ),
     Mutation(
         "repartition: new partitions wait until no call to an old one is under way (G2)",
-        "bus/mnemobus/log/publisher.py",
-        "        if self._line is None or not all(publisher._is_idle for publisher in self):\n            return\n",
+        "bus/mnemobus/log/routing.py",
+        "        if self._line is None or not all(publisher.is_idle for publisher in self):\n            return\n",
         "        if self._line is None:\n            return\n",
         "test_repartition.py::test_g1_g2_what_waits_behind_a_call_goes_to_the_new_partitions_in_its_order",
     ),

@@ -16,7 +16,9 @@ import pytest
 import mnemobus
 from mnemobus import Memory, Settings, store
 from mnemobus.errors import SettingsError, StoreTooSlow, StoreUnavailable
-from mnemobus.store import Query, connections, postgres
+from mnemobus.store import Query
+from mnemobus.store.postgres import connections
+from mnemobus.store.postgres import writer as postgres_writer
 from servers import NoServer, PgBouncer, eventually, wait_until
 from test_store import delete_room, new_id, opened, put, sql
 from test_store import settings as at
@@ -138,7 +140,7 @@ async def test_what_a_database_sets_for_its_sessions_breaks_nothing(
 def test_g3_a_put_that_waits_for_a_tombstone_sees_it_whatever_isolation_is_usual(
     postgres_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(postgres, "_LOCK_PATIENCE", 60.0)  # the deletion gives way to nobody
+    monkeypatch.setattr(postgres_writer, "_LOCK_PATIENCE", 60.0)  # the deletion gives way to nobody
     with opened(postgres_url, database_timeout=60):
         pass
     database = postgres_url.rpartition("/")[2]

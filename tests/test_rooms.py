@@ -18,6 +18,8 @@ FLOORS = [
     {"cli", "__main__"},
     {"embedded", "testing"},
     {"bus"},
+    {"lifecycle"},
+    {"parts"},
     {"writes", "reads", "tokens", "context"},
     {"known", "health"},
     {"cache", "feed", "live", "events"},
@@ -102,21 +104,34 @@ def test_the_bus_does_not_know_the_workers() -> None:
 # One name, one thing
 
 
-def public_classes() -> dict[str, list[str]]:
-    """The modules that define a class or a type of a name, by this name; those of commands are by themselves."""
+ONE_BY_ONE = {"run", "main", "show", "look", "upgrade"}
+"""Functions that each command has, or each database: their module says of which."""
+
+
+def names_given(statement: ast.stmt) -> list[str]:
+    """What a statement at the top of a module defines."""
+    if isinstance(statement, (ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
+        return [statement.name]
+    targets = statement.targets if isinstance(statement, ast.Assign) else []
+    if isinstance(statement, ast.AnnAssign):
+        targets = [statement.target]
+    return [target.id for target in targets if isinstance(target, ast.Name)]
+
+
+def public_names() -> dict[str, list[str]]:
+    """By each public name, of a class, a type, a constant or a function, the modules that define it."""
     found = defaultdict(list)
     for folder in (BUS, WORKERS):
         for path in folder.rglob("*.py"):
-            if "cli" in path.relative_to(folder).parts:
-                continue
-            for node in ast.parse(path.read_text()).body:
-                if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
-                    found[node.name].append(path.relative_to(ROOT).as_posix())
+            for statement in ast.parse(path.read_text()).body:
+                for name in names_given(statement):
+                    if not name.startswith("_") and name not in {"logger", "T", *ONE_BY_ONE}:
+                        found[name].append(path.relative_to(ROOT).as_posix())
     return found
 
 
-def test_a_class_has_a_name_of_its_own() -> None:
-    twice = {name: paths for name, paths in public_classes().items() if len(paths) > 1}
+def test_a_public_name_is_defined_once() -> None:
+    twice = {name: paths for name, paths in public_names().items() if len(paths) > 1}
     assert twice == {}
 
 

@@ -1391,7 +1391,7 @@ async def test_totals_of_a_large_table_are_an_estimate(
     postgres_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip("psycopg")
-    from mnemobus.store import postgres
+    from mnemobus.store.postgres import reader as postgres_reader
 
     with opened(postgres_url) as writer:
         content = b'{"text":"%s"}' % (b"x" * 500)
@@ -1404,9 +1404,9 @@ async def test_totals_of_a_large_table_are_an_estimate(
         await reader.open()
         assert await reader.totals() == store.Totals({"facts": 1_500, "few": 3, "messages": 3_000})
         # Given a table that is too large to be counted, then a part of it is
-        monkeypatch.setattr(postgres, "_COUNTED_PAGES", 100)
-        monkeypatch.setattr(postgres, "_SAMPLED_PAGES", 100)
-        monkeypatch.setattr(postgres, "_COUNTED_ROWS", 50)
+        monkeypatch.setattr(postgres_reader, "_COUNTED_PAGES", 100)
+        monkeypatch.setattr(postgres_reader, "_SAMPLED_PAGES", 100)
+        monkeypatch.setattr(postgres_reader, "_COUNTED_ROWS", 50)
         totals = await reader.totals()
         assert not totals.exact
         assert totals.tables.keys() == {"facts", "few", "messages"}

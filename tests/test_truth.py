@@ -25,7 +25,7 @@ from mnemobus import (
     known,
 )
 from mnemobus.keys import Keyspace, id_scope, room_scope
-from mnemobus.log import pending
+from mnemobus.log import marks
 from mnemobus.memory import new_id
 from servers import RedisServer, eventually, worker_threads
 
@@ -73,7 +73,7 @@ async def outcome(receipt: mnemobus.Receipt) -> BaseException | None:
 async def test_each_rejected_write_is_told_however_many_there_are(
     pool: Settings, connect: Connect, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(pending, "MARKS", 300)
+    monkeypatch.setattr(marks, "MARKS", 300)
     ids = [new_id() for _ in range(1_200)]
     async with connect() as first, connect() as second:
         written = await first.write_many([said("x", id) for id in ids], durability="committed")
@@ -222,7 +222,7 @@ async def test_g6_what_was_written_long_ago_and_is_not_applied_can_be_deleted_an
 ) -> None:
     # Given a bus that remembers five of its thirty writes, with workers away
     monkeypatch.setattr(known, "_DIMENSIONS", 5)
-    monkeypatch.setattr(pending, "MARKS", 5)
+    monkeypatch.setattr(marks, "MARKS", 5)
     ids = [new_id() for _ in range(30)]
     async with connect(own_write_timeout=0.1) as bus:
         await bus.write_many([said(str(n), id, room=f"r{n % 3}", entity="e") for n, id in enumerate(ids)])
@@ -349,7 +349,7 @@ async def test_what_was_deleted_can_be_written_elsewhere_once_that_is_committed(
 async def test_g6_marks_beyond_their_number_come_together_and_still_hold(
     settings: Settings, connect: Connect, pool_of: PoolOf, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(pending, "MARKS", 10)
+    monkeypatch.setattr(marks, "MARKS", 10)
     async with connect(own_write_timeout=0.3) as bus:
         # Given more writes than marks, in one log partition
         keys = keys_of(settings)
@@ -376,7 +376,7 @@ async def test_g6_marks_beyond_their_number_come_together_and_still_hold(
 async def test_g1_a_flush_is_told_to_writes_without_marks_of_their_own(
     own_redis: Any, settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(pending, "MARKS", 4)
+    monkeypatch.setattr(marks, "MARKS", 4)
     server: RedisServer = own_redis()
     settings = settings.model_copy(update={"redis_url": server.url})
     async with mnemobus.connect(**settings.model_dump()) as bus:
@@ -401,7 +401,7 @@ async def test_g1_a_flush_is_told_to_writes_without_marks_of_their_own(
 async def test_g7_marks_of_an_outbox_beyond_their_number_still_hold(
     own_redis: Any, settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(pending, "MARKS", 4)
+    monkeypatch.setattr(marks, "MARKS", 4)
     server: RedisServer = own_redis()
     settings = settings.model_copy(
         update={"redis_url": server.url, "redis_timeout": 0.5, "own_write_timeout": 0.1}

@@ -20,7 +20,7 @@
      │   ├─ LogFull              Redis is out of memory; nothing was written
      │   ├─ BacklogFull          workers are too far behind; nothing was written
      │   ├─ OutboxFull           the log can't be reached and the outbox is full; nothing was written
-     │   ├─ Overtaken            another process goes by the same producer id; nothing was written
+     │   ├─ Overtaken            another process uses the same producer id; nothing was written
      │   └─ DurabilityUnavailable  the server can't give the durability that was asked for
      ├─ OutboxError              the outbox's file can't be used (OutboxFull is one, too)
      │   └─ OutboxInUse          another bus has it
@@ -28,7 +28,7 @@
      ├─ NotCommitted             the store did not have the write within the given time
      ├─ StoreError
      │   ├─ StoreUnavailable     the database can't be reached, or is not in a state to answer
-     │   │   └─ StoreTooSlow     it did not get done in time, or has no memory for so much at once
+     │   │   └─ StoreTooSlow     it did not finish in time, or has no memory for so much at once
      │   ├─ SchemaError          the database's schema does not fit, or its tables may not be used
      │   └─ Rejected             the database refuses this data; the data's fault, not the database's
      ├─ BadEvent                 an entry of the log that can't be decoded
@@ -46,7 +46,7 @@ class MnemobusError(Exception):
 
 
 class SettingsError(MnemobusError):
-    """A setting is missing or malformed, or contradicts what the first to connect wrote into Redis."""
+    """A setting is missing or malformed, or contradicts what the first agent or worker wrote into Redis."""
 
 
 class UnsafeRedis(SettingsError):
@@ -98,11 +98,11 @@ class LogUnavailable(WriteFailed):
 
 
 class Unready(LogUnavailable):
-    """The server takes no writes now: it fails over, starts, or has no room on its disk, say. Nothing was written."""
+    """The server takes no writes now: it fails over, starts, or its disk is full, for example. Nothing was written."""
 
 
 class LogClosed(Unready):
-    """The log is about to be laid out anew. Nothing was written, but a copy of the call may be yet."""
+    """The log is about to be laid out anew. Nothing was written yet, but a copy of the call may still be."""
 
 
 class PartitionEnded(Unready):
@@ -130,7 +130,7 @@ class OutboxFull(WriteFailed, OutboxError):
 
 
 class Overtaken(WriteFailed):
-    """The producer has made this call, or a later one, with other events: another process goes by its id."""
+    """The producer has made this call, or a later one, with other events: another process uses its id."""
 
 
 class DurabilityUnavailable(WriteFailed):
@@ -146,7 +146,7 @@ class NotCommitted(MnemobusError, TimeoutError):
 
 
 class StoreError(MnemobusError):
-    """Base of what the database can get wrong."""
+    """Base of all errors of the database."""
 
 
 class StoreUnavailable(StoreError):
@@ -154,11 +154,11 @@ class StoreUnavailable(StoreError):
 
 
 class StoreTooSlow(StoreUnavailable):
-    """The database did not get done in time, or had no memory for it; less at once, or more time, can help."""
+    """The database did not finish in time, or had no memory for it. Less at once, or more time, can help."""
 
 
 class SchemaError(StoreError):
-    """The database's schema does not fit this version of mnemobus, or its tables are none of mnemobus's."""
+    """The database's schema does not fit this version of mnemobus, or its tables are not those of mnemobus."""
 
 
 class Rejected(StoreError):

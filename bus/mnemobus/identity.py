@@ -151,7 +151,7 @@ def check_owner(keys: Keyspace, address: str, identity: Identity) -> None:
         raise _taken(keys, address, identity)
 
 
-def check(keys: Keyspace, address: str, identity: Identity, there: Registered) -> None:
+def check_match(keys: Keyspace, address: str, identity: Identity, there: Registered) -> None:
     """IdentityMismatch unless the store and the bus in Redis belong together; it names both."""
     if there.store != identity.store:
         raise IdentityMismatch(
@@ -248,7 +248,7 @@ class Acquaintance:
             check_owner(link.keys, link.address, identity)
             reply = await link.run("identity", [link.keys.identity], arguments(identity))
             there = Registered.of(reply)
-            check(link.keys, link.address, identity, there)
+            check_match(link.keys, link.address, identity, there)
         except IdentityMismatch as error:
             if not self.refused:
                 logger.error("%s", error)

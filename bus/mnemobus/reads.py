@@ -1,6 +1,6 @@
 """Reads that L1 could not answer at once: from a call to a query, and its place in each tier.
 
-The hit itself is in `Bus`, which saves a call. What follows it is `cache/read_path.py`.
+`Bus` itself asks L1, which saves a call on every hit. A query that misses goes on to cache/read_path.py.
 """
 
 from __future__ import annotations

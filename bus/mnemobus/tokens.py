@@ -123,6 +123,7 @@ class Tokens:
 
 
 def _check_time(deadline: float) -> None:
-    """A timeout cancels once, and that may be lost while a connection is made: see tasks.py."""
+    """TimeoutError after the deadline. A timeout cancels only once, and that may be lost while a connection is
+    made: see tasks.py."""
     if asyncio.get_running_loop().time() > deadline:
         raise TimeoutError

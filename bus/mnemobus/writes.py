@@ -1,9 +1,9 @@
 """Writes: what is checked before one leaves the process, how it is published, and what its writer holds.
 
 A write is checked by itself (`encode`), and against what this bus knows of its memory and table (known.py). Then it is
-an event, which a publisher puts into the log (log/publisher.py), or the outbox keeps while the log is away. In the
-moment in which it is logged, before its writer knows, what it touches is dropped from L1 and marked as pending
-(log/pending.py): no query of this bus is answered without it from then on (G6).
+an event. A publisher puts it into the log (log/routing.py, log/publisher.py); while the log is away, the outbox keeps
+it. As soon as it is logged, and before its writer knows, what it touches is dropped from L1 and marked as pending
+(log/marks.py): from then on, no query of this bus is answered without it (G6).
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from .cache.query import timeout_of
 from .connection.link import Link
 from .connection.server_errors import AWAY
 from .errors import (
+    BusClosed,
     DimensionChanged,
     DurabilityUnavailable,
     InvalidMemory,
@@ -35,9 +36,10 @@ from .keys import Dimensions, Version, id_scope
 from .known import Known
 from .live.scopes import LiveScopes
 from .log.events import DELETE, DELETE_ROOM, UPDATE, Event
+from .log.marks import Write
 from .log.outbox import Outbox
-from .log.pending import PendingWrites, Write
-from .log.publisher import Publishers
+from .log.pending import PendingWrites
+from .log.routing import Publishers
 from .log.search import last_pending
 from .log.syncer import Syncer
 from .memory import Memory
@@ -99,8 +101,8 @@ class Receipt:
 class Writes:
     """The writes of one bus.
 
-    get        reads a memory by its id, as `Bus.get` does
-    committed  waits until the store has a write; see `Receipt.committed`
+    get    reads a memory by its id, as `Bus.get` does
+    check  raises if the bus may not be used, here and now
     """
 
     def __init__(
@@ -114,7 +116,7 @@ class Writes:
         known: Known,
         tokens: Tokens,
         get: Callable[[str], Awaitable[Memory | None]],
-        committed: Callable[[Write, float], Awaitable[None]],
+        check: Callable[[], None],
     ) -> None:
         settings = self._settings = link.settings
         self._link = link
@@ -125,7 +127,7 @@ class Writes:
         self._known = known
         self._tokens = tokens
         self._get = get
-        self._committed = committed
+        self._check = check
         self.outbox = (
             None
             if settings.outbox == "off"
@@ -289,6 +291,26 @@ class Writes:
             await asyncio.gather(*(receipt.committed(self._settings.write_timeout) for receipt in receipts))
         return receipts
 
+    async def _committed(self, write: Write, timeout: float) -> None:
+        """Return once the store has a write; see `Receipt.committed`."""
+        try:
+            self._check()
+        except BusClosed:
+            if write.applied:
+                raise
+            raise BusClosed(
+                "the bus was closed before the store was known to have the write; what is in the log or the outbox"
+                " goes on from there"
+            ) from None
+        await self._pending.wait(write, timeout)
+
+    def check_versions(self) -> None:
+        """LogUnavailable while writes wait in the outbox: they have no version yet that a token could name."""
+        if self.outbox is not None and self.outbox.waiting:
+            raise LogUnavailable(
+                f"{self.outbox.waiting} writes wait in the outbox: a token can't name them yet"
+            )
+
     def _logged(
         self,
         partition: int,
@@ -337,9 +359,9 @@ class Writes:
         return scopes
 
     async def _find_dimensions(self, id: str, *, there: bool = False) -> Dimensions | None:
-        """The dimensions of a memory that there is, or was when this bus last heard of it; else None.
+        """The dimensions of a memory that exists, or existed when this bus last heard of it; else None.
 
-        there: only if it still is, as far as the nearest tier that has it can tell
+        there: only if it still exists, as far as the nearest tier that has it can tell
         """
         known = self._known.dimensions(id)
         deleted = self._known.deleted(id)

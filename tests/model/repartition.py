@@ -7,7 +7,7 @@ any moment, and run again. Another agent holds the room live: it hears the parti
 verifies that with a heartbeat. The writer may have opened without knowing a layout, and take the new partition for the
 room's before it is, though it is there, for other rooms.
 
-Modelled after cli/repartition.py, lua/close.lua, lua/relayout.lua, lua/publish.lua, log/publisher.py (`Publishers`) and
+Modelled after cli/repartition.py, lua/close.lua, lua/relayout.lua, lua/publish.lua, log/routing.py (`Publishers`) and
 feed/subscription.py (`_verify`).
 """
 

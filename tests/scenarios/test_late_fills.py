@@ -24,7 +24,7 @@ class SlowStore:
 
     def __init__(self, bus: mnemobus.Bus) -> None:
         self.reader, self.reads, self.gate = bus._reader, 0, asyncio.Event()
-        bus._reader = bus._reads.reader = self  # type: ignore[assignment]
+        bus._parts.reader = bus._reads.reader = self  # type: ignore[assignment]
 
     async def _late(self, answer: Any) -> Any:
         rows = await answer

@@ -30,7 +30,7 @@ from redis.exceptions import OutOfMemoryError, RedisError
 from mnemobus.connection.link import ThreadedLink, script
 from mnemobus.connection.server_errors import AWAY
 from mnemobus.errors import IdentityMismatch, MnemobusError
-from mnemobus.identity import Registered, arguments, check, check_owner
+from mnemobus.identity import Registered, arguments, check_match, check_owner
 from mnemobus.keys import APPLY_GROUP, Version
 from mnemobus.log.events import DELETE_ROOM, Event
 from mnemobus.settings import Settings
@@ -57,7 +57,7 @@ def agree(link: ThreadedLink, identity: Identity, role: str) -> Registered:
     """Agree with all others which store this bus has; IdentityMismatch if it is not this one."""
     check_owner(link.keys, link.address, identity)
     there = Registered.of(link.run("identity", [link.keys.identity], arguments(identity, role)))
-    check(link.keys, link.address, identity, there)
+    check_match(link.keys, link.address, identity, there)
     return there
 
 
@@ -115,7 +115,7 @@ class Standing:
                 self._writer.serve(there.bus, self._link.keys.prefix, there.life)
                 identity = self._writer.identity()
                 check_owner(self._link.keys, self._link.address, identity)
-                check(self._link.keys, self._link.address, identity, there)
+                check_match(self._link.keys, self._link.address, identity, there)
             self._check_place(identity, there)
         except IdentityMismatch as error:
             if str(error) != self.refused:

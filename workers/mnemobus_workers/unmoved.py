@@ -35,7 +35,7 @@ _PAUSE = 0.003
 _AT_ONCE = 1_000
 """Entries of one call of renew.lua."""
 
-Place = tuple[int, bytes]
+ConsumerKey = tuple[int, bytes]
 """A log partition, and a consumer there."""
 
 
@@ -59,18 +59,18 @@ class Unmoved:
         self._link = link
         self._claim_idle = claim_idle
         self._page = page
-        self._first: dict[Place, bytes] = {}
+        self._first: dict[ConsumerKey, bytes] = {}
         """What was idle for 0 ms at the last look, and came first."""
-        self._watched: dict[Place, _Watch] = {}
+        self._watched: dict[ConsumerKey, _Watch] = {}
 
-    def look(self, places: Sequence[Place], mine: Collection[tuple[int, bytes]]) -> int:
+    def look(self, places: Sequence[ConsumerKey], mine: Collection[tuple[int, bytes]]) -> int:
         """Look once more. How many entries may be claimed since, because nobody has moved them for ``claim_idle``.
 
         places: where anything is pending
         mine: log partitions and IDs of what this process works on
         """
         now = time.monotonic()
-        watched: dict[Place, _Watch] = {}
+        watched: dict[ConsumerKey, _Watch] = {}
         freed = 0
         for place in self._hidden_first(places):
             watch = self._watched.get(place) or _Watch(now, self._hidden(place, mine))
@@ -83,7 +83,7 @@ class Unmoved:
         self._watched = watched
         return freed
 
-    def _hidden_first(self, places: Sequence[Place]) -> list[Place]:
+    def _hidden_first(self, places: Sequence[ConsumerKey]) -> list[ConsumerKey]:
         """Those whose first pending entry has an idle time of 0, as it had at the last look, and some milliseconds
         later: none that was delivered or renewed just now."""
         before, self._first = self._first, self._look(places)
@@ -93,7 +93,7 @@ class Unmoved:
         time.sleep(_PAUSE)
         return list(self._look(same))
 
-    def _look(self, places: Sequence[Place]) -> dict[Place, bytes]:
+    def _look(self, places: Sequence[ConsumerKey]) -> dict[ConsumerKey, bytes]:
         """Where the first pending entry has an idle time of 0, and which one it is."""
         commands: list[Command] = [
             ("XPENDING", self._link.keys.log(partition), APPLY_GROUP, "-", "+", 1, name)
@@ -107,14 +107,14 @@ class Unmoved:
                 found[place] = reply[0][0]
         return found
 
-    def _hidden(self, place: Place, mine: Collection[tuple[int, bytes]]) -> dict[bytes, int]:
+    def _hidden(self, place: ConsumerKey, mine: Collection[tuple[int, bytes]]) -> dict[bytes, int]:
         partition, name = place
         pending = self._link.command(
             "XPENDING", self._link.keys.log(partition), APPLY_GROUP, "-", "+", self._page, name
         )
         return {id: n for id, _, idle, n in pending if idle <= 0 and (partition, id) not in mine}
 
-    def _free(self, place: Place, ids: Sequence[bytes]) -> int:
+    def _free(self, place: ConsumerKey, ids: Sequence[bytes]) -> int:
         partition, name = place
         key, idle = self._link.keys.log(partition), int(self._claim_idle * 1000)
         freed = 0

@@ -70,7 +70,7 @@ _LONG = 60.0
 
 
 def _name(scope: str) -> str:
-    """What the bucket of a scope is called here."""
+    """The name of a scope's bucket here."""
     return scope[3:] if scope.startswith("id:") else scope
 
 
@@ -147,7 +147,7 @@ class LiveBucket(Bucket):
     channels  those that its events come on
     floors    by channel, the version up to which the window has all events of the scope, whatever the position is
     classic   answers to queries that a window does not tell, dropped when the feed names the scope
-    tell      gives the answer that the window has to a query, by its key; MISS where that takes a closer look
+    tell      gives the answer of the window to a query, by its key; MISS if the window can't tell it at once
     gone      called once it is out of the cache
     """
 
@@ -194,7 +194,7 @@ class LiveBucket(Bucket):
 
 
 class Orphan(Bucket):
-    """A bucket of reads that must not be cached, and share no more than their loads."""
+    """A bucket of reads that must not be cached: they share their loads, and nothing else."""
 
     __slots__ = ("__weakref__",)
 
@@ -233,7 +233,7 @@ class LocalCache:
 
     @property
     def bytes(self) -> int:
-        """What is cached takes, about."""
+        """What the cache takes, approximately."""
         return self._units * _UNIT
 
     def hit(self, name: str, query: Key) -> Any:
@@ -302,7 +302,7 @@ class LocalCache:
                 bucket.classic = Bucket(name, partition, self._expiry(now, ttl))
             return bucket.classic
         if bucket is not None:
-            # One that has expired is kept while nothing may be served: as the last known copy.
+            # While nothing may be served, an expired one is kept, as the last known copy.
             if now < bucket.expires or now >= self.fresh_until:
                 return bucket
             self._remove(bucket)
@@ -346,11 +346,11 @@ class LocalCache:
         return found
 
     def drop_orphans(self) -> None:
-        """No later read shares a load that began before, of what may not be cached."""
+        """No later read may share a load that began before, if its result must not be cached."""
         self._orphans.clear()
 
     def put(self, bucket: Bucket, query: Key, value: Any, size: int) -> None:
-        """Cache a result in the bucket that its read began with, and evict others if it is too much.
+        """Cache a result in the bucket that its read began with, and evict others if the cache is full.
 
         size: bytes of the result's encoded form
         """
@@ -463,7 +463,7 @@ class LocalCache:
             self._drop(bucket)
 
     def stop(self) -> None:
-        """Serve nothing any more."""
+        """Serve nothing from now on."""
         self.fresh_until = 0.0
 
     def drop(self, scope: str) -> bool:
@@ -488,7 +488,7 @@ class LocalCache:
             self.on_drop(bucket.scope)
 
     def drop_partition(self, partition: int) -> None:
-        """Invalidate every scope of a feed partition. Looks at every bucket: it is for when the feed was lost."""
+        """Invalidate every scope of a feed partition. It looks at every bucket: only for a feed that was lost."""
         self.drop_orphans()
         if self._held[partition]:
             for bucket in [bucket for bucket in self._buckets.values() if bucket.partition == partition]:

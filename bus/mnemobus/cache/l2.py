@@ -31,7 +31,7 @@ from .l1 import clock
 logger = logging.getLogger("mnemobus.shared")
 
 MAX_FIELDS = 512
-"""Results and leases that one bucket may hold; with the next one it begins anew."""
+"""Results and leases that one bucket may hold; with one more it is emptied first."""
 SHARE = 60
 """Percent of a limited Redis up to which results are shared there."""
 MAX_RESULT = 4 << 20
@@ -81,13 +81,13 @@ class SharedCache:
     def refused(self, error: object) -> None:
         """Redis takes no result: it is full, or a key of another kind is in the way."""
         if isinstance(error, Exception) and (code_of(error) in REPLACED or code_of(error) == "BUSY"):
-            return  # it can't be used at all, and the feed says so
+            return  # Redis can't be used at all, and the feed says so
         log = logger.debug if self.trouble else logger.warning
         log("the shared cache can't be used: %s", meaning(error))
         self._trouble, self._trouble_until = meaning(error), clock() + _SPELL
 
     async def lookup(self, scope: str, field: bytes, ttl: float) -> bytes | Lease | None:
-        """The result; or a lease to fill it; or None if it is neither there nor ours to fill."""
+        """The result; or a lease to fill it; or None if there is no result and another reader has the lease."""
         for pause in (*_FILL_PATIENCE, None):
             reply, lease = await self._look(scope, field, ttl)
             if isinstance(reply, bytes):
@@ -123,7 +123,7 @@ class SharedCache:
         return result
 
     async def fill(self, lease: Lease, result: bytes) -> bool:
-        """Share a result; whether the lease still held."""
+        """Share a result; False if the lease no longer held."""
         if len(result) > MAX_RESULT or lease.epoch != self._link.epoch:
             return False
         try:

@@ -38,7 +38,7 @@ _LAST_ID = "ffffffff-ffff-ffff-ffff-ffffffffffff"
 
 @dataclass(frozen=True, slots=True)
 class Kind:
-    """What the answers of one kind of query are like, in each place.
+    """The forms of the answers to one kind of query, in each place.
 
     name    get, recent or count
     pack    as L2 keeps what the store answered
@@ -62,7 +62,7 @@ class Plan:
     key     in L1
     field   in L2
     find    asks the store
-    window  the query, where a window of its scope may answer it, and the limit with it
+    window  the query, if a window of its scope may answer it; None if not. ``limit`` is its limit
     """
 
     scope: str
@@ -83,10 +83,10 @@ _MOST_SCOPES = 10_000
 """How many of each kind are remembered."""
 _remembered: Counter[str] = Counter()
 ROOM_SCOPES: Final[Mapping[str, Mapping[str, str]]] = _SCOPES["room"]
-"""Those of rooms, by table and room, for the hot path; `room_scope` has the others."""
+"""Those of rooms, by table and room, for the hot path; `scope_of_room` has the others."""
 
 
-def room_scope(table: str, room: str) -> str:
+def scope_of_room(table: str, room: str) -> str:
     """The scope of a room; InvalidQuery if there can be none."""
     return scope_by("room", table, room)
 
@@ -109,7 +109,7 @@ def scope_by(kind: str, table: str, name: str) -> str:
     known = _SCOPES[kind]
     try:
         return known[table][name]
-    except (KeyError, TypeError, ValueError):  # a list, say, which the check names
+    except (KeyError, TypeError, ValueError):  # a list, for example: the check names it
         _check_names(table, {kind: name})
     if _remembered[kind] >= _MOST_SCOPES:
         known.clear()

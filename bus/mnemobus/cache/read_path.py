@@ -38,7 +38,7 @@ from .query import Plan
 
 logger = logging.getLogger("mnemobus.reads")
 
-_JOIN_PATIENCE = 0.05
+_FEED_PATIENCE = 0.05
 """Seconds that a read waits for its feed partition; without it the read is not cached."""
 
 
@@ -47,7 +47,7 @@ Answer = tuple[Any, str, bool]
 
 
 class Load:
-    """A read under way of one query, for others to share.
+    """A read of one query that is under way, and that other reads may share.
 
     began: when, by `clock`
     """
@@ -59,7 +59,7 @@ class Load:
         self._waiting: list[asyncio.Future[Answer | None]] = []
 
     async def wait(self) -> Answer | None:
-        """What it finds; None if the task that loads was cancelled. Raises what the load raises."""
+        """The result; None if the task that loads was cancelled. Raises what the load raises."""
         answer: asyncio.Future[Answer | None] = asyncio.get_running_loop().create_future()
         self._waiting.append(answer)
         return await answer
@@ -125,7 +125,7 @@ class ReadPath:
         while True:
             stale = plan.scope in self._pending and not await self._wait_for_own_writes(plan.scope)
             stale = not await self._live.committed(plan, self._feed.reachable) or stale
-            joined = self._feed.joined(partition) or await self._feed.join(partition, _JOIN_PATIENCE)
+            joined = self._feed.joined(partition) or await self._feed.join(partition, _FEED_PATIENCE)
             marked = plan.scope in self._pending
             if joined and not stale and not marked:
                 bucket = self._local.open(plan.name, partition, self._settings.ttl(plan.table))
@@ -149,7 +149,7 @@ class ReadPath:
             return plan.kind.show(kept, source, stale)
 
     def _outdo(self, plan: Plan) -> None:
-        """A window has answered a query. A load of that query that began earlier may find less: it must not be seen
+        """A window has answered a query. A load of that query that began earlier may find less: nobody may see it
         any more."""
         if any((bucket, plan.key) in self._loads for bucket in self._local.beside(plan.name)):
             self._local.drop(plan.scope)

@@ -367,18 +367,18 @@ _dead = typer.Typer(
 )
 app.add_typer(_dead, name="dead")
 
-Partition = Annotated[
+PartitionOption = Annotated[
     int | None,
     typer.Option(min=0, help="Only this log partition: two may have the same version.", metavar="N"),
 ]
-Versions = Annotated[
+VersionsArgument = Annotated[
     list[str] | None, typer.Argument(help="As `mnemobus dead list` shows them.", metavar="VERSION...")
 ]
 All = Annotated[bool, typer.Option("--all", help="All that there are.")]
 
 
 @_dead.command("list")
-def _dead_list(partition: Partition = None, json: Json = False) -> None:
+def _dead_list(partition: PartitionOption = None, json: Json = False) -> None:
     """List the dead letters: version, date, operation, table, room, id and reason.
 
     \b
@@ -394,7 +394,7 @@ def _dead_list(partition: Partition = None, json: Json = False) -> None:
 @_dead.command("show")
 def _dead_show(
     version: Annotated[str, typer.Argument(help="As `mnemobus dead list` shows it.")],
-    partition: Partition = None,
+    partition: PartitionOption = None,
     json: Json = False,
 ) -> None:
     """Show a dead letter in full; of an embedding, the number of its floats.
@@ -410,7 +410,10 @@ def _dead_show(
 
 @_dead.command("requeue")
 def _dead_requeue(
-    versions: Versions = None, everything: All = False, partition: Partition = None, json: Json = False
+    versions: VersionsArgument = None,
+    everything: All = False,
+    partition: PartitionOption = None,
+    json: Json = False,
 ) -> None:
     """Put writes back into the log, for workers to try again, once the cause is removed.
 
@@ -429,9 +432,9 @@ def _dead_requeue(
 
 @_dead.command("drop")
 def _dead_drop(
-    versions: Versions = None,
+    versions: VersionsArgument = None,
     everything: All = False,
-    partition: Partition = None,
+    partition: PartitionOption = None,
     yes: Annotated[bool, typer.Option("--yes", "-y", help="Don't ask.")] = False,
     json: Json = False,
 ) -> None:

@@ -23,7 +23,7 @@ from ..keys import ZERO, Version
 from ..log.pending import INDEXED
 from ..settings import Settings
 from .console import emit, err, out, run_until_signal
-from .moments import moment_of
+from .moments import written_at
 
 _READ = 8
 """Letters that are read at a time: each may hold a megabyte."""
@@ -57,7 +57,7 @@ class Letter:
     def written(self) -> str:
         """When."""
         try:
-            return moment_of(Version.parse(self.version))
+            return written_at(Version.parse(self.version))
         except ValueError:
             return "?"
 

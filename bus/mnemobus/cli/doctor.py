@@ -20,7 +20,7 @@ from ..errors import IdentityMismatch, MnemobusError, SettingsError
 from ..health.checkup import AGENT_RIGHTS, NOBODY, WORKER_RIGHTS, forbidden, rights, write_probe
 from ..health.diagnosis import Trouble, of_redis, of_server, of_store
 from ..health.vitals import LATE, Log, Worker, judge, read
-from ..identity import Registered, check, check_owner, misgivings
+from ..identity import Registered, check_match, check_owner, misgivings
 from ..keys import LAYOUT, Keyspace, Shape
 from ..settings import POLICIES, Settings, hide_password
 from ..store import SCHEMA, open_reader
@@ -278,7 +278,7 @@ async def _belonging(settings: Settings, there: Registered) -> list[Finding]:
         check_owner(keys, address, identity)
         if not there.store:
             return []
-        check(keys, address, identity, there)
+        check_match(keys, address, identity, there)
     except IdentityMismatch as error:
         return [Finding("identity", FAIL, str(error))]
     except MnemobusError:  # the store can't be read: that is told already

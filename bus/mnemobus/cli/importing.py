@@ -29,8 +29,8 @@ from ..store import Reader, open_reader
 from ..tasks import end
 from ..values import from_micros
 from .console import emit, err, out, run_until_signal
-from .lines import Bad, Line, Source, Ties, Unreadable, line_limit, parse
-from .report import Report
+from .lines import Bad, Line, LineSource, Ties, Unreadable, line_limit, parse
+from .report import ImportReport
 
 CHUNK = 500
 """Lines that are logged together."""
@@ -38,7 +38,7 @@ WINDOW = 8
 """Chunks that may be logged and not committed."""
 LOOKUPS = 16
 """Questions to the store at a time."""
-PATIENCE = 60.0
+COMMIT_PATIENCE = 60.0
 """Seconds that nothing at all may be committed before the import gives up waiting."""
 GRACE = 2.0
 """Seconds that an import which ends early waits for what it has logged."""
@@ -55,7 +55,7 @@ class Importer:
     """Takes lines to the log, chunk by chunk, and sees them into the store."""
 
     def __init__(
-        self, bus: Bus, reader: Reader, report: Report, *, skip: bool, overwrite: bool, wait: bool
+        self, bus: Bus, reader: Reader, report: ImportReport, *, skip: bool, overwrite: bool, wait: bool
     ) -> None:
         self._bus = bus
         self._reader = reader
@@ -170,7 +170,7 @@ class Importer:
             try:
                 return await self._bus.write_many(memories)
             except BacklogFull:
-                if time.monotonic() - max(began, self._report.moved) > PATIENCE:
+                if time.monotonic() - max(began, self._report.moved) > COMMIT_PATIENCE:
                     raise
 
     async def _commit(self, lines: list[Line], receipts: list[Receipt]) -> None:
@@ -193,10 +193,10 @@ class Importer:
                     self._refused = self._refused or not self._skip
                 elif outcome is not None:
                     raise outcome
-            if left and time.monotonic() - max(began, self._report.moved) > PATIENCE:
+            if left and time.monotonic() - max(began, self._report.moved) > COMMIT_PATIENCE:
                 raise NotCommitted(
-                    f"nothing was committed for {PATIENCE:g} s. What was written is in the log and will get to the"
-                    " store. Are workers running? `mnemobus doctor` tells"
+                    f"nothing was committed for {COMMIT_PATIENCE:g} s. What was written is in the log and will get to"
+                    " the store. Are workers running? `mnemobus doctor` tells"
                 )
 
     async def _next_committed(self) -> None:
@@ -260,8 +260,8 @@ def run(*, file: str, skip: bool, overwrite: bool, wait: bool, json: bool) -> in
 
 
 async def _main(settings: Settings, file: str, skip: bool, overwrite: bool, wait: bool, json: bool) -> int:
-    source = Source(file, line_limit(settings))
-    report = Report(source.name, json)
+    source = LineSource(file, line_limit(settings))
+    report = ImportReport(source.name, json)
     reader = open_reader(settings)
     complete = False
     async with Bus(settings) as bus:
@@ -287,7 +287,7 @@ async def _main(settings: Settings, file: str, skip: bool, overwrite: bool, wait
     return 0 if complete and not report.bad else 1
 
 
-async def _take_all(source: Source, reader: Reader, importer: Importer) -> None:
+async def _take_all(source: LineSource, reader: Reader, importer: Importer) -> None:
     try:
         await reader.open()
     except StoreUnavailable as error:

@@ -317,7 +317,7 @@ def _check_text(head: bytes) -> None:
 class _Begun:
     """What a source reads, whose first bytes were looked at already."""
 
-    def __init__(self, source: Source) -> None:
+    def __init__(self, source: LineSource) -> None:
         self._source = source
         self.head = b""
         while len(self.head) < 16 and (piece := source._read(_PIECE)):  # a pipe may give one byte at a time
@@ -331,7 +331,7 @@ class _Begun:
         return found
 
 
-class Source:
+class LineSource:
     """Reads in a thread of its own: standard input may keep a reader waiting for as long as it likes."""
 
     def __init__(self, file: str, limit: int) -> None:

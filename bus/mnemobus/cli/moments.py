@@ -32,7 +32,7 @@ def parse_moment(when: str, option: str) -> float | Version:
     return Version(max(int(moment.timestamp() * 1000), 0), 0)
 
 
-def moment_of(version: Version) -> str:
+def written_at(version: Version) -> str:
     """When an event was written, in UTC, to the millisecond; the version itself where that is no date."""
     try:
         return (

@@ -1,7 +1,7 @@
 """``mnemobus repartition``: another number of log partitions, while agents and workers are at work.
 
 The log is closed to new writes, which wait; workers apply what it has; and once nothing is left, one script ends its
-partitions and begins new ones (lua/relayout.lua). Writers go on there by themselves (log/publisher.py).
+partitions and begins new ones (lua/relayout.lua). Writers go on there by themselves (log/routing.py).
 
 Nothing rests on this process: what closes the log lapses by itself (lua/close.lua), and the script looks for itself
 whether all is applied. So it may be killed at any moment. Then the log is as it was, or laid out anew, and takes writes

@@ -19,7 +19,7 @@ from ..keys import Version
 from ..settings import Settings, hide_password
 from ..tasks import end
 from .console import emit, err, out, run_until_signal
-from .moments import moment_of, parse_moment
+from .moments import parse_moment, written_at
 
 if TYPE_CHECKING:
     from mnemobus_workers.replay import Outcome, Replay
@@ -143,7 +143,7 @@ def _record(outcome: Outcome, store: str, complete: bool, dry_run: bool, seconds
 
 
 def _end(version: Version | None) -> dict[str, str] | None:
-    return None if version is None else {"version": str(version), "at": moment_of(version)}
+    return None if version is None else {"version": str(version), "at": written_at(version)}
 
 
 def _print(outcome: Outcome, store: str, complete: bool, dry_run: bool, seconds: float) -> None:
@@ -157,7 +157,7 @@ def _print(outcome: Outcome, store: str, complete: bool, dry_run: bool, seconds:
         say(f"from {_counts(partitions)}")
     if outcome.first is not None and outcome.last is not None:
         say(
-            f"written from {moment_of(outcome.first)} ({outcome.first}) to {moment_of(outcome.last)} ({outcome.last})"
+            f"written from {written_at(outcome.first)} ({outcome.first}) to {written_at(outcome.last)} ({outcome.last})"
         )
     if not dry_run:
         say(

@@ -7,7 +7,7 @@ import time
 from typing import Any, NoReturn
 
 from .console import err
-from .lines import Bad, Source
+from .lines import Bad, LineSource
 
 _LINE_EVERY = 5.0
 """Seconds between lines of progress where there is no terminal."""
@@ -19,7 +19,7 @@ _REASON = 300
 """Characters of a reason: a value that it quotes may be long."""
 
 
-class Report:
+class ImportReport:
     """Counts lines. ``moved`` is when the store last took something, or had nothing to take."""
 
     def __init__(self, name: str, json: bool) -> None:
@@ -88,7 +88,7 @@ class Report:
         parts.append(f"{self.bad:,} bad")
         return f"{', '.join(parts)}; {self.seconds:.1f} s, {self.rate():,.0f} lines/s"
 
-    async def show_progress(self, source: Source) -> NoReturn:
+    async def show_progress(self, source: LineSource) -> NoReturn:
         """Until cancelled: a bar on a terminal, a line every few seconds elsewhere."""
         from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 

@@ -39,11 +39,11 @@ from .console import emit, err, out, run_until_signal
 from .inspection import ask, keyspace, looking_at, text
 from .tail import Tail
 
-MARKS = (1.0, 5.0, 10.0)
+ASKED_AFTER = (1.0, 5.0, 10.0)
 """Seconds after an invalidation at which agents are asked."""
-PATIENCE = 2.0
+ANSWER_PATIENCE = 2.0
 """Seconds that an agent has to answer."""
-ROWS = 200
+NOTED_ROWS = 200
 """Memories of a scope, the newest, that are noted when it is invalidated."""
 _SCOPES_A_SECOND = 5.0
 _QUESTIONS_A_SECOND = 200.0
@@ -53,7 +53,9 @@ _SHOWN = 20
 """Older copies that are shown one by one."""
 
 
-def run(*, seconds: float, json: bool, marks: Sequence[float] = MARKS, patience: float = PATIENCE) -> int:
+def run(
+    *, seconds: float, json: bool, marks: Sequence[float] = ASKED_AFTER, patience: float = ANSWER_PATIENCE
+) -> int:
     return run_until_signal(_main(Settings.load(), seconds, json, marks, patience))
 
 
@@ -99,7 +101,7 @@ class Mark:
 class Truth:
     """What the store had under a scope, right after an invalidation.
 
-    rows    newest first, at most `ROWS`
+    rows    newest first, at most `NOTED_ROWS`
     whole   whether these are all
     at      the ID of the invalidation: what has a higher version was not logged yet when it was sent
     """
@@ -118,9 +120,9 @@ class Truth:
             raise ValueError(f"{scope!r} is no scope")
         by = {kind: name}
         query = Query(table, by.get("room"), by.get("agent"), by.get("entity"), by.get("world"))
-        rows = await reader.recent(query, ROWS)
+        rows = await reader.recent(query, NOTED_ROWS)
         rows = [row._replace(content=b"", metadata=b"", embedding=None) for row in rows]
-        return cls(rows, len(rows) < ROWS, at)
+        return cls(rows, len(rows) < NOTED_ROWS, at)
 
     def answer(self, question: Question) -> Versions | None:
         """What the store would have answered then; None if that can't be told from the rows."""

@@ -21,7 +21,7 @@ from ..errors import EmbeddedServerError
 from ..settings import Settings
 from ..store import open_reader
 from .binary import Binary, find_server
-from .processes import end, free_port, log_tail, sole_use, spawn
+from .processes import end_process, free_port, log_tail, sole_use, spawn
 from .server import START_TIMEOUT, EmbeddedRedis, with_port
 from .workers import WorkerPool, await_workers
 
@@ -120,7 +120,7 @@ __all__ = [
     "absolute",
     "await_workers",
     "check_store",
-    "end",
+    "end_process",
     "find_server",
     "free_port",
     "log_tail",

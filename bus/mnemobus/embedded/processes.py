@@ -55,7 +55,7 @@ async def spawn(command: list[str], **options: Any) -> asyncio.subprocess.Proces
     return await asyncio.create_subprocess_exec(*launcher, *command, start_new_session=True, **options)
 
 
-async def end(process: asyncio.subprocess.Process, timeout: float) -> None:
+async def end_process(process: asyncio.subprocess.Process, timeout: float) -> None:
     """SIGTERM, and SIGKILL to the whole of its session if that was not enough."""
     if process.returncode is None:
         with suppress(ProcessLookupError):

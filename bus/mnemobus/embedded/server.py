@@ -19,7 +19,7 @@ from ..errors import EmbeddedServerError
 from ..password import LOOPBACK
 from ..settings import Settings, hide_password
 from .binary import Binary, find_server
-from .processes import STOP_TIMEOUT, end, log_tail, spawn
+from .processes import STOP_TIMEOUT, end_process, log_tail, spawn
 
 logger = logging.getLogger("mnemobus.embedded")
 
@@ -221,7 +221,7 @@ class EmbeddedRedis:
         """Stop it; it writes its data first. Does nothing if it does not run."""
         process, self._process = self._process, None
         if process is not None:
-            await end(process, STOP_TIMEOUT)
+            await end_process(process, STOP_TIMEOUT)
 
     def forget_password(self) -> None:
         """It won't be started again: remove the password that it made."""

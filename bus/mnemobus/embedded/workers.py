@@ -21,7 +21,7 @@ from ..connection.server_errors import AWAY
 from ..health.vitals import reading_clients
 from ..settings import Settings
 from . import tethered
-from .processes import STOP_TIMEOUT, end, spawn
+from .processes import STOP_TIMEOUT, end_process, spawn
 from .tethered import PID_FILE
 
 logger = logging.getLogger("mnemobus.embedded")
@@ -98,7 +98,7 @@ class WorkerPool:
         try:
             return f"exited (status {await process.wait()})"
         finally:
-            await end(process, STOP_TIMEOUT)
+            await end_process(process, STOP_TIMEOUT)
             file.unlink(missing_ok=True)
 
     async def stop(self) -> None:

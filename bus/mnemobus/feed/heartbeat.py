@@ -38,7 +38,7 @@ from ..errors import BusClosed, SettingsError
 from ..keys import LAYOUT, Version
 from ..log.pending import PendingWrites
 from .messages import decode_entry
-from .positions import Partition, Positions
+from .positions import HEAD_GRACE, Partition, Positions
 
 if TYPE_CHECKING:
     from ..live.scopes import LiveScopes
@@ -47,8 +47,6 @@ logger = logging.getLogger("mnemobus.feed")
 
 REPLAY = 500
 """Messages read at a time when the feed is replayed."""
-_GRACE = (0.002, 0.005, 0.010)
-"""Seconds for which a head may be ahead of its position; after them pub/sub has lost something."""
 
 
 class Heartbeat:
@@ -103,7 +101,7 @@ class Heartbeat:
     # When it beats
 
     async def run(self) -> None:
-        """Beat for ever: at its interval, and whenever it is called."""
+        """Beat for ever: at the interval, and each time that it is called."""
         interval = self._settings.heartbeat
         retry = self._settings.redis_create_retry_interval / 1000
         while True:
@@ -162,7 +160,7 @@ class Heartbeat:
         self._wake.set()
 
     def suspect(self, error: Exception) -> None:
-        """A call found Redis away: look at once instead of letting others find out the same."""
+        """A call found Redis away: beat at once, so that other calls need not find out by themselves."""
         if self.up and not isinstance(error, Busy):
             self.up, self.trouble = False, meaning(error)
             logger.warning("Redis at %s can't be used: %s", self._link.address, self.trouble)
@@ -187,7 +185,7 @@ class Heartbeat:
     # What it does
 
     async def verify(self) -> None:
-        """Compare every position with its head, and bring it there; raises if that can't be done."""
+        """Compare every position with its head, and catch up; raises if that is impossible."""
         for _ in range(3):
             epoch, laid_out = self._link.epoch, self._link.keys.shape
             # With the positions as they are now: a head that is read later and lies before one of them shows a loss.
@@ -245,7 +243,7 @@ class Heartbeat:
         raise TimeoutError("Redis restarts, or is laid out anew, again and again")
 
     async def _unwilling(self, error: Exception) -> str:
-        """Why a server takes no writes that is the master nevertheless; raises if it may not be."""
+        """Why a server takes no writes although it is the master; raises if it may be no master."""
         if code_of(error) not in ("OOM", "MISCONF"):
             raise error
         # Both come before READONLY, so a replica may say the same.
@@ -262,7 +260,7 @@ class Heartbeat:
         self.refusal = refusal
 
     async def _catch_up(self, heads: list[tuple[Partition, Version]]) -> None:
-        for pause in _GRACE:
+        for pause in HEAD_GRACE:
             if not any(p.behind(head) for p, head in heads):
                 return
             await asyncio.sleep(pause)

@@ -39,7 +39,7 @@ class Invalidation:
     last: tuple[Version, ...] = ()
 
 
-def decode(id: bytes | str, previous: bytes | str, payload: bytes) -> Invalidation:
+def decode_invalidation(id: bytes | str, previous: bytes | str, payload: bytes) -> Invalidation:
     """The message of an ID, its predecessor's ID and a JSON payload; ValueError if it is none.
 
     Payload: {"p": log partition, "e": epoch, "v": [versions], "s": [scopes], "d": {version: reason}, "l": 1,
@@ -88,7 +88,7 @@ def decode_message(data: bytes) -> Invalidation:
     parts = data.split(b" ", 2)
     if len(parts) != 3:
         raise ValueError("not of the form <id> <previous id> <payload>")
-    return decode(*parts)
+    return decode_invalidation(*parts)
 
 
 def decode_entry(id: bytes, fields: Sequence[bytes]) -> Invalidation:
@@ -96,4 +96,4 @@ def decode_entry(id: bytes, fields: Sequence[bytes]) -> Invalidation:
     named = dict(zip(fields[::2], fields[1::2], strict=True))
     if b"prev" not in named or b"m" not in named:
         raise ValueError("prev or m is missing")
-    return decode(id, named[b"prev"], named[b"m"])
+    return decode_invalidation(id, named[b"prev"], named[b"m"])

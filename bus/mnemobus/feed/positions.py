@@ -36,6 +36,8 @@ from dataclasses import dataclass, field
 from ..keys import Version
 from .messages import Invalidation
 
+HEAD_GRACE = (0.002, 0.005, 0.010)
+"""Seconds that a head may be ahead of its position before pub/sub counts as having lost something."""
 EARLY = 4_096
 """Messages of a partition that wait at most until its position is known."""
 

@@ -1,4 +1,4 @@
-"""The feed, as a listener hears it: the connection that listens, and what is done with what it brings.
+"""The feed, as a listener hears it: the connection that listens, and what follows from each message.
 
 Redis publishes each message of the feed (messages.py) on a channel. What it means, and whether one is missing, the
 positions know (positions.py). That nothing was missed, the heartbeat proves (heartbeat.py).
@@ -43,7 +43,7 @@ _LISTEN_PATIENCE = 0.5
 """Seconds that a bus which opens waits to be told that it may listen."""
 _ANSWERING = 16
 """Questions that are answered at a time; more are not answered."""
-_LINGER = 30.0
+_PARTITION_LINGER = 30.0
 """Seconds that a partition without a bucket is still listened to."""
 
 
@@ -101,7 +101,7 @@ class Feed:
     async def start(self) -> None:
         """Begin to listen and to beat; returns after the first heartbeat, good or not.
 
-        AccessDenied if Redis does not let us do one of them.
+        AccessDenied if Redis does not allow one of them.
         """
         self._link.on_epoch.append(self._on_epoch)
         self._link.on_layout.append(self._on_layout)
@@ -177,7 +177,7 @@ class Feed:
             self._ear.send(*command)
 
     async def _listen(self) -> None:
-        """Hold a connection to Redis, subscribed to all partitions, and hear what comes."""
+        """Hold a connection to Redis that is subscribed to all partitions, and hear its messages."""
         while True:
             connection = self._link.dedicated()
             try:
@@ -203,7 +203,7 @@ class Feed:
             await asyncio.sleep(self._settings.redis_create_retry_interval / 1000)
 
     def _broke(self, error: Exception) -> None:
-        """There is no listening connection, or none any more."""
+        """The listening connection is lost, or could not be made."""
         self._note_denial(error)
         self._listened.set()
         said, self.deaf = self.deaf, meaning(error)
@@ -216,7 +216,7 @@ class Feed:
             self._denied = explained
 
     def _hear(self, reply: Any) -> None:
-        """One push of the listening connection; never raises for what it says."""
+        """One push of the listening connection. Its content never raises."""
         self._heard = clock()
         if not isinstance(reply, list) or len(reply) < 3:
             return
@@ -263,7 +263,7 @@ class Feed:
         self.wake()  # if it was one, and spoiled, the stream has it
 
     def _asked(self, data: bytes) -> None:
-        """A question of `mnemobus verify`, or garbage."""
+        """A question of `mnemobus verify`, or a message that makes no sense."""
         try:
             inquiry = decode_inquiry(data, self._link.keys)
         except (ValueError, TypeError) as error:
@@ -288,7 +288,7 @@ class Feed:
             self._answering -= 1
 
     def _once(self, work: Callable[..., Awaitable[None]], *args: Any) -> None:
-        """Do something in the background; the heartbeat does what it leaves undone."""
+        """Do something once, in the background. If it fails, the heartbeat does it later."""
 
         async def attempt() -> None:
             try:
@@ -357,7 +357,7 @@ class Feed:
     # The connection
 
     def _on_given_up(self, refusal: Exception) -> None:
-        """Redis takes no writes, so what it says is not to be believed, and where we listen nobody speaks any more."""
+        """Redis takes no writes. So its answers count for nothing, and nobody publishes where this bus listens."""
         if (
             self.heartbeat.up
         ):  # once: a new connection may lead there again, until one leads elsewhere (see `_follow`)
@@ -365,7 +365,7 @@ class Feed:
         self.suspect(refusal)
 
     def _follow(self) -> None:
-        """Listen to the server that the bus has come to, if it is another one."""
+        """Listen to the server that the bus is connected to now, if that is another one."""
         server = self._link.server
         if server is not None and server.run_id != self._listening_to:
             self._reconnect()
@@ -394,7 +394,7 @@ class Feed:
                 partition.idle_since = None
             elif partition.idle_since is None:
                 partition.idle_since = now
-            elif now - partition.idle_since > _LINGER:
+            elif now - partition.idle_since > _PARTITION_LINGER:
                 self.positions.leave(partition)
                 await self.send("UNSUBSCRIBE", partition.channel)
 
@@ -403,7 +403,7 @@ class Feed:
         self.wake()
 
     def _on_epoch(self, epoch: str) -> None:
-        """Everything may have changed without a word."""
+        """Everything may have changed without a message."""
         self._follow()
         self._local.clear()
         self._pending.doubt()

@@ -71,7 +71,7 @@ class Report:
 _NAMES = {field.name for field in fields(Report)}
 
 
-def decode(value: bytes) -> Report:
+def decode_report(value: bytes) -> Report:
     """A report as it is in Redis; ValueError if it is none. Fields that a newer version adds are ignored."""
     body = orjson.loads(value)
     if not isinstance(body, dict):
@@ -113,7 +113,7 @@ def read(reply: Any, now: float) -> list[Worker]:
     found = []
     for name, value in table(reply).items():
         try:
-            report = decode(value)
+            report = decode_report(value)
         except ValueError:
             continue
         age = now - report.time

@@ -27,7 +27,7 @@ from typing import NamedTuple
 from ..keys import Version
 from ..log.events import Event, decode
 
-EARLY = 1_000
+EARLY_EVENTS = 1_000
 """Messages that wait for a position at most; beyond them the position is found by repair."""
 
 
@@ -113,7 +113,7 @@ class Channel:
     def hear(self, message: Announced) -> Heard:
         """A message arrives."""
         if self.position is None:
-            if len(self._early) < EARLY:
+            if len(self._early) < EARLY_EVENTS:
                 self._early.append(message)
             return Heard.EARLY
         if message.version <= self.position:

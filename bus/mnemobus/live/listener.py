@@ -21,24 +21,23 @@ from ..connection.link import Call, Link, script
 from ..connection.server_errors import SENSELESS
 from ..connection.transport import Command
 from ..errors import BadEvent
+from ..feed.positions import HEAD_GRACE
 from ..keys import Dimensions, Version, slot_of, slots_of
 from ..log.events import DELETE_ROOM, Event, decode
 from .channel import Announced, Channel, Heard, decode_announced
 
 logger = logging.getLogger("mnemobus.live")
 
-_GRACE = (0.002, 0.005, 0.010)
-"""Seconds that a head may be ahead of its position before pub/sub counts as having lost something."""
 _PAGE = 500
 """Entries of the log that a repair reads at once."""
 _FAR = 5_000
 """Entries that a repair reads at most; who is further behind drops what it holds instead."""
 _MIXED = 60.0
 """Seconds after an event that was not announced for which nothing of its partition is held live."""
-_LINGER = 30.0
+_CHANNEL_LINGER = 30.0
 """Seconds that a channel which nothing is held of is still listened to."""
 
-Place = tuple[int, int]
+Slot = tuple[int, int]
 """A log partition and a slot in it."""
 
 
@@ -78,7 +77,7 @@ class Listener:
         self._wake = wake
         self._on_event = on_event
         self._on_lost = on_lost
-        self._channels: dict[Place, Channel] = {}
+        self._channels: dict[Slot, Channel] = {}
         self._by_name: dict[bytes, Channel] = {}
         self._unannounced: dict[int, int] = {}
         """By log partition: events that were not announced, when that was first looked at."""
@@ -95,7 +94,7 @@ class Listener:
     def __len__(self) -> int:
         return len(self._channels)
 
-    async def join(self, places: Iterable[Place], patience: float) -> list[Channel] | None:
+    async def join(self, places: Iterable[Slot], patience: float) -> list[Channel] | None:
         """Channels whose positions are known; None if that takes longer than ``patience`` seconds."""
         channels, new = [], []
         for place in places:
@@ -237,7 +236,7 @@ class Listener:
                     self._jump(channel, head)
                 else:
                     behind.append((channel, head))
-        for pause in _GRACE:
+        for pause in HEAD_GRACE:
             if not any(_is_behind(*each) for each in behind):
                 return
             await asyncio.sleep(pause)
@@ -371,7 +370,7 @@ class Listener:
                 channel.unused_since = None
             elif channel.unused_since is None:
                 channel.unused_since = now
-            elif now - channel.unused_since > _LINGER:
+            elif now - channel.unused_since > _CHANNEL_LINGER:
                 del self._channels[place], self._by_name[channel.name]
                 gone.append(channel)
         if gone:

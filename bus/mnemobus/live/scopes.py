@@ -39,13 +39,14 @@ from ..errors import BadEvent, MnemobusError, SettingsError
 from ..feed.messages import Invalidation
 from ..keys import ZERO, Dimensions, Version, slot_of
 from ..log.events import DELETE_ROOM, Event, decode
-from ..log.pending import INDEXED, PendingWrites, Progress
+from ..log.pending import INDEXED, PendingWrites
+from ..log.progress import Progress
 from ..memory import Memory
 from ..records import Row, pack_memories, unpack_memories
 from ..settings import Settings
 from ..store import Query
 from .channel import Channel
-from .listener import Listener, Place
+from .listener import Listener, Slot
 from .window import Window
 
 logger = logging.getLogger("mnemobus.live")
@@ -338,7 +339,7 @@ class LiveScopes:
         self._local.hold(bucket, settings.ttl(plan.table))
         return bucket, source
 
-    def _places(self, plan: Plan) -> list[Place]:
+    def _places(self, plan: Plan) -> list[Slot]:
         """The channels of a query's scope."""
         assert plan.window is not None
         query, keys = plan.window, self._link.keys

@@ -34,8 +34,8 @@ from ..keys import Version
 from ..tasks import end
 from .append import Field, append
 from .events import Event
+from .marks import Write
 from .outbox_file import OutboxFile
-from .pending import Write
 
 logger = logging.getLogger("mnemobus.outbox")
 

@@ -31,10 +31,7 @@ own: a repetition is known by a digest of its events, too.
 
 A publisher that is `resting` begins no call. The call under way goes on to its end; then `on_rest` is called.
 
-The log may be laid out anew while writes are under way (`mnemobus repartition`). A partition that has ended refuses
-new calls for ever, and goes on to answer those that it had. So a call of unknown outcome is repeated there, to the end.
-Once no call is under way, all that waits goes to the new partitions, in its order, before anything that came later
-(`Publishers`).
+Which publisher a write goes to, and what becomes of them once the log is laid out anew, is in routing.py.
 
 A log that can't be reached for a moment is waited for. Where that goes on, what the call carries, and everything after
 it, goes to the outbox (log/outbox.py) if there is one, which makes the same call once the log is back.
@@ -49,9 +46,8 @@ import asyncio
 import logging
 import random
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from functools import partial
 from itertools import repeat
 from typing import Any, Protocol
@@ -83,7 +79,8 @@ from ..keys import Version
 from ..settings import Settings
 from .append import CALL_BYTES, CALL_EVENTS, Field, Logged, append, publish_call, read_reply
 from .events import Event
-from .pending import Write
+from .marks import Write
+from .parcel import Parcel, fields_of, parcels
 
 logger = logging.getLogger("mnemobus.log")
 
@@ -93,18 +90,6 @@ _CLOSED_PAUSE = (0.01, 0.05)
 
 _LOG_PATIENCE = 0.5
 """Seconds that a log which can't be reached is waited for before writes go to the outbox."""
-
-
-async def forget_producers(link: Link, publishers: Iterable[Publisher]) -> None:
-    """Have the log forget what it keeps for repeated calls of a bus that is being closed; best effort.
-
-    Only where each call was answered the first time: a late copy, of a producer that nobody knows, would be done again.
-    """
-    done = [publisher for publisher in publishers if publisher.done]
-    commands = [("HDEL", link.keys.producers(each.partition), each.producer) for each in done]
-    if commands:
-        with suppress(*AWAY, RedisError, SettingsError):
-            await link.pipeline(commands)
 
 
 class Overflow(Protocol):
@@ -122,36 +107,6 @@ class Overflow(Protocol):
         self, partition: int, events: Sequence[tuple[Event, Sequence[bytes]]], call: tuple[str, int] | None
     ) -> list[Write]:
         """Keep writes until it can; ``call``: producer and number under which they may be in the log already."""
-
-
-@dataclass(slots=True)
-class _Pending:
-    """Writes of one caller that wait to be published, together."""
-
-    events: list[Event]
-    fields: list[list[bytes]]
-    size: int
-    deadline: float
-    done: asyncio.Future[list[Write]]
-
-
-def parcels(events: Iterable[Event], deadline: float) -> list[_Pending]:
-    """Events as they go together in a call, each parcel with a future of its own."""
-    loop = asyncio.get_running_loop()
-    made: list[_Pending] = []
-    for event in events:
-        fields = event.fields()
-        size = sum(map(len, fields))
-        if not made or made[-1].size + size > CALL_BYTES or len(made[-1].events) == CALL_EVENTS:
-            made.append(_Pending([], [], 0, deadline, loop.create_future()))
-        made[-1].events.append(event)
-        made[-1].fields.append(fields)
-        made[-1].size += size
-    return made
-
-
-def _fields(batch: Iterable[_Pending]) -> list[list[bytes]]:
-    return [fields for pending in batch for fields in pending.fields]
 
 
 OnLogged = Callable[[int, Event, Version, tuple[Version, ...] | None], Write]
@@ -184,9 +139,9 @@ class Publisher:
         self._on_rest = on_rest
         self.resting = False
         """Whether to begin no call for now. The call under way goes on to its end."""
-        self._queue: deque[_Pending] = deque()
+        self._queue: deque[Parcel] = deque()
         self._task: asyncio.Task[None] | None = None
-        self._flying: list[_Pending] | None = None
+        self._flying: list[Parcel] | None = None
         """What the call carries that is under way without a task."""
         self._made = 0.0
         """When that was made, and in which epoch."""
@@ -204,32 +159,32 @@ class Publisher:
         are in the log or in the outbox, else a WriteFailed."""
         return self.enqueue(parcels(events, self._loop.time() + self._settings.write_timeout))
 
-    def enqueue(self, waiting: list[_Pending]) -> list[asyncio.Future[list[Write]]]:
+    def enqueue(self, waiting: list[Parcel]) -> list[asyncio.Future[list[Write]]]:
         """The same, of events that are made up into parcels."""
         self._queue.extend(waiting)
-        if self._is_idle and self._queue and not self.resting:
+        if self.is_idle and self._queue and not self.resting:
             self._begin()
         return [pending.done for pending in waiting]
 
     def rest(self) -> bool:
         """Make no more calls until `enqueue` is called after `resting` was unset; whether none is under way."""
         self.resting = True
-        return self._is_idle
+        return self.is_idle
 
-    def take_queue(self) -> list[_Pending]:
+    def take_queue(self) -> list[Parcel]:
         """What waits, in order; it is the caller's from now on."""
         queue = list(self._queue)
         self._queue.clear()
         return queue
 
     @property
-    def _is_idle(self) -> bool:
+    def is_idle(self) -> bool:
         """Whether no call is under way."""
         return self._task is None and self._flying is None
 
     async def close(self) -> None:
         """Wait until what is queued is in the log, or has failed."""
-        while not self._is_idle:
+        while not self.is_idle:
             if self._task is not None:
                 await asyncio.shield(self._task)
             else:
@@ -239,7 +194,7 @@ class Publisher:
     @property
     def done(self) -> bool:
         """Whether the log may forget this producer: it has made calls, each was answered, and none will come."""
-        return self._sequence > 0 and self._is_idle and not self._queue and not self._copies
+        return self._sequence > 0 and self.is_idle and not self._queue and not self._copies
 
     def _begin(self) -> None:
         """Make the next call: at once, if a connection is idle; else a task sees to it."""
@@ -273,7 +228,7 @@ class Publisher:
         else:
             self._link.pool.give_back(wire)
             try:
-                self._tell(batch, read_reply(self._link, self._epoch, _fields(batch), outcome[0]))
+                self._tell(batch, read_reply(self._link, self._epoch, fields_of(batch), outcome[0]))
             except Exception as error:  # every writer must hear of it, whatever it is
                 logger.exception("publishing to log partition %d failed", self._partition)
                 self._fail(batch, error)
@@ -288,12 +243,12 @@ class Publisher:
         """Whether newer writes have to wait behind others in the outbox."""
         return self._overflow is not None and self._overflow.waiting > 0
 
-    def _hand_over(self, batch: list[_Pending] | None = None, *, unanswered: bool = False) -> None:
+    def _hand_over(self, batch: list[Parcel] | None = None, *, unanswered: bool = False) -> None:
         """Have a task publish what is queued; before that ``batch``, whose call has failed."""
         work = self._drain(batch, unanswered)
         self._task = asyncio.get_running_loop().create_task(work, name=f"mnemobus-publish-{self._partition}")
 
-    async def _drain(self, batch: list[_Pending] | None, unanswered: bool) -> None:
+    async def _drain(self, batch: list[Parcel] | None, unanswered: bool) -> None:
         made = None if batch is None else self._made
         try:
             while batch or (self._queue and not self.resting):
@@ -320,8 +275,8 @@ class Publisher:
         if self.resting:
             self._on_rest()
 
-    def _take(self) -> list[_Pending]:
-        batch: list[_Pending] = []
+    def _take(self) -> list[Parcel]:
+        batch: list[Parcel] = []
         events = size = 0
         while self._queue:
             events += len(self._queue[0].events)
@@ -332,13 +287,13 @@ class Publisher:
         return batch
 
     @staticmethod
-    def _fail(batch: Sequence[_Pending] | deque[_Pending], error: Exception) -> None:
+    def _fail(batch: Sequence[Parcel] | deque[Parcel], error: Exception) -> None:
         for pending in batch:
             if not pending.done.done():
                 pending.done.set_exception(error)
                 pending.done.exception()  # a writer that was cancelled won't fetch it
 
-    async def _publish(self, batch: list[_Pending], made: float | None, unanswered: bool) -> None:
+    async def _publish(self, batch: list[Parcel], made: float | None, unanswered: bool) -> None:
         """Publish, or keep in the outbox, and tell the writers.
 
         made, unanswered: when the call was made already and failed, and whether it had no answer
@@ -368,7 +323,7 @@ class Publisher:
             raise LogUnavailable(f"{unavailable}; and {full}") from full
         self._answer(batch, kept)
 
-    def _tell(self, batch: list[_Pending], logged: Logged) -> None:
+    def _tell(self, batch: list[Parcel], logged: Logged) -> None:
         """The batch is in the log."""
         versions = logged.versions
         self.events += len(versions)
@@ -377,7 +332,7 @@ class Publisher:
         self._answer(batch, [self._on_logged(self._partition, *each) for each in told])
 
     @staticmethod
-    def _answer(batch: list[_Pending], writes: list[Write]) -> None:
+    def _answer(batch: list[Parcel], writes: list[Write]) -> None:
         at = 0
         for pending in batch:
             count = len(pending.events)
@@ -385,10 +340,10 @@ class Publisher:
                 pending.done.set_result(writes[at : at + count])
             at += count
 
-    def _arguments(self, batch: list[_Pending]) -> tuple[list[str], list[Field]]:
-        return publish_call(self._link, self._partition, self._producer, self._sequence, _fields(batch))
+    def _arguments(self, batch: list[Parcel]) -> tuple[list[str], list[Field]]:
+        return publish_call(self._link, self._partition, self._producer, self._sequence, fields_of(batch))
 
-    async def _insist(self, batch: list[_Pending], made: float | None, unanswered: bool) -> Logged:
+    async def _insist(self, batch: list[Parcel], made: float | None, unanswered: bool) -> Logged:
         """Repeat the call until it is answered, or until it can't help any more. ``made``: when it was made first, and
         failed."""
         deadline = batch[0].deadline
@@ -422,7 +377,7 @@ class Publisher:
             before_sleep=self._before_sleep,
             reraise=True,
         )
-        events = _fields(batch)
+        events = fields_of(batch)
         try:
             async for attempt in retrying:
                 with attempt:
@@ -474,131 +429,6 @@ class Publisher:
         self.retries += 1
         log = logger.warning if attempt == 1 else logger.debug
         log("log partition %d: %s; trying again", self._partition, error)
-
-
-class Publishers:
-    """The publishers of all log partitions that this bus has written to.
-
-    Once the log is laid out anew, all of them come to rest, and what comes meanwhile waits. Then what waited with them
-    goes to the new partitions, and after that what came meanwhile: of what is written to one room, nothing overtakes.
-    """
-
-    def __init__(
-        self, link: Link, producer: str, on_logged: OnLogged, overflow: Overflow | None = None
-    ) -> None:
-        self._link = link
-        self._producer = producer
-        self._on_logged = on_logged
-        self._overflow = overflow
-        self._by_partition: dict[int, Publisher] = {}
-        self.events = self.calls = self.retries = 0
-        """Figures of publishers that are gone, as their partitions are."""
-        self._line: list[_Pending] | None = None
-        """What waits until all have come to rest; None while none has to."""
-        link.on_layout.append(self._on_layout)
-
-    def __iter__(self) -> Iterator[Publisher]:
-        return iter(list(self._by_partition.values()))
-
-    def publish(self, events: Sequence[Event]) -> list[tuple[list[int], list[asyncio.Future[list[Write]]]]]:
-        """Queue events. For each log partition, which of them go there, by their places, and the futures that give
-        their Writes in this order; see `Publisher.publish`."""
-        partition_of = self._link.keys.log_partition
-        if len(events) == 1 and self._line is None:  # as most are
-            return [([0], self._of(partition_of(events[0].dimensions.room)).publish(events))]
-        by_partition: dict[int, list[int]] = {}
-        for index, event in enumerate(events):
-            by_partition.setdefault(partition_of(event.dimensions.room), []).append(index)
-        queued = []
-        for partition, indexes in by_partition.items():
-            those = [events[index] for index in indexes]
-            if self._line is None:
-                queued.append((indexes, self._of(partition).publish(those)))
-                continue
-            deadline = asyncio.get_running_loop().time() + self._link.settings.write_timeout
-            waiting = parcels(those, deadline)
-            self._line += waiting
-            queued.append((indexes, [pending.done for pending in waiting]))
-        return queued
-
-    def _of(self, partition: int) -> Publisher:
-        publisher = self._by_partition.get(partition)
-        if publisher is None:
-            publisher = self._by_partition[partition] = Publisher(
-                self._link, partition, self._producer, self._on_logged, self._overflow, self._on_rest
-            )
-        return publisher
-
-    async def close(self) -> None:
-        """Wait until what is queued is in the log, or has failed."""
-        while True:
-            for publisher in self:
-                await publisher.close()
-            if all(publisher._is_idle for publisher in self):
-                if self._line is None:
-                    return
-                self._on_rest()  # one of them was cancelled, and did not tell
-
-    def _on_layout(self) -> None:
-        if self._line is None:
-            self._line = []
-        for publisher in self:
-            publisher.rest()
-        self._on_rest()
-
-    def _on_rest(self) -> None:
-        """One of them has come to rest."""
-        if self._line is None or not all(publisher._is_idle for publisher in self):
-            return
-        line = [pending for publisher in self for pending in publisher.take_queue()] + self._line
-        self._line = None
-        for partition, publisher in list(self._by_partition.items()):
-            publisher.resting = False
-            if partition < self._link.keys.shape.oldest:
-                del self._by_partition[partition]
-                self.events += publisher.events
-                self.calls += publisher.calls
-                self.retries += publisher.retries
-        for pending in line:
-            self._again(pending)
-
-    def _again(self, pending: _Pending) -> None:
-        """Queue what was queued for another layout."""
-        partition_of = self._link.keys.log_partition
-        by_partition: dict[int, list[int]] = {}
-        for index, event in enumerate(pending.events):
-            by_partition.setdefault(partition_of(event.dimensions.room), []).append(index)
-        if len(by_partition) == 1:
-            self._of(next(iter(by_partition))).enqueue([pending])
-            return
-        writes: list[Write | None] = [None] * len(pending.events)
-        left = len(by_partition)
-
-        def answered(indexes: list[int], done: asyncio.Future[list[Write]]) -> None:
-            nonlocal left
-            left -= 1
-            if pending.done.done():
-                return
-            error = done.exception()
-            if error is not None:
-                pending.done.set_exception(error)
-                pending.done.exception()  # a writer that was cancelled won't fetch it
-                return
-            for index, write in zip(indexes, done.result(), strict=True):
-                writes[index] = write
-            if not left:
-                pending.done.set_result([write for write in writes if write is not None])
-
-        for partition, indexes in by_partition.items():
-            part = _Pending(
-                [pending.events[index] for index in indexes],
-                [pending.fields[index] for index in indexes],
-                sum(len(field) for index in indexes for field in pending.fields[index]),
-                pending.deadline,
-                asyncio.get_running_loop().create_future(),
-            )
-            part.done.add_done_callback(partial(answered, indexes))
-            self._of(partition).enqueue([part])
 
 
 def _error(state: RetryCallState) -> BaseException | None:

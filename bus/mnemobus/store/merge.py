@@ -32,13 +32,13 @@ transaction of its own:
    see nothing of it any more.
 2. *The memories*, so many at a time, in the order of the room's index; without a lock, as nothing can be missed.
 3. *Their names*, for the fan-out. They are read once all steps are committed, not gathered on the way: a worker that
-   died, or one that is at the same deletion, may have committed some of them and told nobody.
+   died, or one that works on the same deletion, may have committed some of them without telling anybody.
 
 Each may be done again, by anybody, and the event is acknowledged after the last.
 
 Two things are no matter of merging: a memory's dimensions don't change as long as it lives, and a table's embeddings
 are of one length. The first to be committed counts; an event that contradicts it is refused, and nothing else with it.
-`apply` sees to that, in the one transaction of a batch.
+`apply` does that, in the one transaction of a batch.
 
 A memory that was deleted may be made again with other dimensions: what is above the delete replaces the row, and keeps
 its deleted register. What comes late then, from before that delete, is what the row has seen the end of: it changes

@@ -1,6 +1,6 @@
 """The schema's numbered migrations: ``migrations/<kind>/<number>_<name>.sql``, each applied in a transaction.
 
-How they are kept from being applied twice is each store's own affair (an advisory lock, BEGIN IMMEDIATE):
+Each store has its own way to prevent that one is applied twice (an advisory lock, BEGIN IMMEDIATE):
 what decides is the number in the table ``migrations``, read inside the transaction.
 """
 
@@ -35,20 +35,20 @@ def load(kind: Literal["sqlite", "postgres"]) -> list[Migration]:
 
 
 def following(kind: Literal["sqlite", "postgres"], number: int) -> list[Migration]:
-    """What to apply next, in one transaction, where the last one was this; nothing where none is missing.
+    """What to apply next, in one transaction, after this number; nothing if no migration is missing.
 
-    A schema that is new is made at once: nobody shall meet half of it, and take it for an old one.
+    A new schema is made in one transaction, so that no other process sees half of it and takes it for an old one.
     """
     left = [migration for migration in load(kind) if migration.number > number]
     return [migration for migration in left if migration.number <= store.SCHEMA] if number == 0 else left[:1]
 
 
 def missing(where: str) -> SchemaError:
-    """What to raise where there is no schema, and none may be made."""
+    """The error if there is no schema, and none may be made."""
     return SchemaError(f"{where} has no schema yet: start a worker (mnemobus worker), which makes it")
 
 
-def check(number: int, where: str) -> None:
+def check_number(number: int, where: str) -> None:
     """SchemaError if a reader of this version can't read a schema of this number."""
     if number < store.SCHEMA:
         raise SchemaError(

@@ -24,7 +24,7 @@ from ...bus import Bus, connect
 from ...errors import MemoryNotFound
 from ...keys import room_scope
 from ...memory import Memory
-from .rooms import Part, Room, digest, rooms_of
+from .rooms import DemoRoom, Role, digest, rooms_of
 from .samples import Turn
 
 ROOMS_AT_ONCE = 24
@@ -36,7 +36,7 @@ IMPATIENCE = 0.1
 class Agent:
     """Plays one part on a bus of its own."""
 
-    def __init__(self, bus: Bus, part: Part) -> None:
+    def __init__(self, bus: Bus, part: Role) -> None:
         self._bus = bus
         self._part = part
         self._name = f"agent-{part.number}"
@@ -63,7 +63,7 @@ class Agent:
                 await self._places.acquire()
                 group.create_task(self._attend(room))
 
-    async def _attend(self, room: Room) -> None:
+    async def _attend(self, room: DemoRoom) -> None:
         try:
             for number, turn in enumerate(room.conversation.turns):
                 if (turn.speaker + room.number) % self._part.agents == self._part.number:
@@ -74,7 +74,7 @@ class Agent:
         finally:
             self._places.release()
 
-    async def _await_turn(self, room: Room, number: int) -> None:
+    async def _await_turn(self, room: DemoRoom, number: int) -> None:
         scope = room_scope("messages", room.name)
         before = room.message(number - 1)
         while True:
@@ -88,7 +88,7 @@ class Agent:
             except TimeoutError:
                 continue
 
-    async def _speak(self, room: Room, number: int, turn: Turn) -> None:
+    async def _speak(self, room: DemoRoom, number: int, turn: Turn) -> None:
         last = number == len(room.conversation.turns) - 1
         if turn.learn:
             key, fact = turn.learn
@@ -106,7 +106,7 @@ class Agent:
         text = {"text": turn.text, "turn": number}
         await self._write(room, "messages", room.message(number), number, text)
 
-    async def _write(self, room: Room, table: str, id: str, turn: int, content: dict[str, Any]) -> None:
+    async def _write(self, room: DemoRoom, table: str, id: str, turn: int, content: dict[str, Any]) -> None:
         memory = Memory(
             id=id,
             table=table,
@@ -122,7 +122,7 @@ class Agent:
         receipt = await self._bus.write(memory)
         self._note("put", room, table, id, receipt.version, content, began)
 
-    async def _update(self, room: Room, id: str, content: dict[str, Any]) -> None:
+    async def _update(self, room: DemoRoom, id: str, content: dict[str, Any]) -> None:
         # What was said is in the store, but what was learned on the way may be in another batch, not yet there.
         while True:
             try:
@@ -133,13 +133,13 @@ class Agent:
                 break
         self._note("update", room, "facts", id, receipt.version, content, 0.0)
 
-    async def _delete(self, room: Room, id: str) -> None:
+    async def _delete(self, room: DemoRoom, id: str) -> None:
         while (receipt := await self._bus.delete(id)) is None:  # noqa: ASYNC110 (others write it)
             await asyncio.sleep(0.05)
         self._note("delete", room, "facts", id, receipt.version, None, 0.0)
 
     def _note(
-        self, op: str, room: Room, table: str, id: str, version: object, content: Any, began: float
+        self, op: str, room: DemoRoom, table: str, id: str, version: object, content: Any, began: float
     ) -> None:
         self.acknowledged.append(
             {
@@ -162,7 +162,7 @@ class Agent:
         sources: dict[str, int] = {"local": 0, "shared": 0, "store": 0}
         seen: dict[str, list[str]] = {}
 
-        async def look(room: Room) -> None:
+        async def look(room: DemoRoom) -> None:
             async with self._places:
                 context = await self._bus.context(room=room.name, entity=room.entity)
                 listings = [*context]
@@ -187,7 +187,7 @@ async def main() -> None:
     loop = asyncio.get_running_loop()
     reader = asyncio.StreamReader()
     await loop.connect_read_pipe(lambda: asyncio.StreamReaderProtocol(reader), sys.stdin)
-    part = Part(**orjson.loads(await reader.readline()))
+    part = Role(**orjson.loads(await reader.readline()))
     async with connect() as bus:
         agent = Agent(bus, part)
         say("ready")

@@ -38,7 +38,7 @@ from ...embedded import (
     absolute,
     await_workers,
     check_store,
-    end,
+    end_process,
     free_port,
     log_tail,
     spawn,
@@ -50,7 +50,7 @@ from ...store import open_reader
 from ..console import emit, err, run_until_signal
 from ..inspection import ask, keyspace, looking_at
 from . import proof
-from .rooms import Part, rooms_of
+from .rooms import Role, rooms_of
 from .summary import Summary, show
 
 AGENT = f"{__package__}.agent"
@@ -157,7 +157,7 @@ class _Demo:
     ) -> None:
         self._settings = settings
         name = f"demo-{secrets.token_hex(3)}"
-        self._parts = [Part(number, agents, writes, name) for number in range(agents)]
+        self._parts = [Role(number, agents, writes, name) for number in range(agents)]
         self._rooms = rooms_of(self._parts[0])
         self._expected = sum(room.writes for room in self._rooms)
         self._json = json
@@ -200,7 +200,7 @@ class _Demo:
                     env=environment,
                     limit=1 << 28,
                 )
-            stack.push_async_callback(end, process, 2.0)
+            stack.push_async_callback(end_process, process, 2.0)
             self._agents.append(_AgentProcess(part.number, process))
         for agent, part in zip(self._agents, self._parts, strict=True):
             await agent.tell(asdict(part))

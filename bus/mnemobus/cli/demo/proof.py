@@ -12,11 +12,11 @@ import orjson
 from ...keys import Version, room_scope
 from ...records import Row
 from ...store import Query, Reader
-from .rooms import Room, digest
+from .rooms import DemoRoom, digest
 from .summary import Summary
 
 
-async def stored(reader: Reader, room: Room) -> tuple[list[Row], list[str]]:
+async def stored(reader: Reader, room: DemoRoom) -> tuple[list[Row], list[str]]:
     """What the store has of a room, and what an agent that agrees would see of it."""
     listings = [
         await reader.recent(Query(table, room=room.name), 1_000) for table in ("messages", "facts", "drafts")
@@ -52,7 +52,7 @@ def lost(writes: Sequence[dict[str, Any]], stored: dict[str, Row]) -> list[str]:
     return wrong
 
 
-def measure(summary: Summary, reports: list[dict[str, Any]], rooms: Sequence[Room]) -> None:
+def measure(summary: Summary, reports: list[dict[str, Any]], rooms: Sequence[DemoRoom]) -> None:
     """Propagation: for each turn, how long after it was begun to be written each other agent gave up its old copy."""
     turns: dict[str, list[tuple[float, int]]] = defaultdict(list)
     drops: list[dict[str, list[float]]] = []

@@ -12,11 +12,11 @@ import orjson
 
 from .samples import Conversation, conversations
 
-_NAMESPACE = uuid.UUID("0c5c3d6e-3b1f-5d0a-8d2b-6f0a4e7d9b11")
+_RUNS = uuid.UUID("0c5c3d6e-3b1f-5d0a-8d2b-6f0a4e7d9b11")
 
 
 @dataclass(frozen=True, slots=True)
-class Part:
+class Role:
     """What an agent has to know to play its part; ``run`` keeps the rooms of one run apart from any other's."""
 
     number: int
@@ -26,7 +26,7 @@ class Part:
 
 
 @dataclass(frozen=True, slots=True)
-class Room:
+class DemoRoom:
     """A conversation as it is held in one run."""
 
     number: int
@@ -36,13 +36,13 @@ class Room:
 
     def message(self, turn: int) -> str:
         """The id of a turn's message: the others know what they wait for."""
-        return str(uuid.uuid5(_NAMESPACE, f"{self.name}/turn/{turn}"))
+        return str(uuid.uuid5(_RUNS, f"{self.name}/turn/{turn}"))
 
     def fact(self, key: str) -> str:
-        return str(uuid.uuid5(_NAMESPACE, f"{self.name}/fact/{key}"))
+        return str(uuid.uuid5(_RUNS, f"{self.name}/fact/{key}"))
 
     def draft(self, turn: int) -> str:
-        return str(uuid.uuid5(_NAMESPACE, f"{self.name}/draft/{turn}"))
+        return str(uuid.uuid5(_RUNS, f"{self.name}/draft/{turn}"))
 
     @property
     def has_drafts(self) -> bool:
@@ -59,9 +59,9 @@ class Room:
         return [*sorted(facts), self.message(len(self.conversation.turns) - 1)]
 
 
-def rooms_of(part: Part) -> list[Room]:
+def rooms_of(part: Role) -> list[DemoRoom]:
     return [
-        Room(number, f"{part.run}-{c.room}", f"{c.entity} ({part.run})", c)
+        DemoRoom(number, f"{part.run}-{c.room}", f"{c.entity} ({part.run})", c)
         for number, c in enumerate(conversations(part.writes))
     ]
 

@@ -38,7 +38,7 @@ from psycopg.abc import AdaptContext
 from psycopg.pq import ExecStatus, Format, TransactionStatus
 from psycopg.pq.abc import PGresult
 
-from ..errors import StoreUnavailable
+from ...errors import StoreUnavailable
 
 IDLE = 1.0
 """Seconds without use after which an agent closes a connection."""
@@ -258,7 +258,7 @@ class Database:
     async def _taken(self, link: AsyncSession) -> float:
         try:
             cursor = await link.execute(_TAKEN)
-        except psycopg.ProgrammingError:  # a service that lets nobody look
+        except psycopg.ProgrammingError:  # a hosted server on which nobody may look
             return 0.0
         return _share(await cursor.fetchone())
 
@@ -338,7 +338,7 @@ def no_place(error: Exception) -> bool:
 
 
 def finish(link: Session | AsyncSession) -> None:
-    """Close a connection, at once and whatever it is at."""
+    """Close a connection at once, even if a statement is running."""
     link.pgconn.finish()
 
 
@@ -364,7 +364,7 @@ class Connections:
 
     @contextmanager
     def one(self) -> Iterator[Session]:
-        """A connection, for as long as this lasts; it goes back in whatever state, and is closed if that is no good."""
+        """A connection, for as long as this lasts. Then it is kept for others, or closed if it is of no use."""
         if not self._places.acquire(timeout=self._server.target.timeout):
             raise self._server.busy()
         try:
@@ -396,7 +396,7 @@ class Connections:
             finish(each)
 
     def drain(self) -> None:
-        """Close those that nobody uses: one of their age was dead."""
+        """Close all idle connections: one as old as they are was dead."""
         with self._lock:
             gone, self._idle = self._idle, []
         for link in gone:
@@ -503,7 +503,7 @@ class AsyncConnections:
             self._look_at(min(link.unused_until for link in kept))
 
     def drain(self) -> None:
-        """Close those that nobody uses: one of their age was dead."""
+        """Close all idle connections: one as old as they are was dead."""
         for link in self._idle:
             finish(link)
         self._idle = []
