@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import pickle
 from collections.abc import Callable
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import pytest
@@ -26,7 +27,8 @@ Connect = Callable[..., mnemobus.Bus]
 
 
 def memory(table: str, room: str, n: int, **names: str) -> Memory:
-    return Memory(table=table, room=room, content={"n": n}, **names)
+    created = datetime(2026, 1, 1, tzinfo=UTC) + timedelta(seconds=n)
+    return Memory(table=table, room=room, content={"n": n}, created_at=created, **names)
 
 
 def numbers(memories: Any) -> list[int]:

@@ -572,6 +572,53 @@ def gate(monkeypatch: pytest.MonkeyPatch, owner: Any, name: str) -> tuple[asynci
     return reached, go
 
 
+async def test_g6_g9_what_was_cached_before_a_scope_was_held_live_is_no_answer_any_more(
+    settings: Settings, connect: Connect
+) -> None:
+    async with connect() as alice, connect() as bob:
+        # Given an answer in L1, and a window that another query on the same scope has opened
+        assert await texts(bob, 10) == []
+        assert await texts(bob, 4) == []
+        assert bob._local.live("room:messages:r1") is not None
+        # When somebody else writes there, and no worker commits it
+        await alice.write(said("0"))
+        await becomes(["0"], bob)
+        # Then the first query does not go back to what it was answered before
+        assert await texts(bob, 10) == ["0"]
+        # nor after an own write
+        await bob.write(said("1"))
+        assert await texts(bob, 10) == ["1", "0"]
+        assert await texts(bob, 4) == ["1", "0"]
+
+
+async def test_g9_what_is_cached_beside_a_window_does_not_outlive_what_the_window_shows(
+    settings: Settings, pool_of: PoolOf, connect: Connect
+) -> None:
+    async with connect() as alice, connect(live_window=4, own_write_timeout=0.3) as bob:
+        # Given a room that is held live, whose window does not tell who of an entity was the last to speak
+        with pool_of(settings):
+            spoke = [said(str(n), entity="e" if n < 2 else None) for n in range(40)]
+            await alice.write_many(spoke, durability="committed")
+        await hold(bob)
+
+        async def of_entity() -> mnemobus.Memories:
+            return await bob.recent("messages", room="r1", entity="e", limit=2)
+
+        # And an answer to that, which is cached beside it
+        assert [memory.content["text"] for memory in await of_entity()] == ["1", "0"]
+        assert (await of_entity()).source == "local"
+        # When the window shows that the entity spoke, and no worker commits it
+        await alice.write(said("new", entity="e"))
+        await eventually(lambda: shows(bob, "new"))
+        # Then that answer is not given again as if it were sure
+        found = await of_entity()
+        assert found.stale or [memory.content["text"] for memory in found] == ["new", "1"]
+
+
+async def shows(bus: mnemobus.Bus, text: str) -> bool:
+    return (await texts(bus, 1)) == [text]
+
+
 async def test_g9_an_answer_does_not_go_back_to_what_a_slow_load_found_beside_the_window(
     settings: Settings, pool_of: PoolOf, connect: Connect, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -505,6 +505,20 @@ MUTATIONS = [
         "test_repartition.py::test_g1_a_flushed_redis_takes_no_write_to_partitions_that_nobody_serves",
     ),
     Mutation(
+        "live: a window takes the place of what was cached before (G6, G9)",
+        "bus/mnemobus/cache/l1.py",
+        "            self._remove(before)\n        bucket.expires",
+        "            self._remove(before)\n            bucket.classic = before\n        bucket.expires",
+        "test_live.py::test_g6_g9_what_was_cached_before_a_scope_was_held_live_is_no_answer_any_more",
+    ),
+    Mutation(
+        "live: what is cached beside a window goes as the window changes (G9)",
+        "bus/mnemobus/cache/l1.py",
+        "bucket.more, bucket.classic = MISS, None, None, None\n",
+        "bucket.more = MISS, None, None\n",
+        "test_live.py::test_g9_what_is_cached_beside_a_window_does_not_outlive_what_the_window_shows",
+    ),
+    Mutation(
         "repartition: a partition takes events by the layout that it has now (G2)",
         "bus/mnemobus/lua/publish.lua",
         "if not meter[3] or meter[3] ~= ARGV[6] then\n",

@@ -22,8 +22,7 @@ from .cache.query import (
     scope_of_room,
     timeout_of,
 )
-from .context import CHAT_ROOM, Context, Profile
-from .context import read as read_context
+from .context import CHAT_ROOM, Context, Profile, read_context
 from .lifecycle import LifeCycle
 from .memory import Memories, Memory
 from .parts import BusParts

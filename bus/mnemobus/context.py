@@ -124,7 +124,7 @@ class Context(tuple[Memories, ...]):
         return Context.of, (dict(self.items()),)
 
 
-async def read(
+async def read_context(
     profile: Profile,
     named: Mapping[str, str | None],
     hit: Callable[[str, Key], Any],

@@ -146,7 +146,8 @@ class LiveBucket(Bucket):
     partition of the feed: it tells what was refused, or is not from the log
     channels  those that its events come on
     floors    by channel, the version up to which the window has all events of the scope, whatever the position is
-    classic   answers to queries that a window does not tell, dropped when the feed names the scope
+    classic   answers to queries that a window does not tell, dropped when the feed names the scope, or the window
+              changes
     tell      gives the answer of the window to a query, by its key; MISS if the window can't tell it at once
     gone      called once it is out of the cache
     """
@@ -408,13 +409,11 @@ class LocalCache:
                     yield orphan
 
     def hold(self, bucket: LiveBucket, ttl: float) -> None:
-        """Keep a live bucket, in place of what was cached under its scope."""
+        """Keep a live bucket, in place of what was cached under its scope: that may be older than the window, which has
+        what the log has."""
         before = self._buckets.get(bucket.name)
         if before is not None:
             self._remove(before)
-            if not isinstance(before, LiveBucket):
-                bucket.classic = before
-                self.entries += before.count
         bucket.expires = self._expiry(clock(), ttl)
         while len(self._buckets) >= self._max_entries:
             self._evict()
@@ -430,13 +429,13 @@ class LocalCache:
             bucket.set(query, value)
 
     def changed(self, bucket: LiveBucket) -> None:
-        """A window has taken an event: answers from before it are no longer given."""
+        """A window has taken an event: answers from before it are no longer given. Nor are those beside it, which may
+        lack what it shows."""
         answered = bucket.count
         self.entries -= answered
-        bucket.query, bucket.value, bucket.more = MISS, None, None
+        bucket.query, bucket.value, bucket.more, bucket.classic = MISS, None, None, None
         if answered and self.on_drop is not None:
             self.on_drop(bucket.scope)
-        self.entries += bucket.count
         self._resize(bucket)
 
     def _resize(self, bucket: LiveBucket) -> None:
