@@ -444,7 +444,7 @@ def test_the_doctor_where_redis_or_the_store_does_not_let_us_in(
     assert re.search(rf"^fail  redis   Redis at {away} does not answer: ", gone.out, re.MULTILINE)
     assert "start it (`mnemobus up` runs one here), or set REDIS_URL" in gone.out
     assert re.search(r"^fail  store   SQLite .*: file is not a database", gone.out, re.MULTILINE)
-    assert "it is no SQLite file: correct MNEMOBUS_DATABASE_URL" in gone.out
+    assert "it is not an SQLite file: correct MNEMOBUS_DATABASE_URL" in gone.out
 
 
 async def test_the_doctor_where_writes_wait_or_died(

@@ -345,7 +345,7 @@ CONDITIONS = [
         ("writes", "fail", "only 0 replicas", "bring its replicas")
     ),
     Condition(
-        "disk-lost", lose_the_disk, "could not write its snapshot", ("writes", "fail", "MISCONF", "see to its disk"),
+        "disk-lost", lose_the_disk, "could not write its snapshot", ("writes", "fail", "MISCONF", "check its disk"),
         options=("--appendonly", "no"),
     ),
     Condition("loading", load, "loading its data", ("writes", "fail", "loading its data", "wait until"),
@@ -375,7 +375,8 @@ CONDITIONS = [
     Condition("no-socket", redis_url("unix:///nowhere/redis.sock"), None, ("redis", "fail", "nowhere", "start it")),
     Condition("no-redis", listen_as_something_else, None,
               ("redis", "fail", "127.0.0.1", "something else listens there")),
-    Condition("cluster", nothing, None, ("cluster", "fail", "part of a Redis Cluster", "use a server that is none"),
+    Condition("cluster", nothing, None,
+              ("cluster", "fail", "part of a Redis Cluster", "use a server that stands alone"),
               options=("--cluster-enabled", "yes", "--cluster-port", str(free_port()))),
     Condition("evicts", evict, None, ("policy", "fail", "may evict the log", "CONFIG SET maxmemory-policy")),
     Condition("other-layout", other_layout, None,

@@ -190,7 +190,7 @@ def test_what_is_wrong_is_named(clean: pytest.MonkeyPatch, name: str, value: str
 
 
 def test_a_keyword_that_is_no_setting_is_refused(clean: pytest.MonkeyPatch) -> None:
-    with pytest.raises(SettingsError, match=r"reddis_url is no setting; see env\.template"):
+    with pytest.raises(SettingsError, match=r"reddis_url is not a setting; see env\.template"):
         mnemobus.connect(reddis_url="redis://x")
 
 

@@ -106,7 +106,7 @@ async def _redis(
         findings.append(Finding("redis", OK, f"{product} at {where}"))
         if server.get("cluster_enabled") == "1":
             cluster = f"the server at {where} is part of a Redis Cluster, which is not supported"
-            findings.append(Finding("cluster", FAIL, cluster, "use a server that is none"))
+            findings.append(Finding("cluster", FAIL, cluster, "use a server that stands alone"))
             return
         findings += _server(settings, server)
         if server.get("loading", "0") == "1":  # it answers nothing else
