@@ -418,7 +418,7 @@ CONDITIONS = [
               workers=""),
     Condition("dead-letters", bury, "1 dead letters", ("dead letters", "warn", "1 writes", "mnemobus dead list"), 0),
     # The outbox
-    Condition("no-directory", be_no_directory, None, ("outbox", "fail", "is no directory", "MNEMOBUS_DATA_DIR")),
+    Condition("no-directory", be_no_directory, None, ("outbox", "fail", "is not a directory", "MNEMOBUS_DATA_DIR")),
     Condition("outbox-left", leave_an_outbox, "", ("outbox", "warn", "2 writes", "start an agent"), 0),
 ]  # fmt: skip
 
