@@ -342,7 +342,9 @@ def test_when_to_begin() -> None:
     assert parse_moment("2d", "--since") == 172_800
     assert parse_moment("17-3", "--since") == Version(17, 3)
     assert parse_moment("1970-01-01T00:00:01Z", "--since") == Version(1_000, 0)
-    with pytest.raises(SettingsError, match="--since 'soon' is not one of 90s, 15m, 2h, 1d, a date with a zone"):
+    with pytest.raises(
+        SettingsError, match="--since 'soon' is not one of 90s, 15m, 2h, 1d, a date with a zone"
+    ):
         parse_moment("soon", "--since")
     with pytest.raises(SettingsError, match="the date needs a zone"):
         parse_moment("2025-06-01T12:00:00", "--since")
