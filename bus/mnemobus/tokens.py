@@ -50,7 +50,7 @@ class Tokens:
         """The last version that this bus wrote or observed, by log partition."""
 
     def forget_ended(self) -> None:
-        """The log was laid out anew: everything in partitions that have ended is applied."""
+        """The log was repartitioned: everything in partitions that have ended is applied."""
         for partition in [p for p in self._seen if p < self._link.keys.shape.oldest]:
             del self._seen[partition]
 

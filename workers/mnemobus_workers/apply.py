@@ -67,7 +67,7 @@ _STEP_SECONDS = 0.1
 _FEWEST, _MOST = 50, 2_000
 """Rows of such a step, as long as the database can do that many."""
 _MOST_PATIENCE = 64.0
-"""A single event may take at most so many times MNEMOBUS_DATABASE_TIMEOUT."""
+"""A single event may take at most this many times MNEMOBUS_DATABASE_TIMEOUT."""
 
 T = TypeVar("T")
 

@@ -61,7 +61,7 @@ logger = logging.getLogger("mnemobus.broker")
 ACTOR = "apply"
 QUEUE = "log"
 HELD_BATCHES = 2
-"""A process may hold at least so many batches: one to work on, and the next one."""
+"""A process may hold at least this many batches: one to work on, and the next one."""
 ALONE_AFTER = 3
 """Deliveries after which an event comes in a batch of its own."""
 DEAD_AFTER = 20

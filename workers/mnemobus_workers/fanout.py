@@ -33,11 +33,11 @@ from .standing import Witness
 logger = logging.getLogger("mnemobus.fanout")
 
 SCOPES_PER_CALL = 500
-"""One call names at most so many scopes: a script blocks the server while it runs."""
+"""One call names at most this many scopes: a script blocks the server while it runs."""
 FEED_BYTES = 4 << 20
-"""A feed partition keeps about so many bytes of messages."""
+"""A feed partition keeps about this many bytes of messages."""
 _PLACES = 4_096
-"""The scopes of so many combinations of names are remembered: events repeat them."""
+"""The scopes of this many combinations of names are remembered: events repeat them."""
 
 Touched = defaultdict[int, tuple[dict[str, str], dict[str, None]]]
 """By feed partition: the scopes, each with the last version that touched it, if any; and the versions. Each appears

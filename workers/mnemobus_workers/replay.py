@@ -45,7 +45,7 @@ from .standing import agree
 logger = logging.getLogger("mnemobus.replay")
 
 NAMED = 1_000
-"""For at most so many events that can't be applied, the version and the reason are kept."""
+"""For at most this many events that can't be applied, the version and the reason are kept."""
 _LETTERS = 8
 
 Moment = float | Version

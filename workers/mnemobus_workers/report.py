@@ -19,7 +19,7 @@ from mnemobus.health.vitals import REPORT_EVERY, Report, read
 logger = logging.getLogger("mnemobus.report")
 
 _KEPT = 100
-"""At most so many reports of dead workers are kept, for people to read."""
+"""At most this many reports of dead workers are kept, for people to read."""
 _KEPT_SECONDS = 3600.0
 
 

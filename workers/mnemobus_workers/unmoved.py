@@ -27,7 +27,7 @@ from mnemobus.keys import APPLY_GROUP
 logger = logging.getLogger("mnemobus.broker")
 
 LOOKS = 4
-"""So many earlier looks must have found an entry unmoved; one may have come in the same millisecond as a renewal."""
+"""This many earlier looks must have found an entry unmoved; one may have come in the same millisecond as a renewal."""
 _PAUSE = 0.003
 """Seconds between the two questions of a look; after them, entries that were just renewed have an idle time."""
 _AT_ONCE = 1_000

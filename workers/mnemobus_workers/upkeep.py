@@ -47,9 +47,9 @@ _SAMPLES = 32
 _SETTLES = 0.2
 """Seconds before a change is reported: other changes of that time are reported with it."""
 PRODUCERS = 20_000
-"""At most so many producers of a log partition are remembered; the oldest are forgotten first."""
+"""At most this many producers of a log partition are remembered; the oldest are forgotten first."""
 REASONS = 10_000
-"""For at most so many requeued and dropped dead letters of a log partition, Redis keeps the result, for
+"""For at most this many requeued and dropped dead letters of a log partition, Redis keeps the result, for
 `PRODUCER_IDLE`."""
 _REASONS_EVERY = 3600.0
 _LAYOUT_EVERY = 0.25

@@ -30,14 +30,14 @@ LEASE = 5.0
 """Seconds after which a closed log takes writes again, unless the closing is renewed."""
 _RENEW = 1.0
 _SMALL = 10_000
-"""The log is closed only once at most so many events are left to apply, so that writers don't wait for long."""
+"""The log is closed only once at most this many events are left to apply, so that writers don't wait for long."""
 _LOOK = 0.02
 _RETRY = 0.2
 """Seconds between two checks whether all is applied; between two tries to reach Redis."""
 _SIGN = 1.5 * REPORT_EVERY
 """Seconds to wait for a sign of life of workers: Redis's clock may have been set just now."""
 _NAMED = 5
-"""An error names at most so many agents and workers."""
+"""An error names at most this many agents and workers."""
 
 
 def run(*, partitions: int, timeout: float, pause: float, force: bool, json: bool) -> int:

@@ -14,9 +14,9 @@ _LINE_EVERY = 5.0
 _QUIET = 5.0
 """Seconds without a commit after which a message asks about the workers."""
 _LISTED = 1_000
-"""The result lists at most so many bad lines."""
+"""The result lists at most this many bad lines."""
 _REASON = 300
-"""A reason has at most so many characters: it may quote a long value."""
+"""A reason has at most this many characters: it may quote a long value."""
 
 
 class ImportReport:

@@ -306,7 +306,7 @@ class _Link:
         before, self.keys.shape = self.keys.shape, shape
         if self.laid_out and before.current != shape.current:
             logger.info(
-                "the log of the bus %r was laid out anew: %d partitions instead of %d",
+                "the log of the bus %r has a new layout: %d partitions instead of %d",
                 self.keys.prefix,
                 shape.size,
                 before.size,

@@ -25,9 +25,9 @@ from .diagnosis import Trouble, of_redis, of_store
 LATE = 30.0
 """Seconds after which an event that is not applied is overdue, if nothing else is applied either."""
 REPORT_EVERY = 2.0
-"""At most so many seconds pass between two reports of a worker."""
+"""At most this many seconds pass between two reports of a worker."""
 _TEXT = 500
-"""A report has at most so many characters of an error."""
+"""A report has at most this many characters of an error."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -31,7 +31,7 @@ logger = logging.getLogger("mnemobus.live")
 _PAGE = 500
 """Entries of the log that a repair reads at once."""
 _FAR = 5_000
-"""A repair reads at most so many entries. If the position is further behind, the windows are dropped instead."""
+"""A repair reads at most this many entries. If the position is further behind, the windows are dropped instead."""
 _MIXED = 60.0
 """Seconds after an event that was not announced for which nothing of its partition is held live."""
 _CHANNEL_LINGER = 30.0

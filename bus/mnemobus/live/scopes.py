@@ -56,11 +56,11 @@ from .window import Window
 logger = logging.getLogger("mnemobus.live")
 
 _MISSED = 10_000
-"""So many scopes are remembered as read once."""
+"""This many scopes are remembered as read once."""
 _SPARE = 16
 """Extra memories in a window beyond its size, so that it still has enough after a deletion."""
 _TAIL = 1_000
-"""An opening reads at most so many events above the applied mark; if there are more, the scope is not held live."""
+"""An opening reads at most this many events above the applied mark; if there are more, the scope is not held live."""
 _JOIN_PATIENCE = 0.25
 """Seconds that an opening waits for its channels. After one that waited so long without success, others don't
 wait."""
