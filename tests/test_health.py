@@ -612,7 +612,7 @@ async def test_nothing_is_applied_though_workers_say_that_they_work(
 
 
 def test_what_killed_workers_left_is_removed_and_never_more_than_a_hundred_of_it(world: World) -> None:
-    # Given reports of workers that died: one long ago, and very many of late, as a pool leaves that can't start
+    # Given reports of workers that died: one long ago, and very many just now, as of a pool that can't start
     client, key = world.client, world.keys.workers
     seconds, _ = client.time()
     client.hset(key, "long-gone", Report("1", time=seconds - 7_200).encode())

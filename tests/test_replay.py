@@ -181,7 +181,7 @@ def locked(url: str) -> Iterator[None]:
 
 
 class Halted:
-    """A replay in a thread, that stands still before its batches until it is let go on."""
+    """A replay in a thread, which pauses before its batches until the test lets it continue."""
 
     def __init__(self, settings: Settings, at: int, **options: Any) -> None:
         self.replay = Replay(settings, **options)

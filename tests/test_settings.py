@@ -427,7 +427,7 @@ async def test_redis_create_retry_interval_is_the_pause_between_attempts(
     settings: Settings, connect: Connect
 ) -> None:
     async def attempts(interval: int) -> int:
-        """How often a bus tries to connect, in half a second, to who hangs up at once."""
+        """How often a bus tries to connect, in half a second, to a server that hangs up at once."""
         calls = 0
 
         async def hang_up(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
