@@ -153,8 +153,8 @@ class Shape(NamedTuple):
 
     first   the lowest number of those that are written to
     size    how many these are
-    oldest  the lowest number of all that are kept: those below ``first`` take no more writes, and are read
-    life    another one once Redis has lost the layout, and numbers begin anew; empty while it is only assumed
+    oldest  the lowest number of all that are kept: those below ``first`` take no more writes, but are still read
+    life    it changes when Redis loses the layout, and numbers begin again; empty as long as it is only assumed
     """
 
     first: int
@@ -164,8 +164,7 @@ class Shape(NamedTuple):
 
     @classmethod
     def read(cls, reply: Sequence[bytes | None]) -> Shape | None:
-        """By the values of `LAYOUT` in the layout's hash; None where it has none, or not all of it. ValueError for
-        values that make no sense."""
+        """Decode the values of `LAYOUT` in the layout's hash; None if any is missing. ValueError for invalid values."""
         log, feed, first, count, oldest, life = reply
         if log is None or feed is None:
             return None

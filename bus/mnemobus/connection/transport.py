@@ -4,12 +4,11 @@ redis-py opens a connection: address, TLS, login, protocol. Then a `Wire` takes 
 Its replies are parsed as they arrive and delivered together: there is no task, lock or stream in between.
 docs/performance.md tells the gain.
 
-A wire is used by one call at a time, which may carry many commands. A call that is cancelled, or not answered in time,
-leaves replies that nobody waits for: its wire is cut. A wire that breaks while it is idle is noticed at once, and is
-not given to anybody. Nor is one whose server says that it takes no writes, as after a failover: it is cut, and all
-others of the same age with it.
+One call at a time uses a wire, and may carry many commands. A call that is cancelled, or not answered in time, leaves
+replies that nobody waits for: its wire is cut. The pool notices at once if an idle wire breaks, and gives it to nobody.
+If a server says that it takes no writes, as after a failover, its wire is cut, and all others of the same age with it.
 
-An `Ear` is a connection on which the server speaks unasked. What it says is handed over in the same way.
+An `Ear` is a connection on which the server sends messages that nobody asked for. They are delivered in the same way.
 """
 
 from __future__ import annotations

@@ -71,7 +71,7 @@ class Window:
             for row in [row for row in self.rows if row.dimensions[:2] == room]:
                 self._remove(row)
             return
-        # By its room as well: one that was deleted may have been made again in another, whose events may be ahead.
+        # Compare its room as well: a deleted one may have been made again in another, whose events may come first.
         known = None
         if event.id in map(_id, self.rows):  # as few puts are
             room = event.dimensions[:2]
