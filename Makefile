@@ -9,10 +9,10 @@ BENCH := $(VENV)/.bench
 .PHONY: help setup demo test chaos bench bench-quick check format clean
 .DEFAULT_GOAL := help
 
-help: ## what there is to make
+help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 21
 
-setup: $(READY) ## the virtual environment, with all that the project and its tests need
+setup: $(READY) ## make the virtual environment, with everything that the project and its tests need
 
 $(READY): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "mnemobus needs Python 3.11 or later; set PYTHON=")'
@@ -20,33 +20,33 @@ $(READY): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	@touch $@
 
-demo: $(READY) ## the whole system on this machine: writes, reads, kills a worker, and checks the promises
+demo: $(READY) ## run the whole system on this machine: write, read, kill a worker, and check the promises
 	@$(BIN)/mnemobus demo $(ARGS)
 
-test: $(READY) ## the tests, against real servers; ARGS="-k feed" passes options to pytest
+test: $(READY) ## run the tests, against real servers; ARGS="-k feed" passes options to pytest
 	@$(BIN)/python -m pytest -n 4 --dist loadfile $(ARGS)
 
-chaos: $(READY) ## everything that can go wrong, for some minutes; ARGS="--seed 1 --minutes 10 --store postgres"
+chaos: $(READY) ## run a campaign of faults for some minutes; ARGS="--seed 1 --minutes 10 --store postgres"
 	@PYTHONPATH=tests $(BIN)/python -m chaos.campaign $(ARGS)
 
-bench: $(BENCH) ## measures beside the alternatives, in ten minutes; ARGS=--help lists what may be chosen
+bench: $(BENCH) ## measure beside the alternatives, in ten minutes; ARGS=--help lists the options
 	@PYTHONPATH=.:tests $(BIN)/python -m bench $(ARGS)
 
-bench-quick: $(BENCH) ## the same in a minute, to see that it works
+bench-quick: $(BENCH) ## the same in a minute, to check that it works
 	@PYTHONPATH=.:tests $(BIN)/python -m bench --quick $(ARGS)
 
 $(BENCH): $(READY)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[bench]'
 	@touch $@
 
-check: $(READY) ## lint, format, types
+check: $(READY) ## check lint, format and types
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
 
-format: $(READY) ## put the code into its form
+format: $(READY) ## format the code
 	@$(BIN)/ruff check --fix .
 	@$(BIN)/ruff format .
 
-clean: ## remove what make has made
+clean: ## remove the files that make has made
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis build dist

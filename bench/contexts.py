@@ -1,4 +1,4 @@
-"""What keeps a conversation for agents: mnemobus, and what one would take instead, each as it does best.
+"""Ways to keep a conversation for agents: mnemobus and its alternatives, each at its best.
 
 All are asked for the same: the context of a turn (the room's newest messages and the newest facts about somebody, in
 one call and, where the library can, one round trip), a message, a fact. An answer stays in the library's own form;
@@ -8,7 +8,7 @@ one call and, where the library can, one round trip), a message, a fact. An answ
 |---|---|---|
 | mnemobus | the log and PostgreSQL | copies in the process, kept current from the log |
 | psycopg | PostgreSQL | nothing: a pool of connections, prepared statements, one statement a context |
-| cashews | PostgreSQL, as psycopg | copies in the process, and in Redis; whoever writes deletes them |
+| cashews | PostgreSQL, as psycopg | copies in the process, and in Redis; the writer deletes them |
 | redis-py | Redis lists | its own client-side caching |
 | plain Redis | Redis lists | nothing: a pipeline |
 | LangGraph | PostgreSQL, by its store | nothing |
@@ -151,7 +151,7 @@ class Psycopg:
 
 
 class Cashews:
-    """Before the same table: what is not in the cache is loaded by psycopg; whoever writes deletes the listing. See
+    """Before the same table: what is not in the cache is loaded by psycopg; the writer deletes the listing. See
     alternatives/cashews.py for ``protocol``."""
 
     title: ClassVar[str] = "cashews, client side, before psycopg"

@@ -75,7 +75,7 @@ class Party:
                     self.on_told(answer)
                 continue
             asked = self._asked.pop(number)
-            if asked.done():  # whoever asked has given up
+            if asked.done():  # the caller has given up
                 continue
             if error:
                 asked.set_exception(PartyFailed(error))

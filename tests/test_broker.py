@@ -589,7 +589,7 @@ def test_the_log_is_trimmed_though_redis_clock_was_ahead_once(
     wait_until(trimmed, 10)
     assert time.monotonic() - began > 0.9
     [kept] = me.ids()
-    # and what comes in the new time goes likewise, but not before it is applied
+    # and so do events of the new time, but not before they are applied
     more = me.publish("2")
     wait_until(lambda: upkeep.tidy() or upkeep._delivered[0].old == kept, 10)
     upkeep.tidy()
@@ -637,7 +637,7 @@ def test_a_worker_that_was_paused_takes_nothing_back(settings: Settings, worker:
     # Then the events stay with the other
     assert {owner for owner, _, _ in other.pending().values()} == {other.broker.consumer_name}
     assert all(idle < 5_000 and n == 2 for _, idle, n in other.pending().values())
-    # and whoever confirms them first, they are counted once
+    # and they are counted once, no matter which worker confirms them first
     other.confirm(first)
     paused.confirm(late)
     other.confirm(second)

@@ -52,17 +52,14 @@ CLAIMS: dict[str, list[str]] = {
     ],
     (
         "the invalidation is fanned out (Redis pub/sub over a feed that can be replayed), and every agent "
-        "drops what went stale"
+        "drops its stale copies"
     ): [
         "test_processes.py::test_g5_an_agent_drops_its_copy_when_another_process_writes",
         "test_feed.py::test_g5_a_feed_that_no_longer_reaches_back_drops_the_partition",
         "scenarios/test_messages.py::test_g5_exactly_one_lost_message_on_a_quiet_key_is_found_and_repaired_within_the_bound",
         "test_live.py::test_g5_a_lost_message_is_repaired_by_the_heartbeat",
     ],
-    (
-        "every agent *knows* when it may have missed something, and then does not serve what it can't "
-        "vouch for"
-    ): [
+    ("every agent *knows* when it may have missed something, and then serves no copy that may be stale"): [
         "test_feed.py::test_g5_a_gap_is_seen_with_the_next_message",
         "test_feed.py::test_g5_local_copies_are_not_served_while_redis_does_not_answer",
         "test_processes.py::test_g5_an_agent_that_was_paused_does_not_serve_what_it_slept_through",
@@ -104,7 +101,7 @@ CLAIMS: dict[str, list[str]] = {
         "test_feed.py::test_g5_a_server_that_has_become_a_replica_vouches_for_nothing",
         "scenarios/test_messages.py::test_g5_messages_out_of_order_are_seen_as_a_gap_and_none_is_stepped_over",
     ],
-    "G6: **read your writes**, and hand that on to another agent with a token": [
+    "G6: **read your writes**, and pass that on to another agent with a token": [
         "test_bus.py::test_g6_a_bus_reads_its_own_writes_in_every_query",
         "test_processes.py::test_g6_a_token_is_handed_from_process_to_process",
     ],
@@ -116,7 +113,7 @@ CLAIMS: dict[str, list[str]] = {
         "test_feed.py::test_g7_with_both_away_the_last_known_copy_is_served_and_marked",
         "test_outbox.py::test_g7_with_redis_away_writes_wait_and_are_published_once_and_in_order",
     ],
-    "G8: **replay at will**: any stretch of the log can be applied again, with the same result": [
+    "G8: **replay at will**: any part of the log can be applied again, with the same result": [
         "test_replay.py::test_g8_whatever_happened_a_replay_ends_in_the_same_rows",
         "test_replay.py::test_since_until_partition_and_dry_run",
     ],
@@ -144,7 +141,7 @@ CLAIMS: dict[str, list[str]] = {
     "`mnemobus verify`: asks every agent, seconds after a write, whether it still holds an older copy": [
         "test_verify.py::test_g5_an_agent_that_holds_an_older_copy_is_found_at_every_mark",
     ],
-    "`mnemobus replay`: applies a stretch of the log again, to the store or to another one": [
+    "`mnemobus replay`: applies part of the log again, to the store or to another one": [
         "test_replay.py::test_g8_whatever_happened_a_replay_ends_in_the_same_rows",
         "test_replay.py::test_g8_on_every_server",
     ],
@@ -153,10 +150,10 @@ CLAIMS: dict[str, list[str]] = {
         "test_dead.py::test_g2_what_is_requeued_is_applied_and_undoes_nothing_that_was_written_since",
         "test_dead.py::test_dead_letters_are_dropped_if_one_agrees",
     ],
-    "`mnemobus repartition`: another number of log partitions, while agents and workers go on": [
+    "`mnemobus repartition`: changes the number of log partitions, while agents and workers go on": [
         "test_repartition.py::test_g1_g2_agents_and_workers_go_on_and_nothing_is_lost_doubled_or_out_of_order",
     ],
-    "`mnemobus adopt`: says that the bus has another database from now on": [
+    "`mnemobus adopt`: confirms that the bus has moved to another database": [
         "test_identity.py::test_an_operator_moves_a_bus_to_another_database",
     ],
     "`mnemobus doctor`: checks everything, and says what to do": [

@@ -254,7 +254,7 @@ async def test_tail_shows_what_is_announced_to_agents_that_hold_it_live(
         f"slot {SLOTS - 1}: can't"
     )
     assert re.search(rf"live [\d/]+ +put +table=messages room=kitchen entity=alice {memory.id}", plain.out)
-    assert f"{large.version}, too large to be sent along" in plain.out
+    assert f"{large.version}, too large for the message" in plain.out
 
 
 @pytest.mark.parametrize("option", ["--events", "--invalidations", "--since=1h"])
@@ -342,7 +342,9 @@ def test_when_to_begin() -> None:
     assert parse_moment("2d", "--since") == 172_800
     assert parse_moment("17-3", "--since") == Version(17, 3)
     assert parse_moment("1970-01-01T00:00:01Z", "--since") == Version(1_000, 0)
-    with pytest.raises(SettingsError, match="--since 'soon' is none of 90s, 15m, 2h, 1d, a date with a zone"):
+    with pytest.raises(
+        SettingsError, match="--since 'soon' is not one of 90s, 15m, 2h, 1d, a date with a zone"
+    ):
         parse_moment("soon", "--since")
     with pytest.raises(SettingsError, match="the date needs a zone"):
         parse_moment("2025-06-01T12:00:00", "--since")
@@ -444,7 +446,7 @@ def test_the_doctor_where_redis_or_the_store_does_not_let_us_in(
     assert re.search(rf"^fail  redis   Redis at {away} does not answer: ", gone.out, re.MULTILINE)
     assert "start it (`mnemobus up` runs one here), or set REDIS_URL" in gone.out
     assert re.search(r"^fail  store   SQLite .*: file is not a database", gone.out, re.MULTILINE)
-    assert "it is no SQLite file: correct MNEMOBUS_DATABASE_URL" in gone.out
+    assert "it is not an SQLite file: correct MNEMOBUS_DATABASE_URL" in gone.out
 
 
 async def test_the_doctor_where_writes_wait_or_died(

@@ -118,7 +118,7 @@ def test_passwords_have_no_defaults_and_are_on_no_command_line() -> None:
     for service in services().values():
         for words in (service.get("command", ()), service.get("healthcheck", {}).get("test", ())):
             assert not any(password in str(words) for password in PASSWORDS.values())
-    # and whoever has them is on this machine
+    # and only processes of this machine can have them
     for service in services().values():
         assert all(port.startswith("127.0.0.1:") for port in service.get("ports", ()))
 

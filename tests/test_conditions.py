@@ -235,7 +235,7 @@ REDIS = [
     Condition(replica_that_has_lost_its_master, "is a replica"),
     Condition(loading, "it is loading its data", later=False),
     Condition(too_few_replicas, "min-replicas-to-write", reads=True),
-    Condition(disk_that_fails, "see to its disk", reads=True),
+    Condition(disk_that_fails, "check its disk", reads=True),
     Condition(full, "Raise maxmemory", kept=False, reads=True),
     Condition(busy, "SCRIPT KILL"),
     Condition(wrong_password, "REDIS_PASSWORD", "REDIS_PASSWORD", status=2, restrict=True),

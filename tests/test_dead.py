@@ -199,7 +199,7 @@ def test_what_is_called_wrongly(settings: Settings, log: Log, command: Start) ->
         ("list", "--partition", "2"): (2, "mnemobus: --partition 2: there are log partitions 0 to 1\n"),
         ("drop", "7-7", "--partition", "1"): (
             2,
-            "mnemobus: dead drop asks first, and nobody is there to answer: give --yes\n",
+            "mnemobus: dead drop asks first, and there is no terminal to answer on: give --yes\n",
         ),
     }
     calls = {arguments: command("dead", *arguments, settings=settings) for arguments in expected}

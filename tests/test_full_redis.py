@@ -1,4 +1,4 @@
-"""A Redis that is full refuses writes (test_log.py); but whoever reads, or makes room, still gets in."""
+"""A full Redis refuses writes (test_log.py), but reads, and commands that make room, still work."""
 
 from __future__ import annotations
 

@@ -345,7 +345,7 @@ CONDITIONS = [
         ("writes", "fail", "only 0 replicas", "bring its replicas")
     ),
     Condition(
-        "disk-lost", lose_the_disk, "could not write its snapshot", ("writes", "fail", "MISCONF", "see to its disk"),
+        "disk-lost", lose_the_disk, "could not write its snapshot", ("writes", "fail", "MISCONF", "check its disk"),
         options=("--appendonly", "no"),
     ),
     Condition("loading", load, "loading its data", ("writes", "fail", "loading its data", "wait until"),
@@ -375,7 +375,8 @@ CONDITIONS = [
     Condition("no-socket", redis_url("unix:///nowhere/redis.sock"), None, ("redis", "fail", "nowhere", "start it")),
     Condition("no-redis", listen_as_something_else, None,
               ("redis", "fail", "127.0.0.1", "something else listens there")),
-    Condition("cluster", nothing, None, ("cluster", "fail", "part of a Redis Cluster", "use a server that is none"),
+    Condition("cluster", nothing, None,
+              ("cluster", "fail", "part of a Redis Cluster", "use a server that stands alone"),
               options=("--cluster-enabled", "yes", "--cluster-port", str(free_port()))),
     Condition("evicts", evict, None, ("policy", "fail", "may evict the log", "CONFIG SET maxmemory-policy")),
     Condition("other-layout", other_layout, None,
@@ -417,7 +418,7 @@ CONDITIONS = [
               workers=""),
     Condition("dead-letters", bury, "1 dead letters", ("dead letters", "warn", "1 writes", "mnemobus dead list"), 0),
     # The outbox
-    Condition("no-directory", be_no_directory, None, ("outbox", "fail", "is no directory", "MNEMOBUS_DATA_DIR")),
+    Condition("no-directory", be_no_directory, None, ("outbox", "fail", "is not a directory", "MNEMOBUS_DATA_DIR")),
     Condition("outbox-left", leave_an_outbox, "", ("outbox", "warn", "2 writes", "start an agent"), 0),
 ]  # fmt: skip
 
@@ -611,7 +612,7 @@ async def test_nothing_is_applied_though_workers_say_that_they_work(
 
 
 def test_what_killed_workers_left_is_removed_and_never_more_than_a_hundred_of_it(world: World) -> None:
-    # Given reports of workers that died: one long ago, and very many of late, as a pool leaves that can't start
+    # Given reports of workers that died: one long ago, and very many just now, as of a pool that can't start
     client, key = world.client, world.keys.workers
     seconds, _ = client.time()
     client.hset(key, "long-gone", Report("1", time=seconds - 7_200).encode())

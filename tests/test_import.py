@@ -559,7 +559,7 @@ def test_gzip_that_is_cut_short_is_no_complete_import(
         (gzip.compress("{}".encode("utf-16"), mtime=0), "the file is UTF-16, not UTF-8; convert it"),
         (
             gzip.compress(gzip.compress(b"{}\n" * 50, mtime=0), mtime=0),
-            "what is compressed is compressed, too; decompress it once",
+            "the file is compressed twice; decompress it once",
         ),
         (b"PK\3\4...", "the file is a zip archive; unpack it: unzip -p FILE | mnemobus import -"),
         (bz2.compress(b"{}"), "the file is compressed by bzip2; decompress it: bzcat FILE"),

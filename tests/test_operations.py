@@ -99,7 +99,7 @@ def test_the_table_of_keys_has_every_key() -> None:
 def test_times_and_counts_are_those_of_the_code() -> None:
     words = " ".join(PAGE.split())
     settings = Settings.model_fields
-    assert upkeep.TIDY_EVERY == 10 and "Every ten seconds or so" in words
+    assert upkeep.TIDY_EVERY == 10 and "About every ten seconds" in words
     assert upkeep.CONSUMER_IDLE == 3600 and upkeep.PRODUCER_IDLE == 7 * 86_400
     assert "silent for an hour" in words and "last calls after a week" in words
     assert f"delivered {DEAD_AFTER} times" in words

@@ -1,4 +1,4 @@
-"""G7, the write half: with the log away writes wait in a file, and reach it once, in order, whoever dies when."""
+"""G7 for writes: while the log is away, writes wait in a file. They reach the log once, in order, after any crash."""
 
 from __future__ import annotations
 

@@ -207,7 +207,7 @@ async def test_a_pooler_that_lends_a_server_for_one_transaction(
         one._connections._give_back(link)  # type: ignore[attr-defined]
         await asyncio.gather(*(asyncio.to_thread(work, one, 10 + n) for n in range(4)))
         await reader.close()
-    # And nothing of ours is left for whoever is lent the server next
+    # And nothing of ours is left on the server for its next user
     with psycopg.connect(url, autocommit=True, prepare_threshold=None) as other:
         for _ in range(10):
             row = other.execute(

@@ -153,6 +153,31 @@ def test_no_committed_file_holds_a_password() -> None:
     assert found == []
 
 
+# Words
+
+QUAINT = re.compile(
+    r"\b(?:whoever|whomever|whosoever|whence|whereof|thereof|hence|lest|ere|nought|amiss|likewise)\b"
+    r"|\b(?:by and by|in vain|of late|to be had|is none of|other worries|such a return)\b"
+    r"|\b(?:is|are|was|were) (?:not )?let\b|\b(?:for|of|to|from) who\b",
+    re.IGNORECASE,
+)
+"""What a reader whose first language is another looks up, or reads twice. "If an agent ...", "so", "also", "must not"
+and "can't be reached" say the same."""
+
+
+def test_no_quaint_words_in_the_code_and_the_docs() -> None:
+    found = [
+        f"{name}:{number}: {line.strip()[:120]}"
+        for name, text in committed().items()
+        if name.startswith(("bus/", "workers/", "docs/"))
+        or name in ("README.md", "env.template", "CHANGELOG.md")
+        if not name.endswith(".svg")
+        for number, line in enumerate(text.splitlines(), 1)
+        if QUAINT.search(line)
+    ]
+    assert found == []
+
+
 # Versions and dependencies
 
 

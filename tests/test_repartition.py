@@ -316,7 +316,7 @@ async def test_without_workers_it_is_refused(
         await bus.write(said("0"))
         done = command("repartition", "2", settings=settings)
         assert done.status == 1
-        assert "no worker runs, so what is in the log would not be applied: start them" in done.err
+        assert "no worker runs, so nothing in the log would be applied: start workers" in done.err
         assert (await log.shape())[:2] == (0, 4)
         assert await log.is_open()
 
@@ -596,7 +596,7 @@ async def test_while_one_is_at_it_another_is_refused(settings: Settings, pool: S
         await one._link.command("PING")
         one.before = one._link.keys.shape
         await one._close()
-        with pytest.raises(MnemobusError, match="another `mnemobus repartition` is at it"):
+        with pytest.raises(MnemobusError, match="another `mnemobus repartition` is running"):
             await other.run(force=False)
         assert not await log.is_open()
         await eventually(lambda: lay_out(one))

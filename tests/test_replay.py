@@ -181,7 +181,7 @@ def locked(url: str) -> Iterator[None]:
 
 
 class Halted:
-    """A replay in a thread, that stands still before its batches until it is let go on."""
+    """A replay in a thread, which pauses before its batches until the test lets it continue."""
 
     def __init__(self, settings: Settings, at: int, **options: Any) -> None:
         self.replay = Replay(settings, **options)
@@ -656,7 +656,7 @@ def test_what_is_called_wrongly(settings: Settings, log: Log, command: Start) ->
         (
             "--since",
             "soon",
-        ): "mnemobus: --since 'soon' is none of 90s, 15m, 2h, 1d, a date with a zone, a stream ID\n",
+        ): "mnemobus: --since 'soon' is not one of 90s, 15m, 2h, 1d, a date with a zone, a stream ID\n",
         ("--until", "2025-06-01T12:00:00"): (
             "mnemobus: --until '2025-06-01T12:00:00': the date needs a zone, as in 2025-06-01T12:00:00Z\n"
         ),

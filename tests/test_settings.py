@@ -190,7 +190,7 @@ def test_what_is_wrong_is_named(clean: pytest.MonkeyPatch, name: str, value: str
 
 
 def test_a_keyword_that_is_no_setting_is_refused(clean: pytest.MonkeyPatch) -> None:
-    with pytest.raises(SettingsError, match=r"reddis_url is no setting; see env\.template"):
+    with pytest.raises(SettingsError, match=r"reddis_url is not a setting; see env\.template"):
         mnemobus.connect(reddis_url="redis://x")
 
 
@@ -427,7 +427,7 @@ async def test_redis_create_retry_interval_is_the_pause_between_attempts(
     settings: Settings, connect: Connect
 ) -> None:
     async def attempts(interval: int) -> int:
-        """How often a bus tries to connect, in half a second, to who hangs up at once."""
+        """How often a bus tries to connect, in half a second, to a server that hangs up at once."""
         calls = 0
 
         async def hang_up(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:

@@ -368,7 +368,7 @@ async def test_g3_what_was_deleted_may_be_made_again_with_other_dimensions(
     again = put(id, 4, b'{"text":"again"}', dimensions=away)
     # Given a memory that is deleted
     writer.apply(first)
-    # When one of its id is written elsewhere, then it is there, and whoever cached what it was is told
+    # When a memory of its id is written elsewhere, then it exists there, and caches of the old one are told
     applied = writer.apply([again])
     assert applied.refused == []
     assert applied.cleared == [(id, there)]
@@ -1288,7 +1288,7 @@ async def test_a_large_room_is_deleted_in_steps(
     assert applied.cleared == []
     left = sql(url, "SELECT count(*) FROM memories WHERE live")[0][0]
     assert 0 < left < len(large)
-    # But whoever asks for the room, or for one of its memories, does not see it any more
+    # But a query for the room, or for one of its memories, does not find it any more
     assert await reader.recent(Query("messages", room="r1"), 10) == []
     assert await reader.count(Query("messages", room="r1")) == 0
     assert [row for id in large[::100] if (row := await reader.get(id))] == []

@@ -1,4 +1,4 @@
-"""What a bus says of its own writes is true: however many there are, whoever was away, whatever people did."""
+"""A bus tells the truth about its own writes: for any number of them, after any failure, and after manual changes."""
 
 from __future__ import annotations
 

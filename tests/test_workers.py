@@ -1,4 +1,4 @@
-"""The worker pool: what is in the log reaches the store, whoever dies, pauses, fails or is away meanwhile.
+"""The worker pool: every event of the log reaches the store, even if processes die, pause, fail or are away meanwhile.
 
 Most pools here are threads of the test's process (`pool_of`), on the broker that Dramatiq's command line would use.
 Where something is killed it is a process: `doomed`, which kills itself at a point that is given (worker_process.py), or
@@ -144,7 +144,7 @@ async def test_g1_whatever_a_worker_was_at_when_it_was_killed_is_done_by_another
             await committed(receipts)
         # each row once
         assert await stored(both) == texts(20)
-        # with an invalidation, sent for the first time or again, for whoever held a copy
+        # with an invalidation, sent for the first time or again, for every agent that held a copy
         assert versions == log.named("room:messages:r1").keys()
         assert sum(map(len, log.feed())) == sent + (0 if point == "ack" else messages)
         await eventually(lambda: sees(reader, texts(20)))

@@ -2,7 +2,7 @@
 
 As in https://aiocache.aio-libs.org/en/latest/ (``Cache(Cache.MEMORY)``, `get` and `set` with ``ttl``) and
 https://aiocache.aio-libs.org/en/latest/caches.html. Nothing tells a process that another one has written: a copy is
-served until its time is up, and a listing too, though whoever writes into the room deletes its own. That staleness is
+served until its time is up, and a listing too, though a writer into the room deletes its own. That staleness is
 what is counted.
 
 A room's listing is loaded from what plain_redis.py keeps.

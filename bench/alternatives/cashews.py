@@ -8,7 +8,7 @@ costs more).
 cashews does not look for, and it misses every single one, without a word. tests/test_bench.py shows it.
 
 cashews keeps the memories, in Redis. A room's listing is what one caches in front of a query: it is loaded from what
-plain_redis.py keeps, and whoever writes into the room deletes it.
+plain_redis.py keeps, and a writer into the room deletes it.
 """
 
 from __future__ import annotations

@@ -94,7 +94,7 @@ class Chain:
 
 
 def _end_of_input() -> threading.Event:
-    """Set once whoever started this process closes its input, or is gone."""
+    """Set once the process that started this one closes its input, or is gone."""
     ended = threading.Event()
 
     def wait() -> None:

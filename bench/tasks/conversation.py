@@ -148,8 +148,8 @@ async def run(world: World) -> list[Result]:
         " (aiocache has no bound)",
         f"a turn reads the room's newest {MESSAGES} messages and the {FACTS} newest facts about the speaker, then"
         " writes; each read counts by itself. A fact is written without a read",
-        "all that is read is 10 listings of messages and 20 of facts: with room for all, whoever drops what was written"
-        " and nothing else has the same hits",
+        "all that is read is 10 listings of messages and 20 of facts: with room for all, every cache that drops"
+        " only what was written has the same hits",
     ]
     tiers.notes.append(
         'a local answer may be stale: aiocache\'s high share is one of copies that nobody dropped; "shared" is Redis'

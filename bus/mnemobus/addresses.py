@@ -119,7 +119,7 @@ def _redis_options(query: str, *, tls: bool) -> dict[str, str]:
         elif name in _REDIS_IGNORED:
             logger.warning("REDIS_URL: the option %s is ignored: %s", given, _REDIS_IGNORED[name])
         else:
-            raise ValueError(f"?{_shown(given)}= is no option that mnemobus knows; leave it out")
+            raise ValueError(f"?{_shown(given)}= is not an option that mnemobus knows; leave it out")
     return options
 
 
@@ -254,5 +254,5 @@ def _postgres_options(query: str) -> dict[str, str]:
         elif name in _POSTGRES_IGNORED:
             logger.warning("the database's address: the option %s is another tool's, and is ignored", given)
         else:
-            raise ValueError(f"?{_shown(given)}= is no option of PostgreSQL's; leave it out")
+            raise ValueError(f"?{_shown(given)}= is not an option of PostgreSQL; leave it out")
     return options

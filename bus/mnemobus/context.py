@@ -77,7 +77,7 @@ def _part(table: str, newest: int | Newest) -> tuple[str, int, tuple[str, ...]]:
     dimensions = newest.dimensions()
     for name in dimensions:
         if name not in DIMENSIONS:
-            raise InvalidQuery(f"{table}: {name!r} is none of {', '.join(DIMENSIONS)}")
+            raise InvalidQuery(f"{table}: {name!r} is not one of {', '.join(DIMENSIONS)}")
     if not dimensions:
         raise InvalidQuery(f"{table}: by names at least one of {', '.join(DIMENSIONS)}")
     return table, limit_of(newest.limit), dimensions

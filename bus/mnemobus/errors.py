@@ -10,13 +10,13 @@
      ├─ InvalidMemory            a write was refused before anything left the process
      │   ├─ MemoryTooLarge
      │   └─ DimensionChanged     a write would change a memory's table, room, agent, entity or world
-     ├─ InvalidQuery             a read names no dimension, or its bounds make no sense
-     ├─ MemoryNotFound           an update names a memory that is not there
+     ├─ InvalidQuery             a read names no dimension, or its bounds are invalid
+     ├─ MemoryNotFound           an update names a memory that does not exist
      ├─ WriteFailed              the log did not take the write
      │   ├─ LogUnavailable       it could not be reached in time; the write may or may not be in it
      │   │   └─ Unready          the server takes no writes now; nothing was written
-     │   │       ├─ LogClosed      the log is about to be laid out anew
-     │   │       └─ PartitionEnded the log was laid out anew
+     │   │       ├─ LogClosed      the log is about to be repartitioned
+     │   │       └─ PartitionEnded the log was repartitioned, and this partition has ended
      │   ├─ LogFull              Redis is out of memory; nothing was written
      │   ├─ BacklogFull          workers are too far behind; nothing was written
      │   ├─ OutboxFull           the log can't be reached and the outbox is full; nothing was written
@@ -62,7 +62,7 @@ class IdentityMismatch(SettingsError):
 
 
 class InvalidMemory(MnemobusError, ValueError):
-    """A memory can't be written as it is; ``field`` names what is wrong with it."""
+    """A memory can't be written as it is; ``field`` names the wrong field."""
 
     def __init__(self, field: str, reason: str) -> None:
         super().__init__(f"{field}: {reason}")
@@ -78,15 +78,15 @@ class MemoryTooLarge(InvalidMemory):
 
 
 class DimensionChanged(InvalidMemory):
-    """A write would change a dimension of a memory that is there; it can have others once it was deleted."""
+    """A write would change a dimension of an existing memory. It can get other dimensions after it was deleted."""
 
 
 class InvalidQuery(MnemobusError, ValueError):
-    """A read names no dimension to look under, or its bounds make no sense."""
+    """A read names no dimension, or its bounds are invalid."""
 
 
 class MemoryNotFound(MnemobusError, LookupError):
-    """An update names a memory that is not there."""
+    """An update names a memory that does not exist."""
 
 
 class WriteFailed(MnemobusError):
@@ -106,7 +106,8 @@ class LogClosed(Unready):
 
 
 class PartitionEnded(Unready):
-    """The log partition takes no more writes. Nothing was written, and no copy of the call ever will be."""
+    """The log partition has ended, and takes no more writes. Nothing was written, and no copy of the call ever will
+    be."""
 
 
 class LogFull(WriteFailed):
@@ -138,7 +139,7 @@ class DurabilityUnavailable(WriteFailed):
 
 
 class WriteRejected(MnemobusError):
-    """A logged write could not be applied; it is in the dead letters with this reason."""
+    """A logged write could not be applied; it is a dead letter, with this reason."""
 
 
 class NotCommitted(MnemobusError, TimeoutError):
@@ -150,7 +151,7 @@ class StoreError(MnemobusError):
 
 
 class StoreUnavailable(StoreError):
-    """The database can't be reached, or is in no state to answer; trying again later can help."""
+    """The database can't be reached, or can't answer now; a later retry can help."""
 
 
 class StoreTooSlow(StoreUnavailable):
@@ -162,7 +163,7 @@ class SchemaError(StoreError):
 
 
 class Rejected(StoreError):
-    """The database refuses this data, however often it is tried."""
+    """The database refuses this data; a retry does not help."""
 
 
 class BadEvent(MnemobusError, ValueError):

@@ -1,22 +1,23 @@
-"""Identities: that a bus and its store belong together, and that the store is what it was.
+"""Identities: a bus and its store belong together, and the store must not lose data unnoticed.
 
-A store has a UUID, made with its schema, and says which bus it belongs to. A bus has one, too, in Redis, and says
-which store it has. The first process to connect writes it there. An agent or a worker that comes later with another
-store, or with a store of another bus, is refused. With `mnemobus adopt` an operator says that a change is intended.
+A store has a UUID, made with its schema, and names the bus that it belongs to. A bus has a UUID in Redis, and names its
+store. The first process that connects writes this there. An agent or a worker that comes later with another store, or
+with a store of another bus, is refused. With `mnemobus adopt` an operator confirms an intended change.
 
-What one of them has lost, it gets back from the other: a Redis that was flushed, or replaced by an empty one, is the
-same bus again, in another *life*. Workers keep that up to date in the store. A worker that finds there a life
-which its own had replaced has a rival: another Redis with the same key prefix, whose workers use the same store.
+If one side loses its identity, it gets it back from the other: a Redis that was flushed, or replaced by an empty one,
+is the same bus again, in another *life*. Workers write the present life into the store. If a worker finds there an
+older life, which its own had replaced, it has a rival: another Redis with the same key prefix, whose workers use the
+same store.
 
-A copy of a store has the same UUID. It has another *place* (the file's inode; the server's identifier and the
-database's), and one pool of workers at a time may have one. A place counts as given up once its workers' beats stand
-still. Nothing here goes by a clock.
+A copy of a store has the same UUID. But it has another *place* (the file's inode; the identifiers of the server and the
+database), and workers may commit to one place at a time. A place counts as given up once its workers' beats no longer
+rise. None of this depends on a clock.
 
 **Back in time.** A store that is restored from a backup, or whose server fails over to a standby that was behind, has
-lost what was committed, while everybody believes that it is there. What shows it:
+lost committed writes, while all processes believe that it has them. Two things show this:
 
-- a *witness* for each log partition: the last event that was fanned out, written to Redis along with the fan-out. Its
-  memory carries this version or a later one for ever (store/merge.py), unless the store went back;
+- a *witness* for each log partition: the last event that was fanned out; the fan-out writes it to Redis. Its memory has
+  this version or a later one for ever (store/merge.py), unless the store went back;
 - another place, or another *history* (PostgreSQL's timeline).
 
 Then the log is applied again from the moment up to which the store is known to have had everything (``reached``, which
@@ -45,20 +46,20 @@ from .tasks import end
 logger = logging.getLogger("mnemobus.identity")
 
 LOOK_EVERY = 5.0
-"""Seconds between two looks of an agent whether all is as it was; shorter while it does not know yet."""
+"""Seconds between two checks of an agent; shorter as long as it does not know the identity yet."""
 _LEARN_EVERY = 1.0
 
 
 @dataclass(frozen=True, slots=True)
 class Registered:
-    """What Redis has about a bus: see lua/identity.lua.
+    """What Redis knows about a bus: see lua/identity.lua.
 
     epoch      of the store's server, which a server that crashed has forgotten; "" while all commits are on disk before
                they count (MNEMOBUS_COMMIT)
     witnesses  by log partition, a memory's id and the version that it has at least
     beats      rises while workers commit at ``place``
-    stamped    whether the store was told of this life
-    rival      what is known of another Redis that uses the same store, or ""
+    stamped    whether this life was written into the store
+    rival      what is known about another Redis that uses the same store, or ""
     resync     what is being applied again and why, or None; ``resynced``: what came of the last time
     """
 
@@ -79,8 +80,8 @@ class Registered:
 
     @classmethod
     def of(cls, reply: Any) -> Registered:
-        """From the reply to HGETALL, in either version of the protocol, or to the script. SettingsError if it makes no
-        sense."""
+        """Decode the reply to HGETALL, in either version of the protocol, or to the script. SettingsError if it is
+        malformed."""
         try:
             return cls._of(reply)
         except SENSELESS as error:
@@ -113,7 +114,7 @@ class Registered:
 
     @property
     def problems(self) -> list[str]:
-        """What is wrong by what Redis has alone; a sentence each."""
+        """The problems that Redis's side alone shows, one sentence each."""
         found = []
         if self.rival:
             found.append(self.rival)
@@ -132,21 +133,21 @@ class Registered:
 
 
 def _note(text: str | None, *needed: str) -> dict[str, Any] | None:
-    """A note of upkeep's; ValueError if it is none."""
+    """Decode a note of upkeep; ValueError if it is malformed."""
     note = None if text is None else orjson.loads(text)
     if note is not None and not (isinstance(note, dict) and note.keys() >= set(needed)):
-        raise ValueError(f"{text!r} is no note with {', '.join(needed)}")
+        raise ValueError(f"{text!r} is not a note with {', '.join(needed)}")
     return note
 
 
 def arguments(identity: Identity, role: str = "") -> list[str]:
-    """What lua/identity.lua is given; ``role`` as it says there."""
+    """The arguments for lua/identity.lua, which explains ``role``."""
     bus, new = identity.bus or "", secrets.token_hex(16)
     return [identity.store, identity.where, bus, new, identity.place, identity.history, role]
 
 
 def check_owner(keys: Keyspace, address: str, identity: Identity) -> None:
-    """IdentityMismatch if the store belongs to a bus of another key prefix; to be asked before Redis is told of it."""
+    """IdentityMismatch if the store belongs to a bus of another key prefix. Call this before Redis learns the store."""
     if identity.bus is not None and identity.prefix not in (None, keys.prefix):
         raise _taken(keys, address, identity)
 
@@ -175,7 +176,7 @@ def _taken(keys: Keyspace, address: str, identity: Identity) -> IdentityMismatch
 
 
 def misgivings(identity: Identity, there: Registered) -> list[str]:
-    """What is wrong between a store and a bus that belong together; a sentence each."""
+    """The problems between a store and a bus that belong together, one sentence each."""
     found = there.problems
     if identity.life is not None and identity.life != there.life and not there.rival:
         found.append(
@@ -191,29 +192,29 @@ def misgivings(identity: Identity, there: Registered) -> list[str]:
 
 
 class Acquaintance:
-    """Sees to it that an agent's bus and store belong together: when it opens, or later if one of them was away then;
-    and for as long as it is open. For one event loop."""
+    """Ensures that an agent's bus and store belong together. It checks when the agent opens (later, if one of them was
+    away), and for as long as the agent is open. For one event loop."""
 
     def __init__(self, link: Link, reader: Reader, on_refusal: Callable[[], None]) -> None:
         self._link = link
         self._reader = reader
         self._on_refusal = on_refusal
         self._agreed: tuple[str, str, str, int] | None = None
-        """Bus, store and life, and the reader's openings, when it was last looked at both sides. None while the store
-        has heard of no bus yet: another one may still get it."""
+        """Bus, store, life, and the reader's count of openings, at the last check of both sides. None as long as the
+        store names no bus: another bus may still take it."""
         self._known = False
         self._ahead: Identity | None = None
-        """Who the store is, read while Redis was being connected to."""
+        """The store's identity, read while the bus was connecting to Redis."""
         self._task: asyncio.Task[None] | None = None
         self.refused = ""
         """Why this bus and this store must not be used together."""
 
     async def look(self) -> None:
-        """Ask the store who it is, for `start`, while Redis is not there yet. Raises StoreError."""
+        """Read the store's identity, for `start`, before Redis is connected. Raises StoreError."""
         self._ahead = await self._reader.identity()
 
     async def start(self) -> None:
-        """Agree, and go on looking. IdentityMismatch if they don't belong together."""
+        """Check now, and go on checking. IdentityMismatch if they don't belong together."""
         try:
             await self._agree()
         except (StoreError, RedisError, *AWAY) as error:
@@ -228,7 +229,7 @@ class Acquaintance:
         return self._known
 
     async def problems(self) -> list[str]:
-        """What `Bus.health` has to say of all this, now; nothing while Redis or the store is away."""
+        """The problems that `Bus.health` reports now; none while Redis or the store is away."""
         try:
             identity, there = await self._agree()
         except IdentityMismatch as error:
@@ -271,7 +272,7 @@ class Acquaintance:
             except (MnemobusError, RedisError, *AWAY) as error:
                 logger.debug("who the store is will be found out later: %s", error)
             except Exception:
-                logger.exception("looking who the store is failed; going on")
+                logger.exception("reading the store's identity failed; going on")
 
     async def _now(self) -> tuple[str, str, str, int]:
         found = await self._link.command(

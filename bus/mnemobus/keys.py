@@ -1,6 +1,6 @@
-"""Versions, scopes, partitions and the names of everything in Redis: computed here and nowhere else.
+"""Versions, scopes, partitions and the names of everything in Redis: only this module computes them.
 
-A *version* is the stream ID that the log gave an event. A *scope* is what a query can depend on.
+A *version* is the stream ID that the log gave an event. A query depends on a *scope*.
 Partitions are CRC-32 of a name modulo their count, so every process on every machine agrees. All keys
 of one partition share a hash tag, so that a script on them touches one slot of a Redis Cluster.
 """
@@ -16,7 +16,7 @@ from zlib import crc32
 _PAIR = struct.Struct(">QQ")
 _LIMIT = 1 << 64
 SHARED_SCOPES = 4_096
-"""Combinations of names whose scopes are remembered: writes repeat them, and marks share the strings."""
+"""The scopes of this many combinations of names are remembered: writes repeat them, and marks share the strings."""
 
 
 class Version(NamedTuple):
@@ -87,7 +87,7 @@ def world_scope(table: str, world: str) -> str:
 
 
 class Dimensions(NamedTuple):
-    """What of a memory never changes, and therefore decides which scopes a write to it touches."""
+    """The fields of a memory that never change. So they decide which scopes a write to it touches."""
 
     table: str
     room: str
@@ -100,7 +100,7 @@ class Dimensions(NamedTuple):
         return [f"id:{id}", *self.shared_scopes()]
 
     def shared_scopes(self) -> tuple[str, ...]:
-        """Those of them that a memory shares with others of the same dimensions; the same strings each time."""
+        """The scopes that a memory shares with others of the same dimensions; the same strings each time."""
         return _shared_scopes(self)
 
 
@@ -118,7 +118,7 @@ def _shared_scopes(dimensions: Dimensions) -> tuple[str, ...]:
 
 
 SLOTS = 256
-"""Into how many slots each log partition is divided for live channels."""
+"""The number of slots of each log partition, for live channels."""
 
 
 def slot_of(kind: str, name: str) -> int:
@@ -148,13 +148,13 @@ LAYOUT = ("log_partitions", "feed_partitions", "first", "count", "oldest", "life
 
 
 class Shape(NamedTuple):
-    """How the log is laid out. Each of its partitions has a number of its own for ever: a log that is laid out anew
-    gets new ones, above all that there were.
+    """The layout of the log. Each partition keeps its number for ever: after a repartition, the new partitions have
+    numbers above all old ones.
 
     first   the lowest number of those that are written to
     size    how many these are
-    oldest  the lowest number of all that are kept: those below ``first`` take no more writes, and are read
-    life    another one once Redis has lost the layout, and numbers begin anew; empty while it is only assumed
+    oldest  the lowest number of all that are kept: those below ``first`` take no more writes, but are still read
+    life    it changes when Redis loses the layout, and numbers begin again; empty as long as it is only assumed
     """
 
     first: int
@@ -164,14 +164,13 @@ class Shape(NamedTuple):
 
     @classmethod
     def read(cls, reply: Sequence[bytes | None]) -> Shape | None:
-        """By the values of `LAYOUT` in the layout's hash; None where it has none, or not all of it. ValueError for
-        values that make no sense."""
+        """Decode the values of `LAYOUT` in the layout's hash; None if any is missing. ValueError for invalid values."""
         log, feed, first, count, oldest, life = reply
         if log is None or feed is None:
             return None
         shape = cls(int(first or 0), int(count or log), int(oldest or 0), (life or b"").decode())
         if not (0 <= shape.oldest <= shape.first and shape.size > 0):
-            raise ValueError(f"{shape} is no layout of a log")
+            raise ValueError(f"{shape} is not a layout of a log")
         return shape
 
     @property
@@ -182,12 +181,12 @@ class Shape(NamedTuple):
 
     @property
     def current(self) -> range:
-        """The partitions that are written to."""
+        """The partitions that take writes."""
         return range(self.first, self.first + self.size)
 
     @property
     def all(self) -> range:
-        """These, and those before them that are still there."""
+        """The partitions that take writes, and the ended ones that still exist."""
         return range(self.oldest, self.first + self.size)
 
     def partition(self, room: str) -> int:
@@ -201,10 +200,10 @@ class Keyspace:
     def __init__(self, prefix: str, log_partitions: int, feed_partitions: int) -> None:
         self.prefix = prefix
         self.shape = Shape(0, log_partitions)
-        """How the log is laid out, as far as this process knows: it changes while a bus is in use."""
+        """The log's layout, as far as this process knows: it may change while a bus is in use."""
         self.feed_partitions = feed_partitions
         self.layout = f"{{{prefix}}}:layout"
-        """A hash: log_partitions and feed_partitions, as the first to connect wrote them; see layout.lua."""
+        """A hash: log_partitions and feed_partitions, as the first process wrote them; see layout.lua."""
         self.epoch = f"{{{prefix}}}:epoch"
         """A hash: run_id of the server that the epoch began with, and the epoch."""
         self.identity = f"{{{prefix}}}:identity"
@@ -212,14 +211,14 @@ class Keyspace:
         self.resync = f"{{{prefix}}}:resync"
         """Names the worker that applies the log again to a store which went back in time; expires."""
         self.workers = f"{{{prefix}}}:workers"
-        """A hash: consumer name of a worker process -> what it last told of itself (health/vitals.py)."""
+        """A hash: consumer name of a worker process -> its last report (health/vitals.py)."""
         self.probe = f"{{{prefix}}}:probe"
-        """Never made: a write to it, where only a key that is there would change, shows whether writes are taken."""
+        """It never exists. A write that would only change an existing key shows whether Redis takes writes."""
         self._feed = [f"{{{prefix}:f{f}}}:" for f in range(feed_partitions)]
 
     @property
     def log_partitions(self) -> int:
-        """How many log partitions are written to."""
+        """How many log partitions take writes."""
         return self.shape.size
 
     def log_partition(self, room: str) -> int:
@@ -236,7 +235,7 @@ class Keyspace:
         return f"{{{self.prefix}:l{partition}}}:log"
 
     def producers(self, partition: int) -> str:
-        """A hash: producer id -> the last sequence number it used and the IDs that it was given."""
+        """A hash: producer id -> its last sequence number and the IDs that it got."""
         return f"{{{self.prefix}:l{partition}}}:producers"
 
     def meter(self, partition: int) -> str:
@@ -257,7 +256,7 @@ class Keyspace:
         return f"{{{self.prefix}:l{partition}}}:dead"
 
     def reasons(self, partition: int) -> str:
-        """A hash: version -> what became of an event that could not be applied; see dead.lua."""
+        """A hash: version -> the reason why an event could not be applied, or its later fate; see dead.lua."""
         return f"{{{self.prefix}:l{partition}}}:reasons"
 
     def feed(self, partition: int) -> str:
@@ -270,26 +269,26 @@ class Keyspace:
 
     @property
     def buckets(self) -> str:
-        """A pattern, as SCAN takes it, that the names of all L2 hashes have, of whatever epoch."""
+        """A pattern for SCAN that matches the names of all L2 hashes, of any epoch."""
         return f"{{{self.prefix}:f*}}:b:*"
 
     def agent_channel(self, bus_id: str) -> str:
-        """The channel on which a bus probes its own link, and is asked what it holds."""
+        """The channel on which a bus probes its own link, and gets questions about the copies that it holds."""
         return f"{{{self.prefix}}}:agent:{bus_id}"
 
     def layout_channel(self, bus_id: str) -> str:
-        """The channel on which a bus is told that the log was laid out anew. A bus that listens there goes on by
+        """The channel on which a bus learns that the log was repartitioned. A bus that listens there goes on by
         itself."""
         return f"{{{self.prefix}}}:layout:{bus_id}"
 
     def verify_channel(self, name: str) -> str:
-        """The channel on which agents answer what they were asked."""
+        """The channel on which agents answer questions."""
         return f"{{{self.prefix}}}:verify:{name}"
 
 
 ENDED = 1 << 52
-"""Events by which the backlog of a partition that takes no more writes looks larger: agents of an older version, which
-know no other sign, take it for full."""
+"""The backlog of a partition that has ended looks larger by this many events: to agents of an older version, which know
+no other sign, it looks full."""
 
 
 def applied_of(counted: int) -> int:
@@ -301,6 +300,6 @@ APPLY_GROUP = "apply"
 """The consumer group of the worker pool, on every log partition."""
 
 REPLAY_GROUP = "replay:"
-"""How the names of the groups begin with which `mnemobus replay` keeps the log from being trimmed under it."""
+"""The beginning of the names of the groups with which `mnemobus replay` holds back trimming."""
 COPY_GROUP = "replay-into:"
-"""The same, of a replay into another store."""
+"""The same, for a replay into another store."""

@@ -1,6 +1,7 @@
-"""What a bus knows of memories without asking anybody: enough to refuse a write before it leaves the process.
+"""What a bus knows about memories without asking Redis or the store: enough to refuse a write before it leaves the
+process.
 
-All of it is bounded. What was forgotten is asked for again, or left to the worker.
+All of it is bounded. If the bus has forgotten something, it asks again, or leaves the check to the worker.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ _TABLES = 1_000
 
 
 class Known:
-    """What one bus has written, and what it has in L1."""
+    """Knowledge from the bus's own writes, and from L1."""
 
     def __init__(self, local: LocalCache) -> None:
         self._local = local

@@ -1,12 +1,12 @@
 """The password of the embedded Redis: every user who may read the data directory may use the server.
 
-`mnemobus up` and `mnemobus demo` listen on 127.0.0.1, where every account of the machine can connect. So unless it is
-given a password the server gets one of its own. It stands in a file of the data directory that only its owner can read;
-the next line has the port that it is for. Agents and commands on the same data directory find it there whenever they
-connect, if neither REDIS_PASSWORD nor REDIS_URL has one.
+`mnemobus up` and `mnemobus demo` listen on 127.0.0.1, where every account of the machine can connect. So if the
+settings have no password, the server gets a random one. It is in a file of the data directory that only its owner can
+read; the next line of the file has the server's port. Agents and commands on the same data directory find it there
+whenever they connect, if neither REDIS_PASSWORD nor REDIS_URL has one.
 
-Every start of `mnemobus up` makes a new password, and its end removes the file. So a password that a client sends
-later, to another program at the same address, is of no use to that program.
+Every start of `mnemobus up` makes a new password, and its end removes the file. So if a client later sends the password
+to another program at the same address, that program can't use it.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def generate(settings: Settings) -> str:
 
 
 def forget(settings: Settings) -> None:
-    """The server is gone: nobody shall send the password any more."""
+    """The server is gone: make sure that nobody sends the password any more."""
     with suppress(OSError):
         (settings.data_dir / _FILE).unlink(missing_ok=True)
 

@@ -1,8 +1,8 @@
 """Files and folders that nobody else on the machine can read: what agents remember is about people.
 
-What is made here has the modes 0600 and 0700, whatever the umask. What is there already and open to everybody, as an
-older mnemobus left it, is closed when it is opened; what is open to a group only (0640, 0660, 0750) was made so by
-somebody on purpose, and stays. A folder that the user made keeps its mode.
+New files and folders get the modes 0600 and 0700, with any umask. If a file is open to everybody, as an older mnemobus
+left it, opening it here changes its mode. If it is open to a group only (0640, 0660, 0750), somebody did this on
+purpose, and it stays. A folder that the user made keeps its mode.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Settings: one typed object, read from the environment and ``.env``, checked before anything starts.
 
-The names that users of Redis in agent frameworks already have are kept (``REDIS_*``; times in
-milliseconds); the rest is ``MNEMOBUS_*`` (times in seconds). env.template documents each.
+Settings for which agent frameworks already have names keep these (``REDIS_*``; times in milliseconds); all others are
+``MNEMOBUS_*`` (times in seconds). env.template documents each.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def _own(name: str, default: Any, **constraints: Any) -> Any:
 
 
 class Settings(BaseSettings):
-    """Everything that can be set. Keywords of :func:`mnemobus.connect` have these names."""
+    """All settings. Keywords of :func:`mnemobus.connect` have these names."""
 
     model_config = SettingsConfigDict(
         env_file=".env",
@@ -66,7 +66,7 @@ class Settings(BaseSettings):
         frozen=True,
         case_sensitive=True,
         validate_default=False,
-        allow_inf_nan=False,  # an infinite time is of no use
+        allow_inf_nan=False,  # an infinite time makes no sense
     )
 
     @classmethod
@@ -78,8 +78,8 @@ class Settings(BaseSettings):
         dotenv_settings: PydanticBaseSettingsSource,
         file_secret_settings: PydanticBaseSettingsSource,
     ) -> tuple[PydanticBaseSettingsSource, ...]:
-        """Keywords, the environment, and ``.env`` where there is one: to look for each setting in none takes time. Then
-        DATABASE_URL, which may be meant for another program: whatever is set for this one comes before it."""
+        """Read keywords, the environment, and ``.env`` if there is one: looking for each setting in a missing file
+        takes time. DATABASE_URL comes last, because it may be meant for another program."""
         sources = [init_settings, env_settings]
         theirs = os.environ.get("DATABASE_URL")
         if Path(".env").exists():
@@ -93,7 +93,7 @@ class Settings(BaseSettings):
     @model_validator(mode="before")
     @classmethod
     def _tidy(cls, given: dict[str, Any]) -> dict[str, Any]:
-        """Without what files add: space around a value, quotes around it, and empty values."""
+        """Remove what files add: space and quotes around a value, and empty values."""
         return {name: value for name, each in given.items() if (value := _tidied(name, each)) != ""}
 
     # Redis
@@ -257,7 +257,9 @@ class Settings(BaseSettings):
         """
         unknown = overrides.keys() - cls.model_fields.keys()
         if unknown:
-            raise SettingsError(f"{sorted(unknown)[0]} is no setting; see env.template for those there are")
+            raise SettingsError(
+                f"{sorted(unknown)[0]} is not a setting; see env.template for those there are"
+            )
         try:
             return cls(**{name: value for name, value in overrides.items() if not _is_unset(value)})
         except ValidationError as error:
@@ -266,7 +268,7 @@ class Settings(BaseSettings):
             raise SettingsError(f".env can't be read as text in UTF-8: {error}") from None
 
     def ttl(self, table: str) -> float:
-        """How long, in seconds, a copy of a query on this table is kept at most."""
+        """The longest time, in seconds, for which a copy of a query on this table is kept."""
         ttl = self.table_ttl.get(table, "long")
         if isinstance(ttl, float):
             return ttl
@@ -278,7 +280,7 @@ class Settings(BaseSettings):
         return f"-{table}" not in named and ("all" in named or table in named)
 
     def max_memory(self) -> int | None:
-        """REDIS_MAX_MEMORY in bytes, or None where it isn't set."""
+        """REDIS_MAX_MEMORY in bytes, or None if it isn't set."""
         if self.redis_max_memory is None:
             return None
         match = _SIZE.match(self.redis_max_memory)
@@ -286,7 +288,7 @@ class Settings(BaseSettings):
         return int(match[1]) * _UNITS[(match[2] or "").lower()]
 
     def environment(self) -> dict[str, str]:
-        """These settings as environment variables, for a process that shall have the same."""
+        """These settings as environment variables, for a process that needs the same ones."""
         out = {}
         for name, field in type(self).model_fields.items():
             value = getattr(self, name)
@@ -300,7 +302,7 @@ class Settings(BaseSettings):
 
 
 class _Theirs(str):
-    """What DATABASE_URL says, which may be meant for another program."""
+    """The value of DATABASE_URL, which may be meant for another program."""
 
     __slots__ = ()
 
@@ -321,7 +323,7 @@ def _tidied(name: str, value: Any) -> Any:
 
 
 def _at_home(path: Path) -> Path:
-    """The path, with ``~`` as the home directory that it stands for."""
+    """The path, with ``~`` replaced by the home directory."""
     try:
         return path.expanduser()
     except RuntimeError:
@@ -350,7 +352,8 @@ def _explain(item: Any) -> str:
 
 
 def hide_password(url: str) -> str:
-    """The URL with its secrets, if any, as ``***``: for logs and messages. Hides more where it can't be told apart."""
+    """The URL with ``***`` in place of its secrets: for logs and messages. If it can't tell them apart, it hides
+    more."""
     if url.startswith("sqlite:"):
         return url
     try:
@@ -359,10 +362,10 @@ def hide_password(url: str) -> str:
     except ValueError:
         parts = None
     if parts is None or "@" in parts.path + parts.fragment:
-        # The URL is malformed, as with a / or # in a password. The address comes last.
+        # The URL is malformed: a password may have a / or # in it. The address comes last.
         scheme, _, rest = url.partition("://")
         return f"{scheme}://***{'@' + rest.rpartition('@')[2].partition('?')[0] if '@' in rest else ''}"
-    # The visible rest stays as it was written: to join the parts again would remove slashes.
+    # The visible rest stays as it was written: joining the parts again would remove slashes.
     if password is not None:
         host = parts.netloc.rpartition("@")[2]
         url = url.replace(parts.netloc, f"{quote(user or '')}:***@{host}", 1)

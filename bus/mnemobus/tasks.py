@@ -1,4 +1,4 @@
-"""What goes on in the background, and how it ends: tasks for certain, threads with the process."""
+"""Background work and its end: tasks are certain to end, threads end with the process."""
 
 from __future__ import annotations
 

@@ -1,7 +1,8 @@
-"""Tokens: how what one bus has seen is handed on to another (G6).
+"""Tokens: with a token, another bus sees everything that this one has seen (G6).
 
-A token names the last version that a bus wrote or observed, for each log partition. To observe it is to wait until all
-up to there is applied and fanned out, and then for a heartbeat, which fetches what the fan-out has not brought yet.
+A token names the last version that a bus wrote or observed, for each log partition. Observing it means waiting until
+all events up to these versions are applied and fanned out, and then for a heartbeat, which fetches the messages that
+are still missing.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ logger = logging.getLogger("mnemobus")
 
 
 class Tokens:
-    """What one bus has written and observed.
+    """The writes and observations of one bus.
 
     check  raises if the bus may not be used, here and now
     """
@@ -50,7 +51,7 @@ class Tokens:
         """The last version that this bus wrote or observed, by log partition."""
 
     def forget_ended(self) -> None:
-        """The log was laid out anew: everything in partitions that have ended is applied."""
+        """The log was repartitioned: everything in partitions that have ended is applied."""
         for partition in [p for p in self._seen if p < self._link.keys.shape.oldest]:
             del self._seen[partition]
 
@@ -85,7 +86,7 @@ class Tokens:
         return wanted
 
     async def _check_partitions(self, wanted: Iterable[int]) -> None:
-        """InvalidQuery for log partitions that there never were."""
+        """InvalidQuery for log partitions that never existed."""
         if not self._link.laid_out or all(p in range(self._link.keys.shape.all.stop) for p in wanted):
             return
         with suppress(*AWAY, RedisError, SettingsError):
@@ -94,7 +95,7 @@ class Tokens:
                 raise InvalidQuery("the token is of a bus with other log partitions")
 
     async def _wait(self, wanted: dict[int, Version], deadline: float) -> None:
-        """Return once all of it is applied and fanned out, and that is known here; TimeoutError after the deadline."""
+        """Return once this bus knows that all of it is applied and fanned out; TimeoutError after the deadline."""
         left = dict(wanted)
         pause = 0.002
         while left:
@@ -114,7 +115,7 @@ class Tokens:
                     break
             await asyncio.sleep(pause)
             pause = min(pause * 1.5, 0.05)
-        # All of it is fanned out. What the fan-out has not brought here yet, a heartbeat fetches.
+        # All of it is fanned out. A heartbeat fetches messages that have not arrived here yet.
         while not await self._feed.sync():
             _check_time(deadline)
             logger.debug("the heartbeat failed; another one")

@@ -1,4 +1,4 @@
-"""World "workers": every event gets into the store and is fanned out, whoever dies when (G1).
+"""World "workers": every event gets into the store and is fanned out, even if any process dies at any moment (G1).
 
 One log partition and its consumer group, and some workers. A worker reads a batch of what has gathered, commits it,
 fans it out and confirms it; the last two in one step, or in two where the batch is large. It may be killed before any

@@ -49,7 +49,7 @@ async def hand_over(master: RedisServer, replica: RedisServer) -> None:
 async def test_g1_g7_a_planned_failover_is_no_error_to_anybody_and_costs_a_second(
     settings: Settings, own_redis: Any, workers: Callable[..., Workers], way: Way
 ) -> None:
-    # Given a master with a replica, workers and two agents, each with a way of its own to whoever is the master
+    # Given a master with a replica, workers and two agents, each with an address of its own that leads to the master
     old, new = own_redis(), own_redis()
     await replicate(old, new)
     settings = settings.model_copy(update={"redis_url": old.url, "claim_idle": 1.0})

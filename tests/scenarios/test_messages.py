@@ -164,7 +164,7 @@ async def test_g4_g5_an_agent_that_starts_when_the_feed_is_long_drops_nothing_va
         stats = await late.do("stats")
         assert (stats["drops"], stats["resets"], stats["replays"], stats["gaps"]) == (0, 0, 0, 0)
 
-        # And whoever starts amid writes never answers with less than was committed when it was asked
+        # And an agent that starts during writes never answers with less than was committed at the question
         expected = ["0"]
         for n in range(1, 6):
             new = agent(settings)

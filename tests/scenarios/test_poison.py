@@ -77,7 +77,7 @@ async def test_g1_one_poison_event_in_a_batch_of_500_is_one_dead_letter_and_499_
             "content": bad.decode(),
             "metadata": "{}",
         }
-        # for who reads the workers' log, the figures, or the letter itself
+        # for everybody who reads the workers' log, the figures, or the letter itself
         assert f"event {dead.version} of log partition 0 can't be applied: " in pool.log.read_text()
         health = await bus.health()
         assert health.dead_letters == 1

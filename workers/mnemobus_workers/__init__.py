@@ -1,6 +1,6 @@
 """The worker pool of mnemobus: ``dramatiq mnemobus_workers``, or ``mnemobus worker``.
 
-To import this package is to make Dramatiq's broker, from the settings of the environment.
+Importing this package makes Dramatiq's broker, from the settings in the environment.
 """
 
 import dramatiq

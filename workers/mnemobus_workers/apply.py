@@ -1,22 +1,22 @@
-"""What a worker does with a batch: commit it, tell everyone, and never lose an event on the way.
+"""How a worker applies a batch: it commits the batch, tells everyone, and never loses an event on the way.
 
-The order is what keeps the promises. The commit comes first, one transaction for the events of all log partitions;
-then the dead letters, if any; then the fan-out, which also confirms the batch (fanout.py). A worker may die between
-any two of these, or in them: what is not confirmed is done again, to no further effect, except that invalidations may
-be sent twice.
+The order of the steps keeps the promises. The commit comes first, one transaction for the events of all log partitions;
+then the dead letters, if any; then the fan-out, which also confirms the batch (fanout.py). A worker may die between any
+two steps, or during one: a batch that is not confirmed is applied again. That changes nothing more, except that
+invalidations may be sent twice.
 
 Invalidations are sent for every event of the batch, also for those that lost against a newer version in the store: a
 batch that is applied again after a crash between commit and fan-out looks just like that.
 
 Whose fault is it?
 
-- The data's (`Rejected`): the batch is halved until the event that is to blame stands alone. That one goes to the dead
-  letters, with the database's words; the rest is committed.
-- Its amount's (`StoreTooSlow`): the batch is halved the same way, and what follows begins that small until the
-  database is quick again. A single event that takes too long is given twice as long each time.
-- The database's or Redis's (anything else that they raise): wait and try again, for as long as it takes. The entries
-  stay pending, upkeep renews them, nothing goes to the dead letters.
-- Our own (any other exception): the batch fails, stays pending, and is claimed again.
+- The data's (`Rejected`): the batch is halved until the faulty event stands alone. That one becomes a dead letter, with
+  the database's message as the reason; the rest is committed.
+- Its amount's (`StoreTooSlow`): the batch is halved the same way, and later batches begin that small until the database
+  is quick again. A single event that takes too long gets twice the time at each retry.
+- The database's or Redis's (anything else that they raise): the worker waits and retries for as long as it takes. The
+  entries stay pending, upkeep renews them, and none becomes a dead letter.
+- The worker's own (any other exception): the batch fails, stays pending, and is claimed again.
 """
 
 from __future__ import annotations
@@ -63,22 +63,22 @@ logger = logging.getLogger("mnemobus.apply")
 _REPORT_EVERY = 30.0
 
 _STEP_SECONDS = 0.1
-"""How long a step of a deletion takes, about: others may have to wait for it."""
+"""About how long a step of a deletion may take: others may have to wait for it."""
 _FEWEST, _MOST = 50, 2_000
-"""Rows of such a step, as long as the database gets them done at all."""
+"""Rows of such a step, as long as the database can do that many."""
 _MOST_PATIENCE = 64.0
-"""How many times as long as MNEMOBUS_DATABASE_TIMEOUT a single event may take."""
+"""A single event may take at most this many times MNEMOBUS_DATABASE_TIMEOUT."""
 
 T = TypeVar("T")
 
 
 def _passes(error: BaseException) -> bool:
-    """Whether trying again can help: a server that is away, or is not fit for use until somebody sees to it."""
+    """Whether a retry can help: a server is away, or can't be used until somebody repairs it."""
     return isinstance(error, (MnemobusError, RedisError, *AWAY)) and not isinstance(error, Rejected)
 
 
 def decode_all(entries: Sequence[Entry]) -> tuple[list[Event], list[tuple[Version, str]]]:
-    """The events of log entries; and the version of each entry that is none, with the reason."""
+    """The events of log entries; and the version of each entry that is not an event, with the reason."""
     events, bad = [], []
     for entry_id, fields in entries:
         id = Version.parse(entry_id)
@@ -90,15 +90,15 @@ def decode_all(entries: Sequence[Entry]) -> tuple[list[Event], list[tuple[Versio
 
 
 def _read(partition: int, entries: Sequence[Entry], epoch: str) -> Part:
-    """A log partition's part of a batch, before anything is known of how it ends."""
+    """A log partition's part of a batch, before its result is known."""
     events, bad = decode_all(entries)
-    # Who follows the log has seen these, but for what keeps an older version.
+    # Agents that follow the log have seen these events, except requeued ones, which keep an older version.
     requeued = any(b"as" in fields[::2] for _, fields in entries)
     return Part(partition, events, dict(bad), read_in="" if requeued else epoch)
 
 
 def _share_out(applied: Applied, parts: Sequence[Part]) -> None:
-    """Give each part what became of its events."""
+    """Give each part the results of its own events."""
     if not (applied.refused or applied.cleared):
         return
     owners: dict[int, Part] = {}
@@ -114,13 +114,13 @@ def _share_out(applied: Applied, parts: Sequence[Part]) -> None:
     for event, reason in applied.refused:
         owners[id(event)].dead[event.version] = reason
     for memory, dimensions in applied.cleared:
-        # Of a room that was deleted; or made again with other dimensions.
+        # Its room was deleted, or it was made again with other dimensions.
         owner = rooms.get(dimensions[:2]) or memories.get(memory) or parts[0]
         owner.cleared.append((memory, dimensions))
 
 
 def _divide(part: Part, large: Collection[tuple[str, str]]) -> tuple[Part, Part]:
-    """What can be told now, and the deletions of these rooms, which are not done with."""
+    """Divide a part into what can be fanned out now, and the deletions of these rooms, which are not finished."""
     later = [e for e in part.events if e.op == DELETE_ROOM and e.dimensions[:2] in large]
     if not later:
         return part, replace(part, events=[], dead={}, cleared=[])
@@ -159,8 +159,8 @@ class Applier:
         self._reported = time.monotonic()
 
     def open(self) -> None:
-        """Open the store, waiting for it if need be. Stopping if the worker shuts down meanwhile, or if the store is
-        not the bus's."""
+        """Open the store; wait for it if necessary. Stopping if the worker shuts down meanwhile, or if the store is not
+        the bus's."""
         with self._opening:
             if not self._open:
                 self.insist("the store", self._writer.open)
@@ -180,7 +180,7 @@ class Applier:
             self._writer.close()
 
     def apply(self, batch: Batch) -> None:
-        """Commit, fan out and confirm. What this raises leaves the batch pending."""
+        """Commit, fan out and confirm. If this raises, the batch stays pending."""
         self.open()
         parts = [_read(partition, entries, batch.epoch) for partition, entries in batch.parts.items()]
         applied = Applied()
@@ -195,8 +195,8 @@ class Applier:
             found = (witness(part.partition, part.events, part.dead, applied.won) for part in parts)
             witnesses = [last for last in found if last is not None]
         while True:
-            # Redis may restart meanwhile, and lose the letters: what is confirmed, nobody looks at again. So these are
-            # written and the batch is confirmed in one epoch, or both are done again.
+            # Redis may restart meanwhile, and lose the letters, and nobody looks at a confirmed entry again. So the #
+            # letters are written and the batch is confirmed in one epoch, or both are done again.
             epoch = self._link.epoch
             for part in parts:
                 if part.dead:
@@ -207,11 +207,11 @@ class Applier:
         self._report(len(batch))
 
     def repeat(self, partition: int, events: Sequence[Event], *, fan_out: bool) -> Applied:
-        """Commit events that may have been applied before, and fan out those that are not refused. Nothing is
-        buried or confirmed. Stopping if a server is away until we are to stop."""
+        """Commit events that may have been applied before, and fan out those that are not refused. This writes no dead
+        letters, and confirms nothing. Stopping if a server is away until the worker has to stop."""
         applied = self._commit(events)
         if fan_out:
-            # To name one that was refused would tell its writer that the store has it.
+            # Naming a refused one would tell its writer that the store has it.
             refused = {item.event.version for item in applied.refused}
             kept = [event for event in events if event.version not in refused]
             self._tell([Part(partition, kept, cleared=applied.cleared)], applied, None, {})
@@ -228,9 +228,9 @@ class Applier:
         done: Confirmed,
         witnesses: Sequence[Witness] = (),
     ) -> bool:
-        """Fan out what was committed, and confirm it with that; False if this epoch is over (None: it need not be one).
-        Deletions that are not finished are finished first; all others are told of before that, and that these rooms
-        are empty now, too."""
+        """Fan out what was committed, and confirm it in the same call. False if this epoch is over (None: any epoch
+        will do). Deletions that are not finished are finished first. Before that, all other events are fanned out, and
+        the message that these rooms are empty now."""
 
         def end(parts: Sequence[Part], done: Confirmed, witnesses: Sequence[Witness] = ()) -> bool:
             if epoch is None:
@@ -242,7 +242,7 @@ class Applier:
             return self.insist("the fan-out", lambda: end(parts, done, witnesses))
         large = {deletion.room for deletion in applied.unfinished}
         before, later = zip(*(_divide(part, large) for part in parts), strict=True)
-        # Other log partitions need not wait for that.
+        # Other log partitions need not wait for these deletions.
         waiting = {part.partition: done.pop(part.partition, []) for part in later if part.events}
         if not self.insist("the fan-out", lambda: end(before, done, witnesses)):
             return False
@@ -260,7 +260,7 @@ class Applier:
         return self.insist("the fan-out", lambda: end(later, waiting))
 
     def _commit(self, events: Sequence[Event]) -> Applied:
-        """Commit what can be committed, as much at once as the database gets done; the rest is in ``refused``."""
+        """Commit what can be committed, in steps as large as the database can do; the rest is in ``refused``."""
         applied = Applied()
         left = list(events)
         while left:
@@ -281,7 +281,7 @@ class Applier:
                 left = [*some, *left]
                 logger.warning("%d events at once: %s; trying half as many", len(some), error)
             else:
-                # Twice as much takes twice as long, about.
+                # Twice as many take about twice as long.
                 if len(some) == size < self._settings.batch_size and self._quick(began):
                     self._size = min(2 * size, self._settings.batch_size)
         return applied
@@ -295,7 +295,7 @@ class Applier:
         return self._patiently(lambda patience: self._writer.apply(events, patience=patience))
 
     def _clear(self, deletion: Deletion) -> None:
-        """Do what is left of a deletion, in steps that hold nobody up. Stopping if we are to stop before it is done."""
+        """Finish a deletion, in steps that delay nobody for long. Stopping if the worker has to stop before that."""
         place: Cursor | None = BEGINNING
         rows = STEP
         while place is not None:
@@ -321,7 +321,7 @@ class Applier:
         return time.monotonic() - began < self._settings.database_timeout / 4
 
     def _patiently(self, work: Callable[[float], T]) -> T:
-        """Do what took too long, and can't be made smaller: each time it is given twice as long."""
+        """Do work that took too long and can't be made smaller: each retry gets twice the time."""
         patience = 2.0
 
         def attempt() -> T:
@@ -335,7 +335,7 @@ class Applier:
         return self.insist("the store", attempt)
 
     def insist(self, what: str, work: Callable[[], T], *, smaller: bool = False) -> T:
-        """Do something that a database or Redis may be in no state for, until it is done or we shut down.
+        """Do something for which the database or Redis may not be ready; retry until it is done or the worker stops.
 
         smaller  whether to raise StoreTooSlow, as the caller can ask for less
         """
@@ -344,7 +344,7 @@ class Applier:
             return _passes(error) and not (smaller and isinstance(error, StoreTooSlow))
 
         try:
-            return work()  # tenacity takes as long as a round trip, and is hardly ever needed
+            return work()  # tenacity takes as long as a round trip, and is rarely needed
         except Exception as error:
             if not passes(error):
                 raise
@@ -355,7 +355,7 @@ class Applier:
             if error is not None:
                 self._state.waits(what, error)
             log = logger.warning if state.attempt_number in (1, 10, 100) else logger.debug
-            if isinstance(error, (SchemaError, SettingsError)):  # it needs somebody to see to it
+            if isinstance(error, (SchemaError, SettingsError)):  # somebody has to repair it
                 log = logger.error if state.attempt_number % 10 == 1 else logger.debug
             log("%s: %s; trying again until it works", what, meaning(error))
 
@@ -383,12 +383,12 @@ class Applier:
         keys = self._link.keys
         places = [keys.dead(partition), keys.reasons(partition), keys.meter(partition)]
         while self._link.run("index", places, [INDEXED]):
-            pass  # letters of an older worker: one of them may be of this very batch
+            pass  # letters of an older worker: one of them may be of this batch
         calls: list[Call] = []
         for version, reason in part.dead.items():
             logger.error("event %s of log partition %d can't be applied: %s", version, partition, reason)
             id, fields = entries[version]
-            if id != str(version).encode():  # it was requeued: the letter says which version it has by itself
+            if id != str(version).encode():  # it was requeued: the letter names its version itself
                 fields = [
                     part
                     for name in range(0, len(fields), 2)

@@ -1,32 +1,31 @@
 """The broker: Dramatiq on consumer groups of Redis Streams.
 
-All log partitions that a process serves are one Dramatiq queue, and one Dramatiq message is one batch: whatever has
-gathered in them, up to a number of events and of bytes. One read asks for all of it, and one transaction commits it.
-There is no waiting to fill a batch; an idle bus delivers one event at once, a busy one hundreds together. While a
-batch is being applied the next is read, and may be applied at the same time: what batches do to the store is
-independent of their order.
+All log partitions that a process serves are one Dramatiq queue, and one Dramatiq message is one batch: the events that
+have gathered in them, up to a number of events and of bytes. One read asks for all of them, and one transaction commits
+them. No batch waits to be filled: an idle bus delivers one event at once, a busy one hundreds together. While a batch
+is being applied, the next is read, and may be applied at the same time: the result in the store does not depend on the
+order of batches.
 
-Delivered entries stay *pending* in the consumer group until they are acknowledged, and that comes last, with the
-fan-out (apply.py). What follows from it:
+Delivered entries stay *pending* in the consumer group until they are acknowledged. That comes last, with the fan-out
+(apply.py). Consequences:
 
 - A worker that dies leaves its entries pending. Others look for entries that have been idle for ``claim_idle`` and
-  claim them. A live worker *renews* (upkeep.py) what it holds, however long it takes. Idle times are by Redis's wall
-  clock; what that hides once it was set back is found by other means (unmoved.py).
+  claim them. A live worker *renews* (upkeep.py) its entries, however long it takes. Redis's wall clock measures the
+  idle times; unmoved.py finds the entries that this clock hides after it was set back.
 - A failed batch is not acknowledged, and no longer renewed: it comes back the same way. Dramatiq would acknowledge a
   message whose actor raised (only its Retries middleware marks it failed, and that re-enqueues, which a batch can't
   be), so `BatchProxy` marks itself.
-- Entries that were delivered again and again come one by one, so that an event which kills its worker stands alone; in
-  the end it goes to the dead letters.
-- At shutdown what is held but not begun is handed back, idle enough for others to claim at once. So is what waits for
-  a store or a Redis that is away. Neither counts as a delivery: no event is given up for how often workers were
-  restarted.
-- A log partition that can't be read (somebody put something else there) is set aside for a moment, and the others go
-  on.
+- Entries that were delivered several times come one by one, so that an event which kills its worker stands alone; in
+  the end it becomes a dead letter.
+- At shutdown a worker hands back the batches that it has not begun, and those that wait for a store or a Redis that is
+  away. Their entries get an idle time so large that others claim them at once. This does not count as a delivery: no
+  event becomes a dead letter because workers were restarted often. - A log partition that can't be read (somebody put
+  something else there) is set aside for a moment, and the others go on.
 
 Dramatiq prefetches messages; here a message is a batch, and a process holds at most one for each of its threads, and
 two where it has one thread.
 
-A Redis that is away is waited for here, in fractions of a second; Dramatiq would restart its consumer after three.
+If Redis is away, this module waits for it, in fractions of a second; Dramatiq would restart its consumer after three.
 """
 
 from __future__ import annotations
@@ -62,15 +61,15 @@ logger = logging.getLogger("mnemobus.broker")
 ACTOR = "apply"
 QUEUE = "log"
 HELD_BATCHES = 2
-"""Batches that a process holds at least, if there is enough to do: one to work on, one to follow."""
+"""A process may hold at least this many batches: one to work on, and the next one."""
 ALONE_AFTER = 3
 """Deliveries after which an event comes in a batch of its own."""
 DEAD_AFTER = 20
-"""Deliveries after which it is given up."""
+"""Deliveries after which it becomes a dead letter."""
 _FIRST_GUESS = 64 << 10
-"""Bytes that an entry is taken to have before any was seen."""
+"""The assumed bytes of an entry before any has been read."""
 _HANDED_OVER = 7 * 86_400_000
-"""Milliseconds of idleness given to an entry that anybody may claim."""
+"""The idle time in ms of an entry that any worker may claim."""
 _ASIDE = 1.0
 """Seconds for which a log partition that can't be read is left alone."""
 
@@ -87,8 +86,8 @@ class Stopping(Exception):
 class Batch:
     """Entries that were delivered together.
 
-    epoch     as this process knew it before they were read
-    hopeless  why its only entry is not to be tried again, or None
+    epoch     the one that this process knew before it read them
+    hopeless  why its only entry must not be tried again, or None
     """
 
     __slots__ = ("epoch", "hopeless", "parts")
@@ -103,7 +102,7 @@ class Batch:
         return [entry for entries in self.parts.values() for entry in entries]
 
     def ids(self) -> dict[int, list[bytes]]:
-        """Those of its entries, by log partition."""
+        """The IDs of its entries, by log partition."""
         return {partition: [id for id, _ in entries] for partition, entries in self.parts.items()}
 
     def __len__(self) -> int:
@@ -121,7 +120,7 @@ class BatchProxy(dramatiq.MessageProxy):
     """A batch as Dramatiq passes it around; marks itself failed if applying it raised."""
 
     def __init__(self, batch: Batch) -> None:
-        # To stop is no failure that would be worth a traceback in the log.
+        # Stopping is not a failure: the log needs no traceback of it.
         options = {"throws": Stopping}
         partition, [(first, _), *_] = next(iter(batch.parts.items()))
         id = f"{partition}:{first.decode()}"
@@ -138,7 +137,7 @@ class BatchProxy(dramatiq.MessageProxy):
 
 
 class StreamBroker(dramatiq.Broker):
-    """Delivers what is in the log. Nothing can be enqueued: the log is written through a bus."""
+    """Delivers the entries of the log. Nothing can be enqueued: agents write the log through a bus."""
 
     def __init__(self, settings: Settings, middleware: list[Middleware] | None = None) -> None:
         super().__init__(middleware=middleware or [])
@@ -151,22 +150,22 @@ class StreamBroker(dramatiq.Broker):
         self.standing: Standing | None = None
         """Whether this process may take batches; None: it may."""
         self.stopping = threading.Event()
-        """Set once the worker shuts down: nothing is waited for any more."""
+        """Set once the worker shuts down: nothing waits any more."""
         self.state = State()
-        """What this process tells of itself."""
+        """What this process reports about itself."""
 
     def partitions(self) -> Sequence[int]:
-        """The log partitions that this process serves, as of now: whoever goes through them asks anew each time.
+        """The log partitions that this process serves now. They may change: ask again before each round.
 
-        All that there are, as far as it knows (see `look_at_layout`): also those that take no more writes, for dead
-        letters of theirs may be requeued.
+        These are all that it knows (see `look_at_layout`), also those that take no more writes: their dead letters may
+        be requeued.
         """
         return self.link.keys.shape.all
 
     def look_at_layout(self) -> None:
-        """Find out whether the log was laid out anew. Raises if Redis can't be asked."""
+        """Find out whether the log was repartitioned. Raises if Redis can't be asked."""
         shape = self.link.shape_in(self.link.command("HMGET", self.link.keys.layout, *LAYOUT))
-        if shape is not None:  # else it was flushed: the next to connect says how it is laid out
+        if shape is not None:  # else Redis was flushed: the next process to connect writes the layout
             self.link.lay_out(shape)
 
     def declare_queue(self, queue_name: str) -> None:
@@ -177,7 +176,7 @@ class StreamBroker(dramatiq.Broker):
         self.emit_after("declare_queue", queue_name)
 
     def consume(self, queue_name: str, prefetch: int = 1, timeout: int = 1000) -> StreamConsumer:
-        """A consumer of the log; waits ``timeout`` ms for an event, less if sockets time out before."""
+        """A consumer of the log. It waits ``timeout`` ms for an event, or less if sockets time out earlier."""
         if queue_name not in self.queues:
             raise QueueNotFound(queue_name)
         return StreamConsumer(self, timeout)
@@ -187,9 +186,10 @@ class StreamBroker(dramatiq.Broker):
         raise TypeError("this broker delivers mnemobus's log and nothing else: write through a bus instead")
 
     def hand_back(self, batch: Batch, *, begun: bool) -> None:
-        """Let others claim a batch at once; what they have claimed already stays theirs.
+        """Let others claim a batch at once. They keep the entries that they have claimed already.
 
-        A batch that was not begun counts as not delivered. Redis being away is logged: it is claimed later then.
+        A batch that was not begun counts as not delivered. If Redis is away, this is logged, and others claim the batch
+        later.
         """
         try:
             self._set_idle([batch], _HANDED_OVER, int(not begun))
@@ -221,7 +221,7 @@ class StreamBroker(dramatiq.Broker):
 
 
 class Held:
-    """The batches that this process has been given and not let go of. Safe for threads."""
+    """The batches that this process holds. Safe for threads."""
 
     def __init__(self) -> None:
         self._lock = threading.Condition()
@@ -251,13 +251,13 @@ class Held:
         }
 
     def wait_for_room(self, timeout: float) -> bool:
-        """Whether another batch may be taken, after waiting for it if need be."""
+        """Wait until another batch may be taken. Returns whether it may."""
         with self._lock:
             return self._lock.wait_for(lambda: len(self._batches) < self.most, timeout)
 
 
 class BatchSize:
-    """How many entries to ask for, so that a batch stays within its number of bytes: by the size of the last ones."""
+    """How many entries to ask for, so that a batch stays within its number of bytes. The last entries' sizes tell."""
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
@@ -274,7 +274,7 @@ class BatchSize:
 
 
 class StreamConsumer(dramatiq.Consumer):
-    """Batches of the log: new ones, and from time to time those of a worker that died."""
+    """Reads batches from the log: new ones, and from time to time those of a worker that died."""
 
     def __init__(self, broker: StreamBroker, timeout: int) -> None:
         self._broker = broker
@@ -292,7 +292,7 @@ class StreamConsumer(dramatiq.Consumer):
         self._everyone = FanOut(broker.settings, broker.link)
         self._away = 0
         self._aside: dict[int, float] = {}
-        """Log partitions that can't be read, and until when they are left alone."""
+        """Log partitions that can't be read, and when to try them again."""
 
     def __next__(self) -> BatchProxy | None:
         standing = self._broker.standing
@@ -334,7 +334,7 @@ class StreamConsumer(dramatiq.Consumer):
     # Which log partitions
 
     def _served(self) -> list[int]:
-        """Log partitions that can be read, as far as is known."""
+        """Log partitions that can be read, as far as this process knows."""
         partitions = self._broker.partitions()
         if not self._aside:
             return list(partitions)
@@ -342,7 +342,7 @@ class StreamConsumer(dramatiq.Consumer):
         return [p for p in partitions if self._aside.get(p, now) <= now]
 
     def _trouble(self, partition: int, error: Exception) -> None:
-        """See to a log partition that can't be read though others can: make its consumer group, or set it aside."""
+        """Handle a log partition that can't be read while others can: make its consumer group, or set it aside."""
         if code_of(error) == "NOGROUP":
             try:
                 self._make_group(partition)
@@ -365,8 +365,8 @@ class StreamConsumer(dramatiq.Consumer):
             self._broker.state.goes_on(f"log partition {partition}")
 
     def _make_group(self, partition: int) -> None:
-        """The consumer group, from the log's beginning; also after Redis lost it. None where the partition was given
-        up."""
+        """Make the consumer group, from the log's beginning; also after Redis lost it. A partition that was given up
+        gets none."""
         self._broker.look_at_layout()
         if partition not in self._broker.partitions():
             return
@@ -386,7 +386,7 @@ class StreamConsumer(dramatiq.Consumer):
             self._broker.stopping.wait(block / 1000)
             return None
         epoch = self._link.epoch
-        # COUNT is for each stream. What a quiet one leaves of it goes to those that have more. Those that have ended
+        # COUNT is for each stream. The share that a quiet one does not use goes to others. Those that have ended
         # have next to nothing.
         count = max(1, self._size.count // self._link.keys.log_partitions)
         try:
@@ -414,7 +414,7 @@ class StreamConsumer(dramatiq.Consumer):
         )  # fmt: skip
 
     def _found(self, partitions: Sequence[int], reply: Any) -> Parts:
-        """What a read of these answered, by log partition."""
+        """The entries in the answer of a read, by log partition."""
         streams = reply.items() if isinstance(reply, dict) else reply or ()
         names = {self._link.keys.log(partition).encode(): partition for partition in partitions}
         return {names[name]: entries for name, entries in streams if entries}
@@ -426,13 +426,13 @@ class StreamConsumer(dramatiq.Consumer):
         except (MnemobusError, RedisError, *AWAY) as error:
             logger.debug(
                 "no more is read for now: %s", error
-            )  # what was read is not to be lost; the next read tells
+            )  # keep what was read; the next read raises the error
             return
         for partition, entries in more.items():
             parts[partition] = [*parts[partition], *entries]
 
     def _read_each(self, partitions: Sequence[int], count: int) -> Parts:
-        """What there is in each, one by one, as one of them can't be read, and Redis answers for all together."""
+        """Read the partitions one by one: one of them can't be read, and Redis answers a joint read with its error."""
         commands = [self._command([partition], count, None) for partition in partitions]
         parts: Parts = {}
         replies = self._link.pipeline(commands)
@@ -456,10 +456,10 @@ class StreamConsumer(dramatiq.Consumer):
         self._size.saw(batch.entries)
         return batch
 
-    # Events that others have left
+    # Events that dead workers have left
 
     def _claim(self) -> Batch | None:
-        """A batch of what nobody has renewed for too long; None if there is nothing of that kind."""
+        """A batch of entries that nobody has renewed for too long; None if there are none."""
         idle = int(self._settings.claim_idle * 1000)
         epoch = self._link.epoch
         mine = self._broker.held.ids()
@@ -490,8 +490,8 @@ class StreamConsumer(dramatiq.Consumer):
         return Batch(parts, epoch, reason)
 
     def _pending(self, idle: int) -> tuple[dict[int, list[Any]], list[tuple[int, bytes]]]:
-        """What has been idle for so many ms, by log partition, as XPENDING tells it; and in which partition which
-        consumer has anything pending."""
+        """The entries that have been idle for ``idle`` ms, by log partition, as XPENDING lists them; and the consumers
+        that have pending entries, each with its partition."""
         partitions = self._served()
         count = max(1, self._size.count // max(1, len(partitions)))
         commands: list[Command] = []
@@ -531,27 +531,27 @@ class StreamConsumer(dramatiq.Consumer):
         return parts
 
     def _give_up_deleted(self, partition: int, ids: Sequence[bytes]) -> None:
-        """Confirm entries that somebody deleted from the stream; those that others claimed are left alone."""
+        """Confirm entries that somebody deleted from the stream. Entries that others claimed stay as they are."""
         key = self._link.keys.log(partition)
         for id in ids:
             if self._link.command("XRANGE", key, id, id):
                 continue
             logger.error("event %s was deleted from the log before it was applied", id.decode())
-            # Who waits for it must not take the confirmation for a commit.
+            # A writer that waits for it must not take the confirmation for a commit.
             note = "dropped somebody deleted it from the log before it was applied"
             self._link.client.hsetnx(self._link.keys.reasons(partition), id.decode(), note)
             self._everyone.confirm(self._link.epoch, [], {partition: [id]})
 
-    # What becomes of batches
+    # How batches end
 
     def ack(self, message: dramatiq.MessageProxy) -> None:
-        """Let go of a batch, which is applied and confirmed."""
+        """Release a batch, which is applied and confirmed."""
         assert isinstance(message, BatchProxy)
         self._broker.held.drop(message.batch)
 
     def nack(self, message: dramatiq.MessageProxy) -> None:
-        """Leave a batch pending; it is claimed again once it has been idle for long enough, or at once if it failed
-        only because the worker shuts down."""
+        """Leave a batch pending. Others claim it once it has been idle for long enough, or at once if it failed only
+        because the worker shuts down."""
         assert isinstance(message, BatchProxy)
         self._broker.held.drop(message.batch)
         if message.stopped:
@@ -569,4 +569,4 @@ class StreamConsumer(dramatiq.Consumer):
             self._broker.hand_back(message.batch, begun=False)
 
     def close(self) -> None:
-        """Nothing of its own to close: the connections are the broker's."""
+        """Do nothing: the connections are the broker's."""

@@ -1,15 +1,15 @@
-"""What everyone is told of a batch once it is committed, and that it is done with: lua/fanout.lua.
+"""The fan-out of a committed batch, and its confirmation: lua/fanout.lua.
 
-One call does both where that is possible: the messages of all feed partitions, and the confirmation in all log
-partitions. So a kill leaves all of it or nothing, and a batch costs one round trip after its commit. A batch that
-names so many scopes that the script would block the server goes in several calls. Then the one that confirms waits for
-the answers of the others: a pipeline goes on after an error, and nothing may be confirmed that was not told.
+If possible, one call does both: it sends the messages of all feed partitions, and confirms in all log partitions. So a
+kill leaves all of it or nothing, and a batch costs one round trip after its commit. If a batch names so many scopes
+that the script would block the server, there are several calls. Then the call that confirms waits for the answers of
+the others: a pipeline goes on after an error, and no entry may be confirmed before it was fanned out.
 
-The call names the epoch whose buckets it drops, and does nothing in another one. Whoever wrote dead letters in the one
-before has to look whether they are still there, and only then confirms (apply.py).
+The call names the epoch whose buckets it drops, and does nothing in another epoch. A worker that wrote dead letters in
+an earlier epoch must first check that they are still there, and only then confirms (apply.py).
 
-A fan-out of an epoch that ended meanwhile need not be repeated for what went before it: agents fill the buckets of a
-new epoch with what the store has then, and that was committed already.
+If the epoch ends meanwhile, calls that were already made need not be repeated: agents fill the buckets of a new epoch
+from the store, and the batch was committed before.
 """
 
 from __future__ import annotations
@@ -33,14 +33,15 @@ from .standing import Witness
 logger = logging.getLogger("mnemobus.fanout")
 
 SCOPES_PER_CALL = 500
-"""Scopes that one call names at most: a script blocks the server while it runs."""
+"""One call names at most this many scopes: a script blocks the server while it runs."""
 FEED_BYTES = 4 << 20
-"""Bytes of messages that a feed partition keeps, about."""
+"""A feed partition keeps about this many bytes of messages."""
 _PLACES = 4_096
-"""Combinations of names whose scopes are remembered: events repeat them."""
+"""The scopes of this many combinations of names are remembered: events repeat them."""
 
 Touched = defaultdict[int, tuple[dict[str, str], dict[str, None]]]
-"""By feed partition: scopes, each with the last version that touched it, if any; and versions. Each once, in order."""
+"""By feed partition: the scopes, each with the last version that touched it, if any; and the versions. Each appears
+once, in order."""
 
 Confirmed = dict[int, list[bytes]]
 """IDs of entries, by log partition."""
@@ -48,13 +49,13 @@ Confirmed = dict[int, list[bytes]]
 
 @dataclass(slots=True)
 class Part:
-    """What is to be told of a log partition's events.
+    """The fan-out of one log partition's events.
 
-    events   those that are done with, applied or not
+    events those that are finished, applied or not
     dead     why some of them can't be applied
     cleared  memories that deletions of rooms put an end to
-    emptied  what else changes as a room is deleted that is not done with yet
-    read_in  the epoch in which the events were read from the log, each under its own ID; else empty
+    emptied  dimensions of rooms whose deletion is not finished: their scopes change already
+    read_in  the epoch in which the events were read from the log; empty if one was requeued, or comes from a replay
     """
 
     partition: int
@@ -80,14 +81,15 @@ class FanOut:
         self._shared_places = lru_cache(_PLACES)(self._find_places)
 
     def tell(self, parts: Iterable[Part]) -> None:
-        """Tell of these, and confirm nothing."""
+        """Fan these out, and confirm nothing."""
         while not self._send(self._link.epoch, parts):
             pass
 
     def confirm(
         self, epoch: str, parts: Iterable[Part], done: Confirmed, witnesses: Iterable[Witness] = ()
     ) -> bool:
-        """Tell of these and confirm those entries, in this epoch. False, and those are not confirmed, if it is over."""
+        """Fan these out and confirm the entries, in this epoch. If it is over, nothing is confirmed, and this is
+        False."""
         return self._send(epoch, parts, done, witnesses)
 
     def _send(
@@ -116,10 +118,10 @@ class FanOut:
     def _rounds(
         self, epoch: str, messages: Sequence[_Message], done: Confirmed, witnesses: Iterable[Witness]
     ) -> Iterator[list[Call]]:
-        """The calls, those together that need not wait for each other.
+        """The calls, in groups. The calls of one group need not wait for each other.
 
-        Here it is decided what goes together: one server has all keys. On a cluster it would be a call for each slot,
-        the epoch asked for besides, and at last those that confirm.
+        One server has all keys. On a cluster there would be one call for each slot, one question for the epoch, and at
+        the end the calls that confirm.
         """
         groups: list[list[_Message]] = [[]]
         scopes = 0
@@ -157,16 +159,16 @@ class FanOut:
         return self._script(), keys, args
 
     def _script(self) -> Script:
-        """fanout.lua; where the server has the flag for it, also when memory is full.
+        """fanout.lua. If the server knows the flag, it runs also when memory is full.
 
-        It frees buckets and keeps the feed at its length: to refuse it would leave agents with stale copies.
+        It frees buckets and keeps the feed at its length. If the server refused it, agents would keep stale copies.
         """
         plain = script("fanout")
         server = self._link.server
         return plain if server is None or server.speaks < (7, 0) else plain.flagged("allow-oom")
 
     def _messages(self, part: Part, epoch: str) -> Iterator[_Message]:
-        """What is said of one log partition; of deleted rooms themselves last."""
+        """The messages about one log partition; those about deleted rooms come last."""
         touched: Touched = defaultdict(lambda: ({}, {}))
         rooms: Touched = defaultdict(lambda: ({}, {}))
         partition_of = self._link.keys.feed_partition
@@ -193,7 +195,8 @@ class FanOut:
                 for start in range(0, len(names), SCOPES_PER_CALL):
                     last = start + SCOPES_PER_CALL >= len(names)
                     some = names[start : start + SCOPES_PER_CALL]
-                    # A version is named with the last of its scopes: who waits for it may then read all of them.
+                    # A version is named with the last of its scopes: an agent that waits for it may then read all
+                    # scopes.
                     body: dict[str, object] = {
                         "p": part.partition,
                         "e": epoch,
@@ -203,7 +206,8 @@ class FanOut:
                     letters = {v: reasons[v] for v in versions if v in reasons} if last and reasons else {}
                     if letters:
                         body["d"] = letters
-                    # Only the last part names the letters. Who holds a scope of another one live must ask anew as well.
+                    # Only the last part names the letters. Agents that hold a scope of another part live must ask
+                    # again, too.
                     if part.read_in == epoch and epoch and (last or reasons.keys().isdisjoint(versions)):
                         body["m" if self._link.keys.shape.first else "l"] = 1
                         if last and len(versions) > 1:
@@ -217,5 +221,5 @@ class FanOut:
         return [(scope, self._link.keys.feed_partition(scope)), *self._shared_places(dimensions)]
 
     def _find_places(self, dimensions: Dimensions) -> list[tuple[str, int]]:
-        """Those that memories of these dimensions share."""
+        """The scopes that all memories of these dimensions share."""
         return [(scope, self._link.keys.feed_partition(scope)) for scope in dimensions.shared_scopes()]

@@ -1,18 +1,19 @@
-"""A stretch of the log, applied once more: into the store that has it already, or into another.
+"""The replay of a part of the log: it applies events once more, to the bus's own store or to another one.
 
-That it may be done at all is the store's doing (store/merge.py): what was applied changes nothing, what was not is
-merged as if it came late. So a replay needs no order with the workers, which go on meanwhile, and one that was killed
-is simply run again. What is left to see to:
+The store makes this possible (store/merge.py): an event that was applied before changes nothing, any other is merged as
+if it came late. So a replay needs no order with the workers, which go on meanwhile, and one that was killed is run
+again. The replay takes care of the rest:
 
-- *Nothing may be trimmed before it is read.* On each partition the replay has a consumer group of its own, which is
-  moved on to what is done; trimming stops below every group (lua/trim.lua). Entries are read by their IDs, not through
-  the group: a read whose answer was lost is repeated, and nothing pends. The groups go when the replay ends, however it
-  ends; those of one that was killed are removed by upkeep.
-- *What the log no longer has is said*, not passed over: LogTrimmed, unless the caller takes what there is.
-- *Copies go stale if rows change.* Into the bus's own store, each batch is fanned out as the workers do it. A replay
-  that is killed between commit and fan-out and not run again is why upkeep begins a new epoch after it.
-- *Dead letters are left out.* They are not in the store, so they are no part of the result. What else can't be applied
-  is named, and buried nowhere: whether the log's workers can apply it is for them to find out.
+- *Nothing may be trimmed before it is read.* On each partition the replay has a consumer group of its own, which it
+  moves up to the last entry that it has applied; trimming stops below every group (lua/trim.lua). It reads entries by
+  their IDs, not through the group: it can repeat a read whose answer was lost, and nothing is pending. It removes the
+  groups when it ends, also after an error; upkeep removes those of a replay that was killed.
+- *It reports what the log no longer has*: LogTrimmed, unless the caller accepts a part (``partial``).
+- *Copies go stale if rows change.* If the replay writes to the bus's own store, it fans out each batch as the workers
+  do. A replay may be killed between commit and fan-out, and not be run again; so upkeep begins a new epoch after a
+  kill.
+- *Dead letters are left out.* They are not in the store, so they are no part of the result. The replay names other
+  events that it can't apply, but writes no dead letters for them: the workers find out whether they can apply them.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ from .standing import agree
 logger = logging.getLogger("mnemobus.replay")
 
 NAMED = 1_000
-"""Events that can't be applied, of which the version and the reason are kept."""
+"""For at most this many events that can't be applied, the version and the reason are kept."""
 _LETTERS = 8
 
 Moment = float | Version
@@ -52,7 +53,7 @@ Moment = float | Version
 
 
 class Unapplied(NamedTuple):
-    """An event that can't be applied, and is no dead letter."""
+    """An event that can't be applied, and is not a dead letter."""
 
     partition: int
     version: Version
@@ -61,17 +62,17 @@ class Unapplied(NamedTuple):
 
 @dataclass(slots=True)
 class Outcome:
-    """What a replay has read and done so far.
+    """The progress of a replay.
 
-    events        entries read
-    applied       events that the store has now; with a dry run, those that it would be given
-    changed       memories that were changed by that, counted once a batch; not those that only a room's deletion ended
-    dead_letters  events left out, as they are dead letters
-    unfit         how many others can't be applied; ``named`` has the first of them
+    events        entries that were read
+    applied       events that the store has now; in a dry run, those that it would get
+    changed       memories that changed, counted once a batch, without those that a room's deletion removed
+    dead_letters  events that were left out because they are dead letters
+    unfit         how many other events can't be applied; ``named`` has the first of them
     ops           applied events by op; ``partitions``, by log partition
     first, last   versions of the first and the last entry read
-    missing       how many events, at most, were asked for and are no longer in the log
-    share         how much of all is done, from 0 to 1
+    missing       at most how many of the requested events are no longer in the log
+    share         the part of the work that is done, from 0 to 1
     """
 
     events: int = 0
@@ -89,7 +90,7 @@ class Outcome:
 
 
 class _Stretch(NamedTuple):
-    """What is to be read of a log partition: entries after ``start``, up to and including ``end``."""
+    """The part of a log partition that is read: entries after ``start``, up to and including ``end``."""
 
     partition: int
     start: Version
@@ -98,7 +99,7 @@ class _Stretch(NamedTuple):
 
 
 class _Reach(NamedTuple):
-    """What a log partition has: see lua/reach.lua."""
+    """The extent of a log partition: see lua/reach.lua."""
 
     first: Version | None
     last: Version | None
@@ -107,11 +108,11 @@ class _Reach(NamedTuple):
     trimmed: int
 
     def lost(self, since: Version) -> int:
-        """How many of the events from ``since`` on, at most, are no longer there."""
+        """At most how many of the events from ``since`` on are no longer there."""
         if self.first is not None and self.first <= since:
             return 0
         if self.trimmed_to is not None and since >= self.trimmed_to:
-            # What was trimmed was before that; what somebody deleted by hand may have been anywhere.
+            # All trimmed events were before that. Events that somebody deleted by hand may have been anywhere.
             return max(self.removed - self.trimmed, 0)
         return self.removed
 
@@ -121,9 +122,9 @@ class Replay:
 
     since, until  the first and the last version, or seconds ago; None for all that the log has
     partitions    None for all
-    into          URL of another store than the bus's
-    partial       to go on where the log no longer reaches back to ``since``
-    on_progress   called with the number of events read, now and then
+    into          URL of a store, if it is not the bus's own
+    partial       whether to go on if the log no longer reaches back to ``since``
+    on_progress   called after each batch with the number of events that were read
     """
 
     def __init__(
@@ -142,7 +143,7 @@ class Replay:
         self._since, self._until = since, until
         self._wanted = sorted(set(partitions or ()))
         self._partitions: Sequence[int] = ()
-        """Those that are read: in the order in which they came to be, as the log may have been laid out anew."""
+        """The partitions to read, oldest first: the log may have been repartitioned."""
         self._fan_out = into is None
         self._partial, self._dry_run = partial, dry_run
         self._on_progress = on_progress
@@ -158,15 +159,15 @@ class Replay:
         self._size = BatchSize(settings)
 
     def stop(self) -> None:
-        """Have `run` return after the batch that it is at."""
+        """Make `run` return after the current batch."""
         self._stopping.set()
 
     def run(self) -> bool:
-        """Apply the stretch; whether it was done to the end.
+        """Apply the events; whether it came to the end.
 
-        LogTrimmed, before anything was applied, if the log no longer has all of it, or if it went away meanwhile;
-        IdentityMismatch if the store is not the bus's; StoreUnavailable, SchemaError or one of AWAY if a server is not
-        to be had at the beginning. Later on it is waited for. Stopping if `stop` was called while one is.
+        LogTrimmed if the log no longer has all of them, before anything is applied, or if they are trimmed meanwhile;
+        IdentityMismatch if the store is not the bus's; StoreUnavailable, SchemaError or one of AWAY if a server can't
+        be reached at the beginning. Later the replay waits for servers. Stopping if `stop` is called while it waits.
         """
         try:
             stretches = self._begin()
@@ -185,7 +186,7 @@ class Replay:
             self._writer.close()
             self._link.close()
 
-    # What is to be read
+    # Finding out what to read
 
     def _begin(self) -> list[_Stretch]:
         layout = self._link.keys.layout
@@ -261,7 +262,7 @@ class Replay:
             self._move(partition, position)
             if not entries:
                 break
-        # What the workers have come to bury meanwhile is a dead letter like the others.
+        # Workers may have written dead letters meanwhile: these count like the others.
         if len(self.outcome.named) > named:
             letters.read()
             ours = self.outcome.named[named:]
@@ -316,7 +317,7 @@ class Replay:
     # The group
 
     def _move(self, partition: int, position: Version) -> None:
-        """Let the log be trimmed up to here, and show that we are alive. LogTrimmed if the group is gone."""
+        """Allow trimming up to here, and show that this replay is alive. LogTrimmed if the group is gone."""
         if partition not in self._held:
             return
         log = self._link.keys.log(partition)

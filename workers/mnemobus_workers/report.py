@@ -1,4 +1,4 @@
-"""What this process tells of itself (mnemobus/vitals.py): noted by its threads, put into Redis by upkeep."""
+"""What a worker process reports about itself (health/vitals.py): its threads note it, and upkeep puts it into Redis."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from mnemobus.health.vitals import REPORT_EVERY, Report, read
 logger = logging.getLogger("mnemobus.report")
 
 _KEPT = 100
-"""Reports of dead workers that are kept at most, for people to read."""
+"""At most this many reports of dead workers are kept, for people to read."""
 _KEPT_SECONDS = 3600.0
 
 
 class State:
-    """What the threads of this process are at. Safe for threads; never waits for anything."""
+    """What the threads of this process are doing. Safe for threads; never waits for anything."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -32,11 +32,11 @@ class State:
         self._events = 0
         self._applied: float | None = None
         self._waits: dict[tuple[str, int], tuple[float, str]] = {}
-        """What is waited for, and by which thread: since when, and the error."""
+        """By thread, and by what it waits for: since when, and the error."""
         self._error = ""
         self._failed: float | None = None
         self.changed = threading.Event()
-        """Set when a wait begins or ends: this is worth telling at once."""
+        """Set when a wait begins or ends: upkeep reports this at once."""
 
     def applied(self, events: int) -> None:
         """A batch was confirmed."""
@@ -45,12 +45,12 @@ class State:
             self._applied = time.monotonic()
 
     def failed(self, what: str, error: BaseException) -> None:
-        """Something failed for good; it is not tried again as it was."""
+        """Something failed, and is not retried in the same way."""
         with self._lock:
             self._error, self._failed = f"{what}: {words(error)}", time.monotonic()
 
     def waits(self, what: str, error: BaseException) -> None:
-        """This thread will try something until it works."""
+        """This thread retries something until it works."""
         key = what, threading.get_ident()
         with self._lock:
             since, _ = self._waits.get(key, (time.monotonic(), ""))
@@ -68,14 +68,14 @@ class State:
 
     @contextmanager
     def trying(self, what: str) -> Iterator[None]:
-        """Whatever comes of it, this thread does not wait for it any longer."""
+        """This thread no longer waits for it, whether it worked or not."""
         try:
             yield
         finally:
             self.goes_on(what)
 
     def report(self, now: float, every: float, database: str) -> Report:
-        """All of it, as it is now; ``now`` by Redis's clock."""
+        """The whole report; ``now`` is the time of Redis's clock."""
         with self._lock:
             clock = time.monotonic()
             (what, _), (since, why) = min(
@@ -116,7 +116,7 @@ class Reporter:
         self._said = ""
 
     def tell(self) -> None:
-        """Put the report into Redis. One that is away, full or forbids it is tried again the next time."""
+        """Put the report into Redis. If Redis is away, is full or forbids it, the next call tries again."""
         try:
             report = self._state.report(self._now(), self.every, "")
             self._link.client.execute_command("HSET", self._key, self._name, report.encode())
@@ -127,14 +127,14 @@ class Reporter:
             self._said = type(error).__name__
 
     def leave(self) -> None:
-        """Take the report out: this process ends in order."""
+        """Remove the report: this process ends in order."""
         try:
             self._link.client.execute_command("HDEL", self._key, self._name)
         except (RedisError, MnemobusError, *AWAY) as error:
             logger.info("this worker's report stays in Redis, and is removed by others: %s", error)
 
     def tidy(self) -> None:
-        """Take out what killed workers have left for long, and all but the last hundred of it."""
+        """Remove old reports of killed workers, and all but the newest hundred."""
         now = self._now()
         workers = read(dict(self._link.client.hscan_iter(self._key)), now)
         silent = sorted((abs(worker.age), worker.name) for worker in workers if not worker.alive)

@@ -1,18 +1,18 @@
 """A worker process and the store that it commits to: do they belong together, and is the store what it was?
 
-identity.py in the bus says what is compared, and why. Here it is done, when the store is opened and in every round of
-upkeep: one question to the store and one to Redis. A process that does not belong takes no batches, and hands back
-those that it has; it looks again in each round.
+identity.py in the bus says what is compared, and why. This module compares, when the store is opened and in every round
+of upkeep: it asks the store once and Redis once. A process that does not belong takes no batches, and hands back those
+that it has; it checks again in each round.
 
-A store that went back in time is found by the first process that looks. It writes into Redis what has to be applied
-again, and begins a new epoch. One process at a time does the work, by a lease; if it dies, another begins afresh, to
-no other effect. Batches go on meanwhile. Until it is done the store is not told how far it reaches.
+The first process that looks finds a store that went back in time. It writes into Redis what has to be applied again,
+and begins a new epoch. One process at a time does the work, under a lease; if it dies, another one begins it again,
+with the same result. Batches go on meanwhile. Until the work is done, nobody notes in the store how far it reaches.
 
-Where commits are relaxed (MNEMOBUS_COMMIT), a crash of the server is such a return, of some tenths of a second, and
-may be over before anybody looks: newer commits hide it. So the server and Redis both keep an *epoch of the server*,
-which a crash makes the server forget. A new one begins before the log is read again, and Redis hears of it after that
-is noted: whatever is killed in between, the log is applied again once too often, never once too little. The log is
-trimmed only up to where the store is known to reach on disk.
+With relaxed commits (MNEMOBUS_COMMIT) a crash of the server takes the store back by some tenths of a second, and newer
+commits may hide this before anybody looks. So the server and Redis both keep an *epoch of the server*, which the server
+forgets in a crash. A new one begins before the log is read again, and Redis gets it only after the work is noted: if a
+process is killed in between, the log is applied once too often, never too rarely. The log is trimmed only up to where
+the store is known to reach on disk.
 """
 
 from __future__ import annotations
@@ -43,18 +43,18 @@ REACH_EVERY = 10_000
 MARGIN = 1_000
 """ms before that moment from which the log is applied again."""
 _LEASE = 15_000
-"""ms for which a process that shows no sign of life keeps others from applying the log again."""
+"""ms for which the lease of a silent process keeps others from applying the log again."""
 _STILL = 3
-"""Rounds in which a place's beats stand still before it counts as given up."""
+"""Rounds without a new beat from a place after which it counts as given up."""
 _SIGHTINGS = 2
-"""How often another life has to come back to be a rival: a store that was restored from a backup has an old one,
+"""How often another life must come back to count as a rival. A store that was restored from a backup has an old life
 once."""
 _CALM = 30
 """Rounds without such a sighting after which there is no rival any more."""
 
 
 def agree(link: ThreadedLink, identity: Identity, role: str) -> Registered:
-    """Agree with all others which store this bus has; IdentityMismatch if it is not this one."""
+    """Agree with all other processes on the store of this bus. IdentityMismatch if it is not this one."""
     check_owner(link.keys, link.address, identity)
     there = Registered.of(link.run("identity", [link.keys.identity], arguments(identity, role)))
     check_match(link.keys, link.address, identity, there)
@@ -68,8 +68,8 @@ Witness = tuple[str, str]
 def witness(
     partition: int, events: Sequence[Event], dead: dict[Version, str], won: Collection[str]
 ) -> Witness | None:
-    """What is to be noted along with a fan-out: the last of these events that the store must never lose. ``won`` are
-    the memories that changed: of what came too late to change anything, the store has no trace."""
+    """The last of these events that the store must never lose; the fan-out notes it. ``won`` are the memories that
+    changed: the store has no trace of events that came too late to change anything."""
     for event in reversed(events):
         if event.op != DELETE_ROOM and event.version not in dead and event.id in won:
             return f"w{partition}", f"{event.id} {event.version}"
@@ -77,7 +77,7 @@ def witness(
 
 
 class Standing:
-    """The standing of one worker process. `look` is for one thread; ``refused`` for all."""
+    """Whether one worker process may work for its store. One thread calls `look`; all may read ``refused``."""
 
     def __init__(self, settings: Settings, link: ThreadedLink, writer: Writer, name: str) -> None:
         self._settings = settings
@@ -86,32 +86,33 @@ class Standing:
         self._name = name
         self._key = link.keys.identity
         self._place = ""
-        """Where this process commits."""
+        """The place that this process commits to."""
         self._seen: tuple[str, int] | None = None
-        """Another place that has its workers, and their beats."""
+        """Another place that has workers, and their beats."""
         self._still = 0
         self._sightings = 0
         self._calm = 0
         self._reached_at = 0
         self._stretch: dict[int, tuple[str, Version]] = {}
-        """The witnesses when the store was last told how far it reaches."""
+        """The witnesses at the last note of how far the store reaches."""
         self._resync: Resync | None = None
         self.begun = False
-        """Whether the store was there once: before that there is nothing to look at."""
+        """Whether the store has answered once: before that there is nothing to compare."""
         self.refused = ""
         """Why this process must not take part, or empty."""
         self.reached: int | None = None
-        """What the log had before this moment (ms) is on the store's disk; None: all that was acknowledged is."""
+        """All events of the log before this moment (ms) are on the store's disk; None: all acknowledged ones are."""
         self.resyncing = False
-        """Whether the log is being applied again, by whomever: nothing of it may be trimmed."""
+        """Whether any process is applying the log again: nothing of it may be trimmed."""
 
     def agree(self) -> tuple[Identity, Registered]:
-        """Find out whether this process may commit. IdentityMismatch if not, and ``refused`` says so to others."""
+        """Find out whether this process may commit. IdentityMismatch if not; then ``refused`` tells other threads
+        why."""
         identity = self._writer.identity()
         self.begun = True
         try:
             there = agree(self._link, identity, "worker")
-            if identity.bus is None:  # another bus may be about to say so, too: the first one counts
+            if identity.bus is None:  # another bus may do the same now: the first one counts
                 self._writer.serve(there.bus, self._link.keys.prefix, there.life)
                 identity = self._writer.identity()
                 check_owner(self._link.keys, self._link.address, identity)
@@ -126,10 +127,10 @@ class Standing:
         self._place = identity.place
         if self._settings.commit == "relaxed":
             if not there.epoch and (epoch := self._writer.epoch(begin=True)):
-                with suppress(OutOfMemoryError):  # it makes room by and by
+                with suppress(OutOfMemoryError):  # Redis is full: the next round tries again
                     if self._link.client.hsetnx(self._key, "epoch", epoch):
                         there = replace(there, epoch=epoch)
-            # Not before both sides know the epoch: what is lost with it is noticed then.
+            # Only once both sides know the epoch: from then on a loss is noticed.
             self._writer.relax(bool(there.epoch))
         self.reached = (identity.reached or 0) if there.epoch else None
         if self.refused:
@@ -154,15 +155,15 @@ class Standing:
             self._link.client.hset(self._key, mapping=known)
         self.resyncing = bool(why) or there.resync is not None
         self._see_to_resync(there)
-        with suppress(OutOfMemoryError):  # a full Redis has other worries
+        with suppress(OutOfMemoryError):  # Redis is full: the next round tries again
             self._link.client.hincrby(self._key, "beats", 1)
 
     def stop(self) -> None:
-        """Leave what is under way to others."""
+        """Stop, and leave unfinished work to others."""
         if self._resync is not None:
             self._resync.stop()
 
-    # Where it is
+    # The place
 
     def _check_place(self, identity: Identity, there: Registered) -> None:
         """IdentityMismatch while workers commit to another copy of this store."""
@@ -193,7 +194,7 @@ class Standing:
             return f"{identity.where} lacks the last write to {', '.join(lost[:3])}"
         return ""
 
-    # Who else there is
+    # Rivals
 
     def _look_for_rivals(self, identity: Identity, there: Registered) -> None:
         self._calm += 1
@@ -217,10 +218,10 @@ class Standing:
         self._writer.serve(there.bus, self._link.keys.prefix, there.life)
         self._link.client.hset(self._key, "stamped", "1")
 
-    # How far it reaches
+    # How far the store reaches
 
     def _reach(self, there: Registered) -> None:
-        """Note in the store, from time to time and if anything was applied, that it has all up to a moment."""
+        """From time to time, if anything was applied, note in the store the moment up to which it has all events."""
         seconds, micros = self._link.client.time()
         now = seconds * 1000 + micros // 1000
         if abs(now - self._reached_at) < REACH_EVERY or there.witnesses == self._stretch:
@@ -250,7 +251,7 @@ class Standing:
             elif head and (not last or Version.parse(last) < Version.parse(head[0][0])):
                 low = min(low, Version.parse(last).ms if last else 0)
         if not self._writer.reach(low, there.epoch):
-            return  # it crashed just now: the next round sees to that
+            return  # it crashed just now: the next round handles that
         self._reached_at, self._stretch = now, dict(there.witnesses)
 
     # Applying the log again
@@ -258,9 +259,9 @@ class Standing:
     def _begin(self, identity: Identity, there: Registered, why: str) -> None:
         since = "" if identity.reached is None else str(Version(max(identity.reached - MARGIN, 0), 0))
         work = orjson.dumps({"why": why, "since": since})
-        # A crash from here on is another one. What was lost until here is in the log, and is read to its end of later.
+        # A crash from here on is another one. All that was lost before is in the log, up to its end at a later moment.
         epoch = self._writer.epoch(begin=True) if there.epoch else ""
-        # The one that says so first says from where on: the store reaches further again as soon as it is told.
+        # The first process that notes this also sets the moment to begin at: the store's own note soon moves on.
         if self._link.client.hsetnx(self._key, "resync", work):
             if epoch:
                 self._link.client.hset(self._key, "epoch", epoch)
@@ -272,7 +273,7 @@ class Standing:
         self._link.client.delete(self._link.keys.epoch)
 
     def _see_to_resync(self, there: Registered) -> None:
-        """Do the work if nobody does, or show that we are alive."""
+        """Do the work if no other process does, or show that this one is alive."""
         resync = self._resync
         if resync is not None and resync.ended:
             self._resync = None
@@ -293,7 +294,7 @@ class Standing:
 
 
 class Resync:
-    """The log being applied again, by a thread of its own and over connections of its own."""
+    """Applies the log again, in a thread of its own and over connections of its own."""
 
     def __init__(self, settings: Settings, link: ThreadedLink, work: dict[str, Any]) -> None:
         from .replay import Replay  # which knows the applier, which knows this module
@@ -334,7 +335,7 @@ class Resync:
 
     def _finish(self) -> None:
         outcome = self._replay.outcome
-        # Without a moment to begin with nobody knows what the store once had.
+        # Without a moment to begin at, nobody knows what the store had.
         missing = outcome.missing if self._work["since"] else 0
         done = {**self._work, "events": outcome.events, "changed": outcome.changed, "missing": missing}
         self._note("resynced", done)

@@ -1,18 +1,16 @@
-"""What a dead worker held while Redis's clock was set back.
+"""Entries of a dead worker after Redis's clock was set back.
 
-How long an entry has been idle is what Redis's wall clock says now, less the time that the entry got when it was
-delivered or renewed. Once that clock was set back, this time lies ahead of it, and Redis answers 0 until the clock has
-caught up. A dead worker's batch would be claimed by nobody for as long as the clock was set back.
+Redis computes an entry's idle time: its wall clock now, minus the time of the entry's delivery or renewal. Once that
+clock was set back, the second time is in the future, and Redis answers 0 until the clock has caught up. During that
+time nobody would claim a dead worker's batch.
 
-So each process watches by its own clock, of which only durations are used. A live worker renews what it holds three
-times within ``claim_idle``, and that gives the entries the time of the clock as it is now: hardly any look finds them
-idle for 0 ms, let alone every look. Entries that every look found idle for 0 ms, over
-``claim_idle``, have nobody who renews them. They are given the idle time that they really have, and are claimed as all
-others (broker.py).
+So each process watches by its own clock, and uses only durations. A live worker renews its entries three times within
+``claim_idle``. That gives them the clock's present time, so a look rarely finds them idle for 0 ms, and never at every
+look. If every look over ``claim_idle`` finds an entry idle for 0 ms, nobody renews it. Then it gets its real idle time,
+and is claimed like all others (broker.py).
 
-A look asks for the first entry of each consumer. Where two looks find the same one idle for 0 ms, and it still is some
-milliseconds later, the consumer's later entries are looked at: the page that is fetched then holds all that a process
-can have.
+A look asks for the first entry of each consumer. If two looks find the same one idle for 0 ms, and it still is some
+milliseconds later, the consumer's later entries are checked: one page holds all that a process can have.
 """
 
 from __future__ import annotations
@@ -29,9 +27,9 @@ from mnemobus.keys import APPLY_GROUP
 logger = logging.getLogger("mnemobus.broker")
 
 LOOKS = 4
-"""Looks that must have found an entry unmoved before the last; one may have hit the very millisecond of a renewal."""
+"""This many earlier looks must have found an entry unmoved; one may have come in the same millisecond as a renewal."""
 _PAUSE = 0.003
-"""Seconds between the two questions of a look; entries that were just renewed have an idle time then."""
+"""Seconds between the two questions of a look; after them, entries that were just renewed have an idle time."""
 _AT_ONCE = 1_000
 """Entries of one call of renew.lua."""
 
@@ -41,7 +39,7 @@ ConsumerKey = tuple[int, bytes]
 
 @dataclass(slots=True)
 class _Watch:
-    """What a consumer had that was idle for 0 ms, by ID with its deliveries, and since when that is looked at."""
+    """The entries of a consumer that were idle for 0 ms, by ID with the deliveries, and since when they are watched."""
 
     since: float
     entries: dict[bytes, int]
@@ -51,7 +49,7 @@ class _Watch:
 class Unmoved:
     """Watches the pending entries of the log.
 
-    claim_idle  seconds without a sign of life after which a batch is given to another
+    claim_idle  seconds without a sign of life after which another worker gets a batch
     page        entries of a log partition that one consumer can have at most
     """
 
@@ -88,7 +86,7 @@ class Unmoved:
         later: none that was delivered or renewed just now."""
         before, self._first = self._first, self._look(places)
         same = [place for place, id in self._first.items() if before.get(place) == id]
-        if not same:  # nearly always: the consumer is not to be held up
+        if not same:  # nearly always: don't delay the consumer
             return []
         time.sleep(_PAUSE)
         return list(self._look(same))

@@ -1,7 +1,7 @@
-"""What a worker process does besides applying: it renews what it holds, tells how it is, and keeps the log tidy.
+"""Upkeep: what a worker process does besides applying. It renews its entries, reports its state, and tidies the log.
 
-Two threads per process: one for all that Redis alone is asked for, one for what the store is asked as well. Nothing
-that goes wrong in them ends them: it is logged, and tried again the next time.
+There are two threads per process: one works with Redis alone, the other also asks the store. No error ends them: they
+log it, and try again the next time.
 """
 
 from __future__ import annotations
@@ -31,36 +31,37 @@ from .standing import MARGIN
 logger = logging.getLogger("mnemobus.upkeep")
 
 TIDY_EVERY = 10.0
-"""Seconds, about, between two looks at what can be removed."""
+"""About how many seconds pass between two rounds of tidying."""
 CONSUMER_IDLE = 3600.0
 """Seconds without a sign of life after which a consumer that holds nothing is forgotten."""
 REPLAY_IDLE = 3600.0
-"""Seconds without a sign of life after which a replay is taken for killed, and no longer holds back trimming."""
+"""Seconds without a sign of life after which a replay counts as killed, and no longer holds back trimming."""
 PRODUCER_IDLE = 7 * 86_400.0
 """Seconds after which a producer's last call is forgotten. An outbox may repeat it when its agent starts again, after a
 weekend, say."""
 PRODUCER_WATCHED = 3600.0
-"""Seconds, by this process's own clock, that such a record must have been there unchanged besides. Redis's clock may
-have jumped ahead, and a producer that is at work must not be forgotten for that."""
+"""Seconds, by this process's own clock, for which such a record must also have stayed unchanged. Redis's clock may have
+jumped ahead, and a producer that is at work must not be forgotten because of that."""
 _SAMPLES = 32
 """Deliveries that are remembered over the time of retention."""
 _SETTLES = 0.2
-"""Seconds that a change may take to be told: what is over by then is told with it."""
+"""Seconds before a change is reported: other changes of that time are reported with it."""
 PRODUCERS = 20_000
-"""Producers of a log partition that are remembered at most; the oldest are forgotten first."""
+"""At most this many producers of a log partition are remembered; the oldest are forgotten first."""
 REASONS = 10_000
-"""Requeued and dropped dead letters of a log partition of which is known what became of them; for `PRODUCER_IDLE`."""
+"""For at most this many requeued and dropped dead letters of a log partition, Redis keeps the result, for
+`PRODUCER_IDLE`."""
 _REASONS_EVERY = 3600.0
 _LAYOUT_EVERY = 0.25
-"""Seconds between two looks whether the log was laid out anew: what is written to new partitions waits for it."""
+"""Seconds between two checks whether the log was repartitioned: writes to new partitions wait for the next check."""
 _TRIM_ROUNDS = 20
 _SCAN = 500
 
 
 class Delivered:
-    """What a log partition had delivered, and when that was by this process's own clock.
+    """The last deliveries of a log partition, with the times of this process's own clock.
 
-    For IDs that lie ahead of Redis's clock: it was set back, and does not tell how old they are.
+    This is for IDs that are ahead of Redis's clock: it was set back, and does not tell how old they are.
     """
 
     def __init__(self, retention: float) -> None:
@@ -68,7 +69,7 @@ class Delivered:
         self._samples: deque[tuple[float, bytes]] = deque()
         self._epoch = ""
         self.old = b"0-0"
-        """All up to this ID was delivered ``retention`` ago, or longer."""
+        """All entries up to this ID were delivered at least ``retention`` seconds ago."""
 
     def note(self, last: bytes, epoch: str) -> None:
         """``last`` is the ID that was delivered last, in the log of this epoch."""
@@ -99,16 +100,16 @@ class Upkeep:
         )
         """By log partition."""
         self._leaving: dict[int, dict[bytes, tuple[bytes, float]]] = {}
-        """Likewise, producers that are about to be forgotten: their record, and since when it is watched."""
+        """By log partition: producers that will be forgotten, each with its record, and since when it is watched."""
         self._given_up = 0
         """Partitions with lower numbers were given up by the last round."""
         self.failures = 0
         self._said = ""
         self._reasons_at: dict[int, float] = {}
-        """By log partition: when reasons are looked through again."""
+        """By log partition: when to look through the reasons again."""
 
     def start(self) -> None:
-        # The store may keep whoever looks at it waiting for as long as it likes, and renewing must not wait.
+        # The store may take any time to answer, and renewing must not wait for it.
         for name, work in (("upkeep", self._run), ("standing", self._look_again_and_again)):
             self._threads.append(threading.Thread(target=work, name=f"mnemobus-{name}", daemon=True))
             self._threads[-1].start()
@@ -130,7 +131,7 @@ class Upkeep:
         now = time.monotonic()
         renew_at, tidy_at, tell_at, look_at = now + renew_every, now + random.uniform(0, TIDY_EVERY), now, now
         while not self._stop.is_set():
-            # What changes is told at once, but not several times in a fraction of a second.
+            # A change is reported at once, but not several times in a fraction of a second.
             if self._state.changed.wait(max(0.0, min(renew_at, tell_at, look_at) - now)):
                 self._stop.wait(_SETTLES)
             now = time.monotonic()
@@ -167,7 +168,7 @@ class Upkeep:
             self._look()
 
     def _look(self) -> None:
-        """Whether the store is the bus's, and what it was. What stands in the way is said once."""
+        """Check that the store is the bus's, and that it has lost nothing. Each error is logged once."""
         if self._broker.standing is None or not self._broker.standing.begun:
             return
         try:
@@ -190,7 +191,7 @@ class Upkeep:
         except (RedisError, MnemobusError, *AWAY) as error:
             logger.debug(
                 "how the log is laid out can't be asked now: %s", error
-            )  # the consumers say that, too
+            )  # the consumers log that, too
         except Exception:
             self.failures += 1
             logger.exception("looking at the log's layout failed, trying again")
@@ -207,7 +208,8 @@ class Upkeep:
             logger.exception("%s failed, trying again later", what)
 
     def tidy(self) -> None:
-        """Trim the log, forget replays, consumers, producers and workers that are long gone, and set meters right."""
+        """Trim the log, forget replays, consumers, producers and workers that ended long ago, and correct the
+        meters."""
         keys, link = self._link.keys, self._link
         self._reporter.tidy()
         for partition in self._broker.partitions():
@@ -230,10 +232,10 @@ class Upkeep:
             self._retire()
 
     def _retire(self) -> None:
-        """Give up partitions that have ended, and of which nothing is asked for any more, the oldest first.
+        """Retire partitions that have ended and that nobody needs any more, the oldest first.
 
-        What they had is removed in the next round: workers are reading there until they have noticed. The meter stays,
-        for it keeps agents of an older version from writing there.
+        Their keys are removed in the next round: workers read there until they notice. The meter stays, because it
+        keeps agents of an older version from writing there.
         """
         keys = self._link.keys
         for p in range(int(self._link.client.hget(keys.layout, "swept") or 0), self._given_up):
@@ -258,7 +260,7 @@ class Upkeep:
         for name in gone:
             logger.warning("forgot %s of log partition %d: it was killed", name.decode(), partition)
         if any(name.startswith(REPLAY_GROUP.encode()) for name in gone):
-            # Its last batch may have changed rows without anybody hearing of it: a new epoch drops every copy.
+            # Its last batch may have changed rows without a fan-out: a new epoch drops every copy.
             self._link.client.delete(self._link.keys.epoch)
 
     def _trim(self, partition: int) -> None:
@@ -270,7 +272,7 @@ class Upkeep:
         if standing is not None and standing.reached is not None:
             seconds, micros = self._link.client.time()
             kept = max(kept, seconds * 1000 + micros // 1000 - standing.reached + MARGIN)
-            old = b"0-0"  # however long ago it was: the store may not have it on its disk
+            old = b"0-0"  # none, however old: the store may not have it on its disk
         for _ in range(_TRIM_ROUNDS):
             removed, last = self._link.run("trim", keys, [kept, APPLY_GROUP, old])
             if not removed:
@@ -307,7 +309,7 @@ class Upkeep:
             logger.warning("%s: more than %d producers within a week; forgot the oldest", key, PRODUCERS)
 
     def _forget_reasons(self, partition: int) -> None:
-        """Give up what is noted of dead letters that were requeued or dropped long ago: nobody asks about them."""
+        """Remove the notes about dead letters that were requeued or dropped long ago: nobody asks about them."""
         keys, client = self._link.keys, self._link.client
         reasons, meter = keys.reasons(partition), keys.meter(partition)
         settled = client.hlen(reasons) - client.xlen(keys.dead(partition))

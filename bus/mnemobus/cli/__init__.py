@@ -1,6 +1,6 @@
-"""The command line: what there is and how it is called. Each command's work is in a module of its own.
+"""The command line: the commands and their options. Each command's work is in a module of its own.
 
-Exit status: 0, all is well; 1, it failed or found something wrong; 2, called or configured wrongly; 130, Ctrl-C.
+Exit status: 0, success; 1, it failed or found a problem; 2, wrong call or wrong settings; 130, Ctrl-C.
 """
 
 from __future__ import annotations
@@ -64,21 +64,20 @@ def _demo(
     external: Annotated[
         bool,
         typer.Option(
-            "--external", help="Use the Redis, the database and the workers that run already; kill nothing."
+            "--external", help="Use the Redis, database and workers that already run; kill nothing."
         ),
     ] = False,
     wait: Annotated[
-        float, typer.Option(min=1, help="With --external: seconds to wait until all of it answers.")
+        float, typer.Option(min=1, help="With --external: seconds to wait until all of them answer.")
     ] = 60.0,
     json: Json = False,
 ) -> None:
-    """See the whole system at work on this machine, and let it prove itself.
+    """Show the whole system at work on this machine, and check its promises.
 
-    Starts Redis and two worker processes in a temporary directory, and agents
-    that hold conversations: each reads its context, writes, updates, deletes.
-    Half way, one worker is killed. In the end every acknowledged write must be
-    in the store, and every agent must see what the store has; else the exit
-    status is 1.
+    Starts Redis and two worker processes in a temporary directory, and agents that
+    hold conversations: each reads its context, writes, updates, deletes. Half way,
+    the demo kills one worker. In the end every acknowledged write must be in the
+    store, and every agent must see what the store has; else the exit status is 1.
 
     \b
     Examples:
@@ -107,10 +106,10 @@ def _up(
 ) -> None:
     """Run Redis and workers on this machine until Ctrl-C: all that agents need, for development.
 
-    Redis listens where REDIS_URL says, on this machine only, and keeps its data
-    in MNEMOBUS_DATA_DIR. Memories go to MNEMOBUS_DATABASE_URL: a SQLite file by
-    default; PostgreSQL works as well. Whatever happens to this process, no
-    other is left behind.
+    Redis listens where REDIS_URL says, on this machine only, and keeps its data in
+    MNEMOBUS_DATA_DIR. Memories go to MNEMOBUS_DATABASE_URL: a SQLite file by
+    default; PostgreSQL works as well. However this process ends, Redis and the
+    workers end with it.
 
     \b
     Examples:
@@ -134,7 +133,7 @@ def _worker(
         int | None, typer.Option("--threads", "-t", min=1, help="Threads of each [MNEMOBUS_WORKER_THREADS].")
     ] = None,
 ) -> None:
-    """Run the worker pool: Dramatiq's own command line, with the settings. More options are passed on to it.
+    """Run the worker pool: Dramatiq's own command line, with the settings. It takes Dramatiq's other options, too.
 
     It exits when one of its processes dies: let a service manager start it again.
 
@@ -164,25 +163,25 @@ def _import(
     wait: Annotated[
         bool,
         typer.Option(
-            "--wait/--no-wait", help="Wait until the store has everything; or only until the log has."
+            "--wait/--no-wait", help="Wait until the store has everything, or only until the log has it."
         ),
     ] = True,
     json: Json = False,
 ) -> None:
     """Import memories from a file, one JSON object per line.
 
-    table, room and content are needed; id, agent, entity, world, metadata,
+    table, room and content are required; id, agent, entity, world, metadata,
     embedding and created_at are optional.
 
-    It can be stopped at any time and run again: a line whose memory is stored
-    already is skipped. If the stored one differs (it was updated since), it is
-    left as it is, unless --overwrite is given. A memory that was deleted since
-    is imported again. A line without id gets one that is made of what the line
-    says: the same line is the same memory, however often it comes. Lines with
-    equal dates and without ids keep the order of the file.
+    You can stop it at any time and run it again: it skips a line whose memory is
+    already stored. If the stored memory differs (it was updated since), it stays as
+    it is, unless you give --overwrite. A memory that was deleted since is imported
+    again. A line without an id gets one that is computed from its content: the same
+    line is always the same memory. Lines with equal dates and without ids keep the
+    order of the file.
 
-    The file may be compressed by gzip. Each bad line is named, with its number and the reason; the exit status is 1
-    if there were any.
+    The file may be compressed by gzip. The command names each bad line, with its
+    number and the reason; the exit status is 1 if there were any.
 
     \b
     Examples:
@@ -199,10 +198,8 @@ def _import(
 
 @app.command("stats")
 def _stats(
-    watch: Annotated[
-        bool, typer.Option("--watch", "-w", help="Show it again and again, until Ctrl-C.")
-    ] = False,
-    every: Annotated[float, typer.Option(min=0.1, help="With --watch: seconds between.")] = 2.0,
+    watch: Annotated[bool, typer.Option("--watch", "-w", help="Refresh the figures until Ctrl-C.")] = False,
+    every: Annotated[float, typer.Option(min=0.1, help="With --watch: seconds between two refreshes.")] = 2.0,
     json: Json = False,
 ) -> None:
     """Show figures of the log, the workers, the feed, Redis and the store.
@@ -223,7 +220,7 @@ def _tail(
     events: Annotated[bool, typer.Option("--events", help="Only writes.")] = False,
     invalidations: Annotated[bool, typer.Option("--invalidations", help="Only invalidations.")] = False,
     live: Annotated[
-        bool, typer.Option("--live", help="Writes as they are announced to agents that hold them live.")
+        bool, typer.Option("--live", help="Show writes as they are announced to agents with live scopes.")
     ] = False,
     since: Annotated[
         str | None,
@@ -231,10 +228,10 @@ def _tail(
             help="Begin there: 90s, 15m, 2h or 1d ago, a date with a zone, or a stream ID.", metavar="WHEN"
         ),
     ] = None,
-    count: Annotated[int | None, typer.Option("--count", "-n", min=1, help="Stop after so many.")] = None,
+    count: Annotated[int | None, typer.Option("--count", "-n", min=1, help="Stop after this many.")] = None,
     json: Json = False,
 ) -> None:
-    """Show writes and invalidations as they pass. Takes nothing away from the workers.
+    """Show writes and invalidations as they pass. The workers still get all of them.
 
     \b
     Examples:
@@ -247,7 +244,7 @@ def _tail(
 
     if live and (events or invalidations or since is not None):
         raise typer.BadParameter(
-            "announcements are not kept, so --live begins now, and shows nothing else: leave out --events,"
+            "announcements are not kept, so --live begins now and shows them alone: leave out --events,"
             " --invalidations and --since"
         )
     both = events == invalidations
@@ -266,21 +263,23 @@ def _tail(
 @app.command("verify")
 def _verify(
     seconds: Annotated[
-        float, typer.Option(min=0, help="How long to watch; it ends some 10 s later.", metavar="N")
+        float, typer.Option(min=0, help="How long to watch; the command ends about 10 s later.", metavar="N")
     ] = 60.0,
     marks: Annotated[str, typer.Option(hidden=True)] = "1,5,10",
     patience: Annotated[float, typer.Option(hidden=True, min=0)] = 2.0,
     json: Json = False,
 ) -> None:
-    """Ask every agent, 1, 5 and 10 s after something was written, whether it still holds an older copy.
+    """Ask every agent, 1, 5 and 10 s after a write, whether it still holds an older copy.
 
-    It watches the feed, follows a sample of what is invalidated, and compares
-    what each agent would serve with what the store had by then. It prints the
-    share of answers that were consistent at each mark. An agent that does not
-    answer is silent, not consistent. It writes nothing: let agents be at work.
+    It watches the feed, follows a sample of the invalidated scopes, and compares
+    the copy that each agent would serve with what the store had at the
+    invalidation. It prints the share of consistent answers after each time. An
+    agent that does not answer counts as silent, not as consistent. The command
+    writes nothing: run it while agents work.
 
     The exit status is 1 if any agent held an older copy at 10 s, or was silent
-    then, or if Redis or the store was away and nothing could be told. Ctrl-C ends it with the figures so far.
+    then, or if Redis or the store was away and nothing could be verified. Ctrl-C
+    ends it with the figures so far.
 
     \b
     Examples:
@@ -316,28 +315,28 @@ def _replay(
     into: Annotated[
         str | None,
         typer.Option(
-            help="Into this store instead of the bus's own. It is made if it does not exist.",
+            help="Apply to this store instead of the bus's own. It is made if it does not exist.",
             metavar="DATABASE_URL",
         ),
     ] = None,
     partial: Annotated[
-        bool, typer.Option("--partial", help="Also if the log no longer reaches back to --since.")
+        bool, typer.Option("--partial", help="Go on even if the log no longer reaches back to --since.")
     ] = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Only count what would be applied; change nothing.")
     ] = False,
     json: Json = False,
 ) -> None:
-    """Apply a stretch of the log again: after a database was restored, or to build another one.
+    """Apply part of the log again: after a database was restored, or to build another one.
 
-    You can run it at any time and as often as you like, while agents and
-    workers go on: what the store has already does not change. What does change
-    is invalidated in every cache. Dead letters are left out.
+    You can run it at any time and as often as you like, while agents and workers go
+    on: an event that the store already has changes nothing. If a memory changes,
+    every cache drops its copies. Dead letters are left out.
 
-    It can be stopped at any time; to go on, run the same command again.
+    You can stop it at any time; to go on, run the same command again.
 
-    The exit status is 1 if the log no longer reaches back to --since (unless
-    --partial is given), or if an event that is no dead letter can't be applied.
+    The exit status is 1 if the log no longer reaches back to --since (unless you
+    give --partial), or if an event that is not a dead letter can't be applied.
 
     \b
     Examples:
@@ -374,7 +373,7 @@ PartitionOption = Annotated[
 VersionsArgument = Annotated[
     list[str] | None, typer.Argument(help="As `mnemobus dead list` shows them.", metavar="VERSION...")
 ]
-All = Annotated[bool, typer.Option("--all", help="All that there are.")]
+All = Annotated[bool, typer.Option("--all", help="All dead letters.")]
 
 
 @_dead.command("list")
@@ -397,7 +396,7 @@ def _dead_show(
     partition: PartitionOption = None,
     json: Json = False,
 ) -> None:
-    """Show a dead letter in full; of an embedding, the number of its floats.
+    """Show a dead letter in full; in place of an embedding, the number of its floats.
 
     \b
     Examples:
@@ -415,10 +414,10 @@ def _dead_requeue(
     partition: PartitionOption = None,
     json: Json = False,
 ) -> None:
-    """Put writes back into the log, for workers to try again, once the cause is removed.
+    """Put dead letters back into the log. Workers then try them again; remove the cause first.
 
-    Each keeps the version that it had, so it can't undo what was written since.
-    One that fails again is a dead letter again.
+    Each keeps its version, so it can't undo later writes. One that fails again
+    becomes a dead letter again.
 
     \b
     Examples:
@@ -438,7 +437,7 @@ def _dead_drop(
     yes: Annotated[bool, typer.Option("--yes", "-y", help="Don't ask.")] = False,
     json: Json = False,
 ) -> None:
-    """Remove dead letters: what they would have written is lost. Asks first.
+    """Remove dead letters: their writes are lost. Asks first.
 
     \b
     Examples:
@@ -457,7 +456,7 @@ def _repartition(
     partitions: Annotated[
         int, typer.Argument(min=1, max=1024, help="The new number of log partitions.", metavar="N")
     ],
-    timeout: Annotated[float, typer.Option(min=0, help="Give up after so long.", metavar="SECONDS")] = 60.0,
+    timeout: Annotated[float, typer.Option(min=0, help="Give up after this time.", metavar="SECONDS")] = 60.0,
     pause: Annotated[
         float, typer.Option(min=0, help="The longest time that writes may wait.", metavar="SECONDS")
     ] = 5.0,
@@ -468,16 +467,16 @@ def _repartition(
 ) -> None:
     """Change the number of log partitions, while agents and workers go on.
 
-    Writes wait until workers have applied what is in the log, a fraction of a
-    second as a rule. Then the log goes on in new partitions, and so do agents
-    and workers, by themselves: nothing has to be set or restarted. All writes
+    Writes wait until workers have applied all events of the log; this usually takes
+    a fraction of a second. Then the log goes on in new partitions. Agents and
+    workers follow by themselves: you need not set or restart anything. All writes
     keep their order.
 
-    If it fails, is stopped or killed, the log goes on as before, after five
-    seconds at most; run the same command again.
+    If the command fails, or is stopped or killed, the log goes on as before, after
+    at most five seconds; run the same command again.
 
-    The exit status is 1 if it can't be done now: no worker runs, agents or
-    workers of an older version are connected, or workers need too long.
+    The exit status is 1 if the change is not possible now: no worker runs, agents
+    or workers of an older version are connected, or workers take too long.
 
     \b
     Examples:
@@ -495,13 +494,13 @@ def _adopt(
 ) -> None:
     """Make the database of MNEMOBUS_DATABASE_URL, as it is, the store of this bus. Asks first.
 
-    A bus has one store, and a store has one bus; any other pair is refused.
-    This says that a change is intended: the bus has moved to another database,
-    another bus (a new REDIS_KEY_PREFIX, another Redis) goes on with this one,
-    or what this one has lost is accepted.
+    A bus has one store, and a store has one bus; any other pair is refused. With
+    this command you confirm an intended change: the bus moves to another database,
+    another bus (a new REDIS_KEY_PREFIX, another Redis) takes over this database, or
+    you accept that this database has lost data.
 
-    Stop all agents and workers first. Workers that start afterwards apply what
-    the log still has of what the store may lack.
+    Stop all agents and workers first. Workers that start afterwards apply the
+    events that the store may lack, as far as the log still has them.
 
     \b
     Examples:
@@ -515,9 +514,9 @@ def _adopt(
 
 @app.command("doctor")
 def _doctor(json: Json = False) -> None:
-    """Check Redis, the store and the workers, and say what to do about what is wrong.
+    """Check Redis, the store and the workers. For each problem, say what to do.
 
-    The exit status is 1 if anything fails; a warning is not a failure.
+    The exit status is 1 if any check fails; a warning is not a failure.
 
     \b
     Examples:

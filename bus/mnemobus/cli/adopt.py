@@ -1,4 +1,4 @@
-"""``mnemobus adopt``: the operator says that this store, as it is, is the store of this bus."""
+"""``mnemobus adopt``: the operator makes this store, as it is, the store of this bus."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ def run(*, yes: bool, json: bool) -> int:
             return 1
         there = Registered.of(link.run("identity", [link.keys.identity], arguments(identity, "adopt")))
         writer.serve(there.bus, link.keys.prefix, there.life, instead=True)
-        # The same store again: what it lost is accepted. Another: it is to have what the log has.
+        # The same store: the operator accepts its losses. Another one: it must get all events of the log.
         work = None
         if before.store != identity.store:
             known = identity.reached is not None and identity.bus == there.bus
             since = str(Version(identity.reached or 0, 0)) if known else ""
             work = {"why": "another store was adopted", "since": since}
             link.client.hset(link.keys.identity, "resync", orjson.dumps(work))
-        link.client.delete(link.keys.epoch)  # copies are of the one before
+        link.client.delete(link.keys.epoch)  # copies come from the store before
     except (RedisError, *AWAY) as error:
         raise LogUnavailable(f"Redis at {link.address} can't be used: {error}") from error
     finally:
@@ -59,9 +59,9 @@ def run(*, yes: bool, json: bool) -> int:
 
 
 def _agreed(link: ThreadedLink, identity: Identity, before: Registered) -> bool:
-    """Ask whether the operator agrees, after saying what it means."""
+    """Tell the operator the consequences, and ask for agreement."""
     if not sys.stdin.isatty():
-        raise SettingsError("nobody can be asked here: give --yes")
+        raise SettingsError("there is no terminal to ask the question on: give --yes")
     if before.store and before.store != identity.store:
         print(f"The bus {link.keys.prefix!r} has the store {before.store[:8]}: {before.where}.")
     if identity.bus and identity.bus != before.bus:

@@ -1,4 +1,4 @@
-"""What the commands share: output, and how they end."""
+"""Shared by all commands: output, and how they end."""
 
 from __future__ import annotations
 
@@ -63,9 +63,9 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 def run_until_signal(work: Coroutine[Any, Any, int]) -> int:
-    """Run to the end, or until SIGINT, SIGTERM or SIGHUP cancels it; the exit status, 128 + the signal's number then.
+    """Run to the end, or until SIGINT, SIGTERM or SIGHUP cancels it; then the exit status is 128 + the signal's number.
 
-    What it cleans up when cancelled is waited for. A second signal ends the process at once.
+    After a cancellation this waits for the cleanup. A second signal ends the process at once.
     """
 
     async def main() -> int:

@@ -1,7 +1,7 @@
-"""``mnemobus dead``: the writes that no worker could apply, to look at, to try again, to give up.
+"""``mnemobus dead``: list, show, requeue and drop the writes that no worker could apply.
 
-To requeue one is to put its event back at the end of the log, under the version that it had: whatever was written
-after it stays the last word (G2). The letter goes in the same step, so it is in the log or among the letters, once.
+Requeueing puts a letter's event back at the end of the log, under its old version: later writes still win (G2). The
+same step removes the letter, so the event is either in the log or among the letters.
 """
 
 from __future__ import annotations
@@ -26,16 +26,16 @@ from .console import emit, err, out, run_until_signal
 from .moments import written_at
 
 _READ = 8
-"""Letters that are read at a time: each may hold a megabyte."""
+"""How many letters are read at a time: each may have a megabyte."""
 
 
 LEFT_OUT = "left_out"
-"""A field of letters whose content was removed for lack of room: how many bytes it had."""
+"""A field of letters whose content was removed to save space: how many bytes it had."""
 
 
 @dataclass(frozen=True, slots=True)
 class Letter:
-    """A dead letter. ``fields`` are those of the event, as the log had them."""
+    """A dead letter. ``fields`` are the fields of the event, as they were in the log."""
 
     partition: int
     id: str
@@ -55,14 +55,14 @@ class Letter:
 
     @property
     def written(self) -> str:
-        """When."""
+        """When the event was written."""
         try:
             return written_at(Version.parse(self.version))
         except ValueError:
             return "?"
 
     def heading(self) -> dict[str, Any]:
-        """What `list` shows."""
+        """The line of `list`."""
         return {
             "partition": self.partition,
             "version": self.version,
@@ -72,7 +72,7 @@ class Letter:
         }
 
     def body(self) -> dict[str, Any]:
-        """All of it, readable: JSON as what it says, an embedding as its length."""
+        """The whole letter, readable: JSON decoded, an embedding as its length."""
         shown: dict[str, Any] = {}
         for name, value in self.fields.items():
             if name == LEFT_OUT:
@@ -104,7 +104,7 @@ class Letters:
         self._partition = partition
 
     async def _partitions(self) -> Sequence[int]:
-        await self._link.command("PING")  # from then on it is known how the log is laid out
+        await self._link.command("PING")  # now the log's layout is known
         there = self._link.keys.shape.all
         if self._partition is None:
             return there
@@ -115,7 +115,7 @@ class Letters:
         return [self._partition]
 
     async def all(self) -> AsyncIterator[Letter]:
-        """The letters that there are now, partition by partition, oldest first."""
+        """The present letters, partition by partition, oldest first."""
         for partition in await self._partitions():
             key = self._link.keys.dead(partition)
             newest = await self._ask("XREVRANGE", key, "+", "-", "COUNT", 1)
@@ -134,8 +134,8 @@ class Letters:
     async def of(self, versions: Sequence[str], *, everywhere: bool) -> list[Letter]:
         """The letters of these versions.
 
-        MnemobusError if there is none of one; SettingsError, unless ``everywhere``, if one is in more than one
-        log partition: each counts on its own.
+        MnemobusError if a version has no letter; SettingsError, unless ``everywhere``, if a version has letters in more
+        than one log partition.
         """
         wanted = [str(_version(version)) for version in versions]
         found = [
@@ -160,10 +160,10 @@ class Letters:
         return [keys.dead(partition), keys.reasons(partition), keys.meter(partition)]
 
     async def _named(self, partition: int, versions: Sequence[str]) -> list[Letter]:
-        """The letters of these versions in a log partition: their reasons know where they are."""
+        """The letters of these versions in a log partition: the hash of reasons tells where they are."""
         places = self._places(partition)
         while await self._link.run("index", places, [INDEXED]):
-            pass  # letters that an older mnemobus buried
+            pass  # letters that an older mnemobus wrote
         letters = []
         for note in await self._ask("HMGET", places[1], *versions) if versions else ():
             what, _, said = _text(note or b"").partition(" ")
@@ -174,7 +174,8 @@ class Letters:
         return letters
 
     async def requeue(self, letter: Letter) -> str | None:
-        """Put the event back into the log; the ID of its entry, or None if somebody else has removed the letter."""
+        """Put the event back into the log. Returns the ID of its entry, or None if somebody else has removed the
+        letter."""
         dead, reasons, meter = self._places(letter.partition)
         keys = self._link.keys
         places = [keys.log(letter.partition), dead, meter, reasons, keys.heads(letter.partition)]
@@ -302,7 +303,7 @@ def drop(*, versions: Sequence[str], everything: bool, partition: int | None, ye
 
     status = _run(partition, choose)
     if status == 0 and chosen:
-        # Asked between the two, where Ctrl-C ends it as it ends any question.
+        # Ask between the two event loops: there Ctrl-C ends the question as usual.
         if not yes and not _agreed(len(chosen)):
             err().print("nothing was dropped")
             return 1
@@ -316,7 +317,7 @@ def drop(*, versions: Sequence[str], everything: bool, partition: int | None, ye
 
 def _agreed(count: int) -> bool:
     if not sys.stdin.isatty():
-        raise SettingsError("dead drop asks first, and nobody is there to answer: give --yes")
+        raise SettingsError("dead drop asks first, and there is no terminal to answer on: give --yes")
     return typer.confirm(f"Drop {count:,} dead letters? What they would have written is lost", err=True)
 
 

@@ -1,7 +1,6 @@
-"""``mnemobus doctor``: what is wrong, and what to do about it.
+"""``mnemobus doctor``: finds problems, and says what to do about them.
 
-It looks without the handshake of a bus, which would stop at the first thing that is wrong; and it changes nothing
-in Redis.
+It does not use the handshake of a bus, which would stop at the first problem; and it changes nothing in Redis.
 """
 
 from __future__ import annotations
@@ -32,11 +31,11 @@ from .stats import redis_figures
 
 FLOOR = (6, 2)
 FULL = 0.9
-"""Share of maxmemory above which a warning is due."""
+"""The doctor warns if more than this share of maxmemory is in use."""
 SILENT = 60.0
-"""Seconds without a sign of life after which a replay is asked about."""
+"""Seconds without a sign of life after which the doctor mentions a replay."""
 RECENT = 60.0
-"""Seconds for which a failure of a worker is told."""
+"""Seconds for which the doctor mentions a failure of a worker."""
 
 
 def run(*, json: bool) -> int:
@@ -51,7 +50,7 @@ def run(*, json: bool) -> int:
 
 
 def exit_status(findings: list[Finding]) -> int:
-    """1 if anything fails; a warning is no failure."""
+    """1 if any check fails; a warning is not a failure."""
     return int(any(finding.status == FAIL for finding in findings))
 
 
@@ -70,7 +69,7 @@ def _print(findings: list[Finding]) -> None:
 
 
 async def examine(settings: Settings) -> list[Finding]:
-    """Everything there is to look at, the server first."""
+    """All checks, the server first."""
     where = hide_password(settings.redis_url)
     findings: list[Finding] = []
     there = Registered()
@@ -79,7 +78,7 @@ async def examine(settings: Settings) -> list[Finding]:
             await _redis(settings, client, where, findings)
             there = await _registered(settings, client)
     except (SettingsError, *AWAY, RedisError) as error:
-        if exit_status(findings) == 0:  # else this follows from what was found
+        if exit_status(findings) == 0:  # else the earlier findings explain it
             findings.append(_fail("redis", of_redis(error, where)))
     findings += await _store(settings)
     findings += await asyncio.to_thread(lambda: list(look_at_outbox(settings)))
@@ -94,7 +93,7 @@ def _fail(check: str, trouble: Trouble) -> Finding:
 async def _redis(
     settings: Settings, client: redis.asyncio.Redis, where: str, findings: list[Finding]
 ) -> None:
-    """What can be found out of Redis; whatever it raises, what was found before is in ``findings``."""
+    """Check Redis. If this raises, ``findings`` has what was found before."""
     server = await info(client)
     if not server:
         await client.execute_command("PING")
@@ -106,7 +105,7 @@ async def _redis(
         findings.append(Finding("redis", OK, f"{product} at {where}"))
         if server.get("cluster_enabled") == "1":
             cluster = f"the server at {where} is part of a Redis Cluster, which is not supported"
-            findings.append(Finding("cluster", FAIL, cluster, "use a server that is none"))
+            findings.append(Finding("cluster", FAIL, cluster, "use a server that stands alone"))
             return
         findings += _server(settings, server)
         if server.get("loading", "0") == "1":  # it answers nothing else
@@ -129,7 +128,7 @@ async def _redis(
 async def _writes(
     settings: Settings, client: redis.asyncio.Redis, server: dict[str, str], where: str
 ) -> list[Finding]:
-    """Whether a write would be taken: by one that would change nothing."""
+    """Check whether Redis would take a write, with one that would change nothing."""
     keys = Keyspace(settings.redis_key_prefix, settings.log_partitions, settings.feed_partitions)
     [reply] = await ask(client, [write_probe(keys)])
     troubles = list(of_server(server, reply if isinstance(reply, Exception) else None, where))
@@ -137,7 +136,8 @@ async def _writes(
 
 
 async def _rights(settings: Settings, client: redis.asyncio.Redis) -> list[Finding]:
-    """Whether the user may do what agents and workers do; the feed is tried, as older servers can't tell."""
+    """Check whether the user may do what agents and workers do. It tries the feed itself, as older servers can't
+    tell."""
     keys = Keyspace(settings.redis_key_prefix, settings.log_partitions, settings.feed_partitions)
     channel = keys.agent_channel("doctor")
     agent, worker, whoami = await ask(
@@ -167,7 +167,7 @@ async def _rights(settings: Settings, client: redis.asyncio.Redis) -> list[Findi
 
 
 async def _deaf(client: redis.asyncio.Redis, channel: str) -> Exception | None:
-    """Why the feed can't be listened to, if it can't."""
+    """Find out why it can't listen to the feed, if it can't."""
     connection = await client.connection_pool.get_connection()
     try:
         await connection.send_command("SUBSCRIBE", channel)
@@ -268,7 +268,7 @@ async def _registered(settings: Settings, client: redis.asyncio.Redis) -> Regist
 
 
 async def _belonging(settings: Settings, there: Registered) -> list[Finding]:
-    """Whether the store is the bus's, and the one that it was."""
+    """Check that the store is the bus's, and that it has lost nothing."""
     keys = Keyspace(settings.redis_key_prefix, settings.log_partitions, settings.feed_partitions)
     reader = open_reader(settings, create=False)
     try:
@@ -281,7 +281,7 @@ async def _belonging(settings: Settings, there: Registered) -> list[Finding]:
         check_match(keys, address, identity, there)
     except IdentityMismatch as error:
         return [Finding("identity", FAIL, str(error))]
-    except MnemobusError:  # the store can't be read: that is told already
+    except MnemobusError:  # the store can't be read: another finding says so
         return [Finding("identity", FAIL, problem) for problem in there.problems]
     finally:
         await reader.close()
@@ -294,7 +294,7 @@ def _workers(
     settings: Settings, figures: dict[str, Any], workers: list[Worker], *, taken: bool
 ) -> Iterator[Finding]:
     log = figures["log"]
-    # A server that takes no writes takes no reports either.
+    # A server that takes no writes takes no reports, either.
     yield from (
         _readers(settings, figures["reading"], log, workers)
         if taken
@@ -317,7 +317,7 @@ def _workers(
 
 
 def _replays(settings: Settings, log: list[dict[str, Any]]) -> Iterator[Finding]:
-    """Replays that were killed, it seems: nothing is trimmed that they have not read."""
+    """Find replays that were probably killed: the log is not trimmed beyond what they have read."""
     keys = Keyspace(settings.redis_key_prefix, settings.log_partitions, settings.feed_partitions)
     for partition in log:
         for replay in partition["replays"]:
@@ -337,7 +337,7 @@ def _replays(settings: Settings, log: list[dict[str, Any]]) -> Iterator[Finding]
 def _readers(
     settings: Settings, reading: int | None, log: list[dict[str, Any]], workers: list[Worker]
 ) -> Iterator[Finding]:
-    """Whether workers read every partition, and get done."""
+    """Check whether workers read every partition, and make progress."""
     ages = [p["waiting_seconds"] for p in log if p["waiting_seconds"] is not None]
     idle = [consumer["idle_ms"] / 1000 for p in log for consumer in p["consumers"]]
     known = Log(

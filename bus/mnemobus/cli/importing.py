@@ -1,11 +1,11 @@
-"""``mnemobus import``: one memory per line into the bus, as often as one likes.
+"""``mnemobus import``: writes one memory per line into the bus, and can be repeated.
 
-What makes it repeatable: a memory that the store has already is not written again. If what is stored differs from
-the line, somebody has changed it since, and that is newer than any file; so it stays, unless --overwrite is given.
+It can be repeated because a memory that the store already has is not written again. If the stored memory differs from
+the line, somebody has changed it since, and this is newer than any file; so it stays, unless --overwrite is given.
 
-Memory is bounded: a thread reads pieces of the file (lines.py), the next only when one has been taken; and only so
-many chunks may be logged without being committed yet. Lines are logged in the file's order. A line whose id was
-logged a moment ago waits until that is in the store, so that "already there" means the same for a repeated id
+Memory is bounded: a thread reads the file in pieces (lines.py), each only after the one before was taken; and the
+number of chunks that are logged and not committed is limited. Lines are logged in the file's order. If the id of a line
+was logged just before, the line waits until that is in the store. So "already there" means the same for a repeated id,
 wherever its lines are.
 """
 
@@ -35,24 +35,24 @@ from .report import ImportReport
 CHUNK = 500
 """Lines that are logged together."""
 WINDOW = 8
-"""Chunks that may be logged and not committed."""
+"""How many chunks may be logged and not committed."""
 LOOKUPS = 16
 """Questions to the store at a time."""
 COMMIT_PATIENCE = 60.0
 """Seconds that nothing at all may be committed before the import gives up waiting."""
 GRACE = 2.0
-"""Seconds that an import which ends early waits for what it has logged."""
+"""Seconds for which an import that ends early waits for the lines that it has logged."""
 
 
 class Stopped(Exception):
-    """The import ends before the end of the file, at a bad line; what people may do about it, if anything."""
+    """The import ends at a bad line, before the end of the file. ``hint`` tells people what they may do."""
 
     def __init__(self, hint: str = "stopped at a bad line; --on-error skip goes on") -> None:
         super().__init__(hint)
 
 
 class Importer:
-    """Takes lines to the log, chunk by chunk, and sees them into the store."""
+    """Writes lines to the log, chunk by chunk, and waits until they are in the store."""
 
     def __init__(
         self, bus: Bus, reader: Reader, report: ImportReport, *, skip: bool, overwrite: bool, wait: bool
@@ -71,7 +71,7 @@ class Importer:
         self._lookups = asyncio.Semaphore(LOOKUPS)
 
     async def take(self, lines: Sequence[tuple[int, bytes | None]]) -> None:
-        """Import some lines. Stopped, after what comes before it, at a bad line that may not be skipped."""
+        """Import some lines. Stopped at a bad line that may not be skipped; the lines before it are imported."""
         for number, text in lines:
             line = parse(number, text, self._bus.settings, self._now(), self._ties)
             if line is None:
@@ -86,7 +86,7 @@ class Importer:
         await self._flush()
 
     def _now(self) -> datetime:
-        """A date for a line that has none: lines keep the order in which they came."""
+        """A date for a line that has none, such that lines keep their order."""
         self._last_date = max(datetime.now(UTC), self._last_date + timedelta(microseconds=1))
         return self._last_date
 
@@ -105,7 +105,7 @@ class Importer:
         self._chunk[id] = line
 
     async def _flush(self) -> None:
-        """Log those lines of the chunk that the store doesn't have."""
+        """Log the lines of the chunk that the store doesn't have."""
         chunk, self._chunk = self._chunk, {}
         fresh = []
         for line, row in await asyncio.gather(*map(self._stored, chunk.values())):
@@ -124,11 +124,11 @@ class Importer:
         await self._log(fresh)
 
     async def _stored(self, line: Line) -> tuple[Line, Row | None]:
-        """What the store has in place of a line, and the line as it would have to be written there."""
+        """The stored memory of a line, if there is one, and the line in the form in which it would be written."""
         async with self._lookups:
             row = await self._reader.get(line.row.id)
             if row is None and line.plain is not None:
-                # Imported from another file, or by a version that gave no heed to the order of equal dates.
+                # Imported from another file, or by a version that ignored the order of equal dates.
                 row = await self._reader.get(line.plain)
                 if row is not None:
                     line = line.named(line.plain)
@@ -140,7 +140,7 @@ class Importer:
         try:
             receipts = await self._publish([line.memory for line in lines])
         except InvalidMemory:
-            # Found only together with what the bus and the store know: an embedding of another length.
+            # Only the bus and the store can tell this error: an embedding of another length.
             receipts, logged = [], []
             for line in lines:
                 try:
@@ -164,7 +164,7 @@ class Importer:
             raise Stopped
 
     async def _publish(self, memories: list[Memory]) -> list[Receipt]:
-        """Log memories; a log that is full is waited for, as long as the workers get anywhere."""
+        """Log memories. If the log is full, wait as long as the workers make progress."""
         began = time.monotonic()
         while True:
             try:
@@ -174,7 +174,7 @@ class Importer:
                     raise
 
     async def _commit(self, lines: list[Line], receipts: list[Receipt]) -> None:
-        """Wait until the store has them; what a worker refused is a bad line."""
+        """Wait until the store has them. A write that a worker refused counts as a bad line."""
         began = time.monotonic()
         left = list(zip(lines, receipts, strict=True))
         while left:
@@ -208,14 +208,14 @@ class Importer:
                 self._under_way.popleft()
 
     async def settle(self) -> None:
-        """Wait until everything that was logged is in the store; Stopped if a line was refused."""
+        """Wait until all logged lines are in the store. Stopped if a line was refused."""
         while self._under_way:
             await self._next_committed()
         if self._refused:
             raise Stopped
 
     async def end_at(self, bad: Bad) -> None:
-        """Nothing can be read any more: see what there was into the store, and stop."""
+        """The file can't be read any further: wait until the lines so far are in the store, and stop."""
         self._report.fault(bad)
         await self.settle()
         raise Stopped("")
@@ -255,7 +255,7 @@ def _dimensions_differ(row: Row, stored: Row) -> str:
 
 
 def run(*, file: str, skip: bool, overwrite: bool, wait: bool, json: bool) -> int:
-    # No outbox: what can't be logged now is in the file, and the next run finds it there.
+    # No outbox: a line that can't be logged now is still in the file, and the next run finds it there.
     return run_until_signal(_main(Settings.load(outbox="off"), file, skip, overwrite, wait, json))
 
 

@@ -1,5 +1,5 @@
-"""A look into Redis that changes nothing there: without the handshake that opens a bus, which would agree on a
-layout and an epoch, and would refuse a server before anybody could say what is wrong with it."""
+"""Read-only access to Redis. It does not use the handshake that opens a bus: that would write a layout and an epoch,
+and would refuse a faulty server before its problems could be found."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ from ..settings import Settings
 async def looking_at(settings: Settings) -> AsyncIterator[redis.asyncio.Redis]:
     """A client for the server in the settings, for `ask`: replies are as the server sent them.
 
-    What it raises is one of AWAY, a RedisError, or a SettingsError if the server refuses the login, or answers what
-    makes no sense.
+    It raises one of AWAY, a RedisError, or a SettingsError if the server refuses the login, or if its answers make no
+    sense.
     """
     link = Link(settings)
-    # redis-py would ask for notices of maintenance, which a user with few rights is not let.
+    # redis-py would ask for notices of maintenance; a user with few rights may not do that.
     quiet = MaintNotificationsConfig(enabled=False)
     pool = ConnectionPool(max_connections=4, maint_notifications_config=quiet, **link.options())
     client = redis.asyncio.Redis(connection_pool=pool)
@@ -52,7 +52,7 @@ async def ask(client: redis.asyncio.Redis, commands: Sequence[Command]) -> list[
 
 
 async def info(client: redis.asyncio.Redis) -> dict[str, str]:
-    """All that INFO says; nothing, where it may not be asked. ValueError where it says nothing that a Redis does."""
+    """All fields of INFO; none if the user may not ask for it. ValueError if the answer does not come from a Redis."""
     try:
         found = parse_info(await client.execute_command("INFO"))
     except NoPermissionError:
@@ -69,7 +69,7 @@ async def now(client: redis.asyncio.Redis) -> float:
 
 
 async def keyspace(client: redis.asyncio.Redis, settings: Settings) -> Keyspace:
-    """The keys of the bus as they are there; as configured, where nobody has connected yet."""
+    """The keys of the bus, with the layout in Redis; with the configured one if nobody has connected yet."""
     keys = Keyspace(settings.redis_key_prefix, settings.log_partitions, settings.feed_partitions)
     there = await client.execute_command("HMGET", keys.layout, *LAYOUT)
     shape = Shape.read(there)

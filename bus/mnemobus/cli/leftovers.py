@@ -1,6 +1,6 @@
-"""Whether an outbox could be kept where it would be, and what others have left there.
+"""Checks whether an outbox could be kept at its place, and what others have left there.
 
-It only looks: a file that no bus holds is copied, and the copy is opened.
+It changes nothing: it copies a file that no bus holds, and opens the copy.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from ..settings import Settings
 from .finding import FAIL, OK, WARN, Finding
 
 _SHARED, _SHARED_BYTES = 0x40000002, 510
-"""What SQLite locks of a file."""
+"""The bytes of a file that SQLite locks."""
 
 
 def look_at_outbox(settings: Settings) -> Iterator[Finding]:
@@ -31,7 +31,7 @@ def look_at_outbox(settings: Settings) -> Iterator[Finding]:
     try:
         existing = next(path for path in (folder, *folder.parents) if path.exists())
         if not existing.is_dir():
-            yield Finding("outbox", FAIL, f"can't be kept in {folder}: {existing} is no directory", advice)
+            yield Finding("outbox", FAIL, f"can't be kept in {folder}: {existing} is not a directory", advice)
         elif not os.access(existing, os.W_OK | os.X_OK):
             yield Finding("outbox", FAIL, f"can't be kept in {folder}: {existing} is not writable", advice)
         else:
@@ -50,7 +50,9 @@ def _leftovers(folder: Path) -> Iterator[Finding]:
         except FileNotFoundError:  # its bus has just removed it
             continue
         except (OSError, sqlite3.Error) as error:
-            yield Finding("outbox", WARN, f"{path} can't be read: {error}", "look at it; writes may be in it")
+            yield Finding(
+                "outbox", WARN, f"{path} can't be read: {error}", "check this file; writes may be in it"
+            )
     for owner, writes in left.items():
         if writes:
             yield Finding(
@@ -64,7 +66,7 @@ def _leftovers(folder: Path) -> Iterator[Finding]:
 
 
 def _held(path: Path) -> bool:
-    """Whether a bus has the file open: it locks it for as long as it runs."""
+    """Whether a bus has the file open: a bus locks its file as long as it runs."""
     with path.open("rb") as file:
         try:
             fcntl.lockf(file, fcntl.LOCK_SH | fcntl.LOCK_NB, _SHARED_BYTES, _SHARED)
@@ -75,7 +77,7 @@ def _held(path: Path) -> bool:
 
 
 def _writes(path: Path) -> tuple[str, int]:
-    """Whose it is, and how many writes are in it."""
+    """Which bus owns the file, and how many writes are in it."""
     with tempfile.TemporaryDirectory(prefix="mnemobus-doctor-") as folder:
         copy = Path(folder) / path.name
         shutil.copyfile(path, copy)

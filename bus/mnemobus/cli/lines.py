@@ -1,11 +1,10 @@
-"""The lines of a file of memories: cut, numbered and read, each as a memory or as what is wrong with it.
+"""The lines of a file of memories: split, numbered and decoded, each into a memory or an error.
 
-What a line says is taken exactly, or refused. orjson is fast, but makes floats of integers beyond 64 bits, and takes
-the last of two fields with the same name; so what it read is looked through, and in doubt the line is read again by
-Python's own parser, which tells.
+A line is taken exactly as it is, or refused. orjson is fast, but makes floats of integers beyond 64 bits, and takes the
+last of two fields with the same name. So its result is checked, and in doubt Python's own parser reads the line again.
 
-A line that gives no id gets one that is made of what it says, so that the same line is the same memory. Memories with
-the same date are listed in the order of their ids, and the file's order shall survive: see `Ties`.
+A line without an id gets one that is computed from its content, so that the same line is the same memory. Memories with
+the same date are listed in the order of their ids, and must keep the file's order: see `Ties`.
 """
 
 from __future__ import annotations
@@ -35,10 +34,10 @@ from ..settings import Settings
 from ..values import MAX_DEPTH
 
 NAMESPACE = uuid.UUID("5f0d1d3e-6a53-5b0f-9a0e-8f6c1f5a7b42")
-"""Of the ids of lines that have none."""
+"""The namespace for the ids of lines that have none."""
 _PIECE = 1 << 18
 _TIES = 50_000
-"""Dates, and lines, that are remembered."""
+"""How many dates, and how many lines, are remembered."""
 _PER_LINE = "each memory is one line: jq -c . FILE | mnemobus import -"
 _PER_ELEMENT = "each element of an array is a line of its own: jq -c '.[]' FILE | mnemobus import -"
 
@@ -47,7 +46,7 @@ class Line(NamedTuple):
     """A good line.
 
     dated  whether it gives a date itself
-    plain  the id that it had but for others with the same date, where that is another
+    plain  the id that it would have without other lines of the same date, if that differs
     """
 
     number: int
@@ -57,7 +56,7 @@ class Line(NamedTuple):
     plain: str | None = None
 
     def named(self, id: str) -> Line:
-        """The same under another id."""
+        """The same line under another id."""
         memory = Memory.from_dict(self.memory.to_dict() | {"id": id})
         return self._replace(memory=memory, row=self.row._replace(id=id), plain=None)
 
@@ -68,7 +67,7 @@ class Bad(NamedTuple):
 
 
 class Unreadable(Exception):
-    """A file of which no further line can be read, from this one on."""
+    """A file that can't be read any further, from this line on."""
 
     def __init__(self, number: int, reason: str) -> None:
         super().__init__(reason)
@@ -76,14 +75,14 @@ class Unreadable(Exception):
 
 
 class Ties:
-    """The ids of lines without one, such that lines with the same date are in the order of the file.
+    """Makes ids for lines without one, such that lines with the same date are in the order of the file.
 
-    The first line of a table with a date keeps the id that is made of what it says. The next ones get that of their own
-    with another beginning: that of the first one, and one more for each. So the same file gives the same ids, and a
-    line that is alone with its date has the same one in any file. A line that comes twice is one memory.
+    The first line of a table with a date keeps the id that is computed from its content. For the next ones, the
+    beginning of their own id is replaced: by that of the first one, plus one for each. So the same file gives the same
+    ids, and a line that is alone with its date has the same id in any file. A line that comes twice is one memory.
 
-    The last dates and lines are remembered, which bounds memory. Where lines with the same date lie further apart in a
-    file, their order is not kept.
+    Only the last dates and lines are remembered, which bounds memory. If lines with the same date are further apart in
+    a file, their order is not kept.
     """
 
     def __init__(self) -> None:
@@ -93,7 +92,7 @@ class Ties:
         """By table, date and plain id: the id."""
 
     def id_of(self, table: str, created_us: int, plain: str) -> str:
-        """The id of a line whose content alone makes ``plain``."""
+        """The id of a line whose content alone gives ``plain``."""
         id = self._lines.get((table, created_us, plain))
         if id is None:
             first, count = self._dates.pop((table, created_us), (min(_beginning(plain), _LAST_BEGINNING), 0))
@@ -120,8 +119,8 @@ def _begin_with(number: int, id: str) -> str:
 
 
 def split(pieces: Iterable[bytes], limit: int) -> Iterator[list[tuple[int, bytes | None]]]:
-    """Lines, numbered from 1, as they become complete, without their ends; None for one that is longer than
-    ``limit`` bytes. However long it is, no more than that is kept of it."""
+    """Split the input into lines, numbered from 1, without their ends; None for a line that is longer than ``limit``
+    bytes. It never keeps more than that of a line."""
     number = 1
     rest = b""
     skipping = False
@@ -179,12 +178,12 @@ def parse(
 
 
 _NAME = re.compile(rb'"\s*:')
-"""The end of each name of a field; and of some text as well, so it never counts too few."""
+"""Matches the end of each field's name. It matches some text, too, so it never counts too few."""
 _INEXACT = float(1 << 63)
 
 
 def _exact(line: bytes, record: dict[str, Any]) -> dict[str, Any]:
-    """The record of a line without what orjson does to it. InvalidMemory if a name comes twice in an object."""
+    """Decode a line without orjson's changes. InvalidMemory if a name comes twice in an object."""
     names = len(record)
     left = [value for name, value in record.items() if name != "embedding" and type(value) in _DEEP]
     while left:
@@ -228,7 +227,7 @@ _WORDS = (
 
 
 def _why(line: bytes, error: orjson.JSONDecodeError) -> str:
-    """What is wrong with a line that is no JSON, in words for people, and what to do."""
+    """Explain to people why a line is not JSON, and what to do."""
     try:
         text = line.decode()
     except UnicodeDecodeError as undecodable:
@@ -263,7 +262,7 @@ def _why(line: bytes, error: orjson.JSONDecodeError) -> str:
 
 
 def content_id(record: dict[str, Any]) -> str:
-    """The id of a line that has none: the same for the same content, whatever the order of its fields."""
+    """The id of a line that has none: the same for the same content, in any order of its fields."""
     given = {name: value for name, value in record.items() if value is not None}
     try:
         spelled = orjson.dumps(given, option=orjson.OPT_SORT_KEYS).decode()
@@ -275,7 +274,7 @@ def content_id(record: dict[str, Any]) -> str:
 
 
 def line_limit(settings: Settings) -> int:
-    # JSON may spell a float32 with twenty characters, and one of text with six.
+    # JSON may need twenty characters for a float32, and six for a character of text.
     return 8 * settings.max_memory_bytes + 65_536
 
 
@@ -289,7 +288,7 @@ def _utf16(encoding: str) -> str:
 _NO_TEXT = (
     (
         b"\x1f\x8b",
-        "what is compressed is compressed, too; decompress it once: gunzip -c FILE | mnemobus import -",
+        "the file is compressed twice; decompress it once: gunzip -c FILE | mnemobus import -",
     ),
     (b"\xff\xfe\0\0", _utf16("UTF-32")),
     (b"\0\0\xfe\xff", _utf16("UTF-32")),
@@ -302,11 +301,11 @@ _NO_TEXT = (
     (b"PAR1", "the file is Parquet; write its rows as JSON, one a line"),
     (b"SQLite format 3\0", "the file is a database of SQLite; write its rows as JSON, one a line"),
 )
-"""How files begin in which there are no lines, and what to do about it."""
+"""The first bytes of files that have no lines, and what to do about them."""
 
 
 def _check_text(head: bytes) -> None:
-    """Unreadable if what begins like this has no lines of text in UTF-8."""
+    """Unreadable if a file that begins like this has no lines of text in UTF-8."""
     for magic, what in _NO_TEXT:
         if head.startswith(magic):
             raise Unreadable(1, what)
@@ -315,7 +314,7 @@ def _check_text(head: bytes) -> None:
 
 
 class _Begun:
-    """What a source reads, whose first bytes were looked at already."""
+    """The stream of a source whose first bytes were checked before."""
 
     def __init__(self, source: LineSource) -> None:
         self._source = source
@@ -324,7 +323,7 @@ class _Begun:
             self.head += piece
 
     def read(self, size: int) -> bytes:
-        """Some bytes, none at the end. As many as are asked for, if these are few: a header is not read in parts."""
+        """Read some bytes; none at the end. A request for few bytes gets all of them: a header is not read in parts."""
         found, self.head = self.head[:size], self.head[size:]
         while (not found or len(found) < min(size, 16)) and (piece := self._source._read(size - len(found))):
             found += piece
@@ -335,7 +334,8 @@ class LineSource:
     """Reads in a thread of its own: standard input may keep a reader waiting for as long as it likes."""
 
     def __init__(self, file: str, limit: int) -> None:
-        """Of the file of this name, or of standard input for ``-``. SettingsError if it can't be opened."""
+        """A source for the file of this name, or for standard input if it is ``-``. SettingsError if it can't be
+        opened."""
         # Unbuffered: a thread that waits in a buffered read keeps the interpreter from ending.
         try:
             self._file = FileIO(0, closefd=False) if file == "-" else FileIO(file)
@@ -343,9 +343,9 @@ class LineSource:
             raise SettingsError(f"{file} can't be read: {error.strerror}") from None
         self.name = "stdin" if file == "-" else Path(file).name
         self.size = os.fstat(self._file.fileno()).st_size or None
-        """Bytes in all; None if that can't be known."""
+        """The file's size in bytes; None if it is unknown."""
         self.read = 0
-        """Bytes so far."""
+        """How many bytes were read so far."""
         self._limit = limit
         self._loop = asyncio.get_running_loop()
         self._queue: asyncio.Queue[_Item] = asyncio.Queue()
@@ -385,7 +385,7 @@ class LineSource:
 
     def _piece(self) -> bytes:
         self._opened = self._opened or self._open()
-        # read1 gives no more than one piece, however well it was compressed.
+        # read1 gives at most one piece, even of highly compressed data.
         if isinstance(self._opened, GzipFile):
             piece = self._opened.read1(_PIECE)
             if not self._decompressed:
@@ -395,7 +395,7 @@ class LineSource:
         return self._opened.read(_PIECE)
 
     def _open(self) -> _Begun | GzipFile:
-        """The file, decompressed where it is gzip's. Unreadable if it has no lines of text in UTF-8."""
+        """The file's stream, decompressed if it is gzip. Unreadable if it has no lines of text in UTF-8."""
         begun = _Begun(self)
         head = begun.head
         if head.startswith(b"\x1f\x8b"):
@@ -409,7 +409,7 @@ class LineSource:
         return piece
 
     async def next(self) -> list[tuple[int, bytes | None]] | None:
-        """The lines that were completed by the next piece; None at the end."""
+        """The lines that the next piece completes; None at the end."""
         item = await self._queue.get()
         self._room.release()
         if isinstance(item, OSError):

@@ -1,4 +1,4 @@
-"""Points in time, or in the log, as people name them."""
+"""Points in time, or in the log, in the forms that people write."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def parse_moment(when: str, option: str) -> float | Version:
         moment = datetime.fromisoformat(when.strip())
     except ValueError:
         raise SettingsError(
-            f"{option} {when!r} is none of 90s, 15m, 2h, 1d, a date with a zone, a stream ID"
+            f"{option} {when!r} is not one of 90s, 15m, 2h, 1d, a date with a zone, a stream ID"
         ) from None
     if moment.utcoffset() is None:
         raise SettingsError(f"{option} {when!r}: the date needs a zone, as in 2025-06-01T12:00:00Z")

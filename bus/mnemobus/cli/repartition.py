@@ -1,11 +1,10 @@
-"""``mnemobus repartition``: another number of log partitions, while agents and workers are at work.
+"""``mnemobus repartition``: changes the number of log partitions, while agents and workers go on.
 
 The log is closed to new writes, which wait; workers apply what it has; and once nothing is left, one script ends its
 partitions and begins new ones (lua/relayout.lua). Writers go on there by themselves (log/routing.py).
 
-Nothing rests on this process: what closes the log lapses by itself (lua/close.lua), and the script looks for itself
-whether all is applied. So it may be killed at any moment. Then the log is as it was, or laid out anew, and takes writes
-in either case.
+This process may be killed at any moment: the closing expires by itself (lua/close.lua), and the script itself checks
+that all events are applied. Then the log has its old layout or the new one, and takes writes in both cases.
 """
 
 from __future__ import annotations
@@ -28,17 +27,17 @@ from ..settings import Settings
 from .console import emit, err, out, run_until_signal
 
 LEASE = 5.0
-"""Seconds after which a log that was closed takes writes again, unless that is renewed."""
+"""Seconds after which a closed log takes writes again, unless the closing is renewed."""
 _RENEW = 1.0
 _SMALL = 10_000
-"""Events left to apply with which the log is closed: before that, writers need not wait for workers."""
+"""The log is closed only once at most this many events are left to apply, so that writers don't wait for long."""
 _LOOK = 0.02
 _RETRY = 0.2
-"""Seconds between two looks whether all is applied; between two tries to reach Redis."""
+"""Seconds between two checks whether all is applied; between two tries to reach Redis."""
 _SIGN = 1.5 * REPORT_EVERY
-"""Seconds that a sign of life of workers is waited for: the clock of Redis may have been set just now."""
+"""Seconds to wait for a sign of life of workers: Redis's clock may have been set just now."""
 _NAMED = 5
-"""Agents and workers that an error names at most."""
+"""An error names at most this many agents and workers."""
 
 
 def run(*, partitions: int, timeout: float, pause: float, force: bool, json: bool) -> int:
@@ -102,9 +101,9 @@ class Repartition:
 
     timeout  seconds for all of it
     pause    seconds for which writers may have to wait
-    say      told what it is at
-    before   how the log was laid out
-    closed   seconds for which it took no writes
+    say      is called with the current step, for people
+    before   the old layout of the log
+    closed   seconds for which the log took no writes
     """
 
     def __init__(self, link: Link, partitions: int, timeout: float, pause: float, say: Any) -> None:
@@ -121,11 +120,12 @@ class Repartition:
         self.closed = 0.0
 
     async def run(self, *, force: bool) -> bool:
-        """Whether there was anything to do. MnemobusError if it can't be done now; the log is as it was then.
+        """Change the layout. Returns whether there was anything to do. MnemobusError if it is not possible now; then
+        the log has its old layout.
 
-        force: go on though agents of an older version are connected
+        force: go on even if agents of an older version are connected
         """
-        await self._link.command("PING")  # from then on it is known how the log is laid out
+        await self._link.command("PING")  # now the log's layout is known
         self.before = self._link.keys.shape
         if self.before.size == self._partitions:
             return False
@@ -140,7 +140,7 @@ class Repartition:
         await self._tell()
         return True
 
-    # Who is there
+    # Agents and workers
 
     async def _workers(self) -> list[Worker]:
         reports, (seconds, micros) = await self._link.pipeline(
@@ -159,7 +159,7 @@ class Repartition:
             await asyncio.sleep(_RETRY)
         else:
             raise MnemobusError(
-                "no worker runs, so what is in the log would not be applied: start them (mnemobus worker). Nothing was"
+                "no worker runs, so nothing in the log would be applied: start workers (mnemobus worker). Nothing was"
                 " changed"
             )
         older = [worker.name for worker in workers if not worker.report.follows]
@@ -178,9 +178,7 @@ class Repartition:
                 for channel in (own, layout)
             ]
         except NoPermissionError:
-            self._say(
-                "it can't be told whether agents of an older version are connected: the user may not ask"
-            )
+            self._say("can't find out whether agents of an older version are connected: the user may not ask")
             return
         older = sorted(there - following)
         if older:
@@ -208,7 +206,7 @@ class Repartition:
         return left
 
     async def _wait_for_little(self) -> None:
-        """Until closing the log would not keep writers waiting for long."""
+        """Wait until closing the log would not delay writers for long."""
         while (left := await self._backlog()) > _SMALL:
             self._say(f"waiting for workers: {left:,} events are to be applied")
             if time.monotonic() >= self._deadline:
@@ -227,7 +225,7 @@ class Repartition:
                 await self._close()
                 left = await self._lay_out()
             except AWAY as error:
-                # Whatever was done is done as a whole, and shows in the layout.
+                # The change happens as a whole or not at all, and the layout shows which.
                 if time.monotonic() >= self._deadline:
                     raise
                 self._say(f"Redis can't be reached, trying again: {error}")
@@ -244,7 +242,7 @@ class Repartition:
             await asyncio.sleep(_LOOK)
 
     async def _close(self) -> None:
-        """Have writers wait, or go on waiting."""
+        """Make writers wait, or renew this."""
         if self._closed_at is not None and time.monotonic() < self._renewed + _RENEW:
             return
         if self._closed_at is None:
@@ -256,7 +254,7 @@ class Repartition:
             if code_of(error) == "BUSY":
                 ms = int(str(error).rpartition(" ")[2])
                 raise MnemobusError(
-                    f"another `mnemobus repartition` is at it; if it was killed, try again in {ms / 1000:.0f} s"
+                    f"another `mnemobus repartition` is running; if it was killed, try again in {ms / 1000:.0f} s"
                 ) from None
             if code_of(error) != "LAYOUT":
                 raise
@@ -269,7 +267,7 @@ class Repartition:
         await self._link.run("close", [keys.layout, *meters], arguments)
 
     async def _lay_out(self) -> int:
-        """How many partitions have something left to apply; 0 if the log is laid out anew."""
+        """How many partitions have events left to apply; 0 if the log has its new layout."""
         if self._link.keys.shape != self.before:
             return 0
         keys, before = self._link.keys, self.before
@@ -282,7 +280,7 @@ class Repartition:
         except ResponseError as error:
             if code_of(error) != "LAYOUT":
                 raise
-            self._renewed = 0.0  # Redis may have restarted without what closed the log: close it again
+            self._renewed = 0.0  # Redis may have restarted and lost the closing: close the log again
             await self._look()
             return 1 if self._link.keys.shape == before else 0
         if not left:
@@ -290,12 +288,12 @@ class Repartition:
         return left
 
     async def _look(self) -> None:
-        """See how the log is laid out now. MnemobusError if somebody else has laid it out otherwise."""
+        """Read the present layout. MnemobusError if another command has changed it to a different one."""
         await self._link.renew_epoch()
         shape, before = self._link.keys.shape, self.before
         if shape[:2] not in (before[:2], (before.current.stop, self._partitions)):
             raise MnemobusError(
-                f"somebody else has laid the log out anew meanwhile: it has {shape.size} partitions now"
+                f"another command has repartitioned the log meanwhile: it has {shape.size} partitions now"
             )
 
     async def _why_not(self) -> str:
@@ -307,18 +305,18 @@ class Repartition:
         return f"{why}. The log takes writes again as before; try again, or give a longer --pause"
 
     async def _open(self) -> None:
-        """Whatever came of it, have writers wait no longer."""
+        """In every case, let writers go on."""
         if self._closed_at is None:
             return
         self.closed = time.monotonic() - self._closed_at
         if self._link.keys.shape != self.before:
             return
-        with suppress(*AWAY, RedisError, MnemobusError):  # then it lapses
+        with suppress(*AWAY, RedisError, MnemobusError):  # then it expires
             async with asyncio.timeout(self._link.settings.redis_timeout):
                 await self._run_close(0)
 
     async def _tell(self) -> None:
-        """Have agents look at once. Those that don't hear it find out within a heartbeat, or with their next write."""
+        """Make agents check the layout at once. Others find out within a heartbeat, or with their next write."""
         with suppress(*AWAY, RedisError):
             names = await self._channels(self._link.keys.layout_channel(""))
             await self._link.pipeline([("PUBLISH", name, "") for name in names])

@@ -1,4 +1,4 @@
-"""``mnemobus replay``: a stretch of the log, applied again. mnemobus_workers.replay does it; this shows it."""
+"""``mnemobus replay``: applies part of the log again. mnemobus_workers.replay does the work; this module shows it."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from mnemobus_workers.replay import Outcome, Replay
 
 _LINE_EVERY = 5.0
-"""Seconds between lines of progress where there is no terminal."""
+"""Seconds between lines of progress if there is no terminal."""
 
 
 def run(
@@ -40,7 +40,7 @@ def run(
 ) -> int:
     settings = Settings.load()
     try:
-        # The command line stands on top of both packages; all else imports from the workers to the bus.
+        # Only the command line imports both packages; otherwise the workers import the bus, never the reverse.
         from mnemobus_workers.replay import Replay
     except ImportError:
         raise SettingsError("mnemobus_workers is not installed here: pip install mnemobus") from None
@@ -78,7 +78,7 @@ def _about_into(error: SettingsError) -> SettingsError:
 
 
 def _place(url: str) -> tuple[str, int, str]:
-    """Where a store is, however its URL is spelled."""
+    """The place of a store, the same for all spellings of its URL."""
     if url.startswith("sqlite:///"):
         return "", 0, str(Path(url.removeprefix("sqlite:///")).resolve())
     parts = urlsplit(url)
@@ -99,7 +99,7 @@ async def _main(settings: Settings, replay: Replay, into: str | None, dry_run: b
     try:
         complete = await asyncio.shield(work)
     except asyncio.CancelledError:
-        # The batch that it is at is finished and told to everyone, and its groups are removed.
+        # It finishes and fans out the current batch, and removes its groups.
         replay.stop()
         await asyncio.gather(work, return_exceptions=True)
         raise

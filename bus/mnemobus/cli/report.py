@@ -1,4 +1,4 @@
-"""What an import tells: how far it is, which lines are bad, and what came of it."""
+"""The report of an import: progress, bad lines, and the result."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from .console import err
 from .lines import Bad, LineSource
 
 _LINE_EVERY = 5.0
-"""Seconds between lines of progress where there is no terminal."""
+"""Seconds between lines of progress if there is no terminal."""
 _QUIET = 5.0
-"""Seconds without a commit after which the workers are asked about."""
+"""Seconds without a commit after which a message asks about the workers."""
 _LISTED = 1_000
-"""Bad lines that the result lists."""
+"""The result lists at most this many bad lines."""
 _REASON = 300
-"""Characters of a reason: a value that it quotes may be long."""
+"""A reason has at most this many characters: it may quote a long value."""
 
 
 class ImportReport:
@@ -45,13 +45,13 @@ class ImportReport:
             err().print(f"{self.name}:{line.number}: {line.reason}", markup=False, soft_wrap=True)
 
     def wait_for(self, lines: int) -> None:
-        """So many more lines were logged."""
+        """``count`` more lines were logged."""
         if not self.waiting:
             self.moved = time.monotonic()
         self.waiting += lines
 
     def settled(self, *, committed: bool) -> None:
-        """The store has a line more; or it has refused it."""
+        """The store has one more line, or has refused it."""
         self.moved = time.monotonic()
         self.waiting -= 1
         self.committed += committed
@@ -107,7 +107,7 @@ class ImportReport:
                 await asyncio.sleep(0.1)
                 now = time.monotonic()
                 counts = f"{self.lines:,} lines, {self.rate():,.0f}/s, {self.bad:,} bad"
-                # What is read is not yet stored: the bar ends when the store has it.
+                # Lines that were read are not stored yet: the bar ends when the store has them.
                 share = 1 - self.waiting / self.written if self.written else 1.0
                 bar.update(task, completed=source.read * share, counts=counts)
                 if not has_bar and now >= next_line:

@@ -1,4 +1,4 @@
-"""``mnemobus stats``: what is in the log, the feed and the store."""
+"""``mnemobus stats``: figures of the log, the feed and the store."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ async def _watch(settings: Settings, every: float, json: bool) -> int:
 
 
 async def gather(settings: Settings) -> dict[str, Any]:
-    """All figures, as they are printed with --json; ``error`` in place of those that can't be told."""
+    """All figures, in the form of --json; ``error`` in place of those that can't be read."""
     redis, store = await asyncio.gather(redis_figures(settings), _store_figures(settings))
     partitions = redis.pop("log", [])
     return {
@@ -70,7 +70,7 @@ async def gather(settings: Settings) -> dict[str, Any]:
 
 
 async def redis_figures(settings: Settings) -> dict[str, Any]:
-    """What Redis tells, the partitions of the log under ``log``; ``error`` if it can't be asked."""
+    """The figures of Redis, with the log partitions under ``log``; ``error`` if it can't be asked."""
     try:
         return await _figures(settings)
     except SENSELESS as error:  # somebody else has written to our keys
@@ -214,8 +214,8 @@ def _partition(number: int, replies: list[Any], replays: list[Any], clock: float
 
 
 def _live(partitions: list[list[Any]]) -> dict[str, Any]:
-    """Of the channels on which the log announces its events: how many are listened to, and by how many agents each, in
-    all; and how many events were logged without being announced, ever, by agents of an older version."""
+    """The channels on which the log announces its events: how many have listeners, and how many subscriptions they have
+    together. Also how many events agents of an older version have ever logged without announcing them."""
     listeners: list[int] | None = []
     unannounced = 0
     for _, meter, *_, numsub, announced in partitions:

@@ -1,10 +1,10 @@
-"""``mnemobus tail``: the log and the feed as they pass.
+"""``mnemobus tail``: shows the log and the feed as they pass.
 
-It reads the streams from a position of its own, not through the consumer group, so the workers don't notice.
-A Redis that goes away is waited for; its streams are read on from where they were.
+It reads the streams from a position of its own, not through the consumer group, so it takes nothing from the workers.
+If Redis goes away, it waits, and then reads on from its position.
 
-``--live`` listens to the channels on which events are announced as they are logged, as agents with live scopes do.
-What passes while Redis or the connection is away is not shown then: pub/sub keeps nothing.
+``--live`` listens, as agents with live scopes do, to the channels on which events are announced. It does not show
+events that pass while Redis or the connection is away: pub/sub keeps nothing.
 """
 
 from __future__ import annotations
@@ -44,8 +44,8 @@ def run(
 class Announcement(NamedTuple):
     """An event as it is announced on channels of the log.
 
-    event  None if it was too large to be sent along
-    slots  those on whose channels it was
+    event  None if it was too large for the message
+    slots  the slots on whose channels it was announced
     """
 
     event: Event | None
@@ -53,21 +53,21 @@ class Announcement(NamedTuple):
 
 
 Item = Event | Invalidation | Announcement | str
-"""What an entry or a message says; or why it can't be read."""
+"""A decoded entry or message; or the reason why it can't be decoded."""
 
 
 class Source(Protocol):
-    """Where what is shown comes from."""
+    """A source of the things that are shown."""
 
     async def begin(self, client: redis.asyncio.Redis, since: float | Version | None) -> None:
-        """Begin there; now, if that is None."""
+        """Begin at this moment; None means now."""
 
     async def next(self, client: redis.asyncio.Redis) -> list[tuple[Version, Item, int]]:
         """What came since the last call, in order, with its partition; after a moment, nothing."""
 
 
 class Tail:
-    """The streams that are read, each with the ID that was shown last."""
+    """The streams to read, each with the last ID that was shown."""
 
     def __init__(self, settings: Settings, events: bool, invalidations: bool) -> None:
         self._settings = settings
@@ -117,7 +117,7 @@ class Tail:
         return sorted(items, key=lambda item: item[0])
 
     async def _look(self, client: redis.asyncio.Redis) -> None:
-        """The log may have been laid out anew: read new partitions from their beginning."""
+        """The log may have been repartitioned: read new partitions from their beginning."""
         keys = await keyspace(client, self._settings)
         for partition in keys.shape.current:
             if keys.log(partition) not in self._log:
@@ -172,7 +172,7 @@ class LiveTail:
         return bad + [(version, item, partition) for (partition, version), item in sorted(found.items())]
 
     async def _look(self, client: redis.asyncio.Redis) -> None:
-        """The log may have been laid out anew: listen to the channels of new partitions."""
+        """The log may have been repartitioned: listen to the channels of new partitions."""
         assert self._pubsub is not None
         places = _places(await keyspace(client, self._settings))
         new = places.keys() - self._places.keys()
@@ -278,7 +278,7 @@ def _line(version: Version, item: Item) -> Text:
     if isinstance(item, Announcement):
         line.append(f"live {'/'.join(map(str, item.slots)):<16}", style="cyan")
         if item.event is None:
-            return line.append(f"{version}, too large to be sent along", style="dim")
+            return line.append(f"{version}, too large for the message", style="dim")
         item = item.event
     line.append(f"{item.op:<12}", style=_COLORS[item.op])
     names = " ".join(f"{k}={_plain(v)}" for k, v in item.dimensions._asdict().items() if v is not None)
@@ -289,5 +289,5 @@ def _line(version: Version, item: Item) -> Text:
 
 
 def _plain(name: str) -> str:
-    """A name on one line, whatever is in it."""
+    """A name on one line, with any characters in it."""
     return name if name.isprintable() else repr(name)

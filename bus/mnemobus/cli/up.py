@@ -1,4 +1,4 @@
-"""``mnemobus up``: Redis and workers on this machine until somebody stops them."""
+"""``mnemobus up``: runs Redis and workers on this machine until somebody stops them."""
 
 from __future__ import annotations
 
@@ -54,9 +54,9 @@ def _announce(system: Embedded, json: bool) -> None:
         "REDIS_URL": system.redis.url,
         "MNEMOBUS_DATABASE_URL": hide_password(settings.database_url),
     }
-    if system.redis.has_own_password:  # it is there, and found there
+    if system.redis.has_own_password:  # agents find it in the data directory
         variables["MNEMOBUS_DATA_DIR"] = str(settings.data_dir)
-    # What agents have to have the same, where it isn't the default.
+    # Settings that agents must share, if they aren't the defaults.
     defaults = Settings.model_fields
     for name, variable in (
         ("redis_key_prefix", "REDIS_KEY_PREFIX"),

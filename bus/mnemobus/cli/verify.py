@@ -1,14 +1,14 @@
 """``mnemobus verify``: do agents hold copies that are older than what was invalidated?
 
-It watches the feed. For a sample of the scopes that are invalidated it notes what the store has at that moment, and
-asks every live agent, at each *mark* (1, 5 and 10 s later), what hits on that scope would give there. Live is who
-listens on a channel of its own, as every bus does: there is no register of agents. Who does not answer is silent, which
-is not the same as consistent.
+It watches the feed. For a sample of the invalidated scopes it notes what the store has at that moment. At each *mark*
+(1, 5 and 10 s later) it asks every live agent what hits on that scope would give there. There is no register of agents:
+an agent is live if it listens on a channel of its own, as every bus does. An agent that does not answer is silent,
+which is not the same as consistent.
 
-What an agent holds may be what the store had then, or newer. What is neither equal to that, nor to what the store has
-now, is judged by versions (see `is_older`).
+An agent may hold what the store had then, or newer data. A copy that equals neither the store's answer then nor its
+answer now is judged by versions (see `is_older`).
 
-It writes nothing, and is cheap on a busy bus: it follows a few scopes a second, fewer where there are many agents.
+It writes nothing, and costs little on a busy bus: it follows a few scopes a second, fewer if there are many agents.
 """
 
 from __future__ import annotations
@@ -48,9 +48,9 @@ NOTED_ROWS = 200
 _SCOPES_A_SECOND = 5.0
 _QUESTIONS_A_SECOND = 200.0
 _BURST = 20.0
-"""Scopes that are followed though they come at once."""
+"""How many scopes may begin to be followed at the same time."""
 _SHOWN = 20
-"""Older copies that are shown one by one."""
+"""How many older copies are shown one by one."""
 
 
 def run(
@@ -80,13 +80,13 @@ async def _main(
 
 @dataclass(slots=True)
 class Mark:
-    """What agents said at one mark.
+    """The agents' answers at one mark.
 
-    asked       answers that were wanted: one for each agent and scope
+    asked expected answers: one for each agent and scope
     consistent  those without an older copy
     held        of these, those with any copy at all
     older       those with an older copy
-    silent      those that did not come
+    silent      answers that did not come
     """
 
     seconds: float
@@ -99,11 +99,11 @@ class Mark:
 
 @dataclass(frozen=True, slots=True)
 class Truth:
-    """What the store had under a scope, right after an invalidation.
+    """The store's memories under a scope, right after an invalidation.
 
     rows    newest first, at most `NOTED_ROWS`
     whole   whether these are all
-    at      the ID of the invalidation: what has a higher version was not logged yet when it was sent
+    at      the ID of the invalidation: an event with a higher version was logged after it was sent
     """
 
     rows: list[Row]
@@ -117,7 +117,7 @@ class Truth:
             row = await reader.get(table)
             return cls([] if row is None else [row], True, at)
         if kind not in ("room", "entity", "agent", "world"):
-            raise ValueError(f"{scope!r} is no scope")
+            raise ValueError(f"{scope!r} is not a scope")
         by = {kind: name}
         query = Query(table, by.get("room"), by.get("agent"), by.get("entity"), by.get("world"))
         rows = await reader.recent(query, NOTED_ROWS)
@@ -125,7 +125,7 @@ class Truth:
         return cls(rows, len(rows) < NOTED_ROWS, at)
 
     def answer(self, question: Question) -> Versions | None:
-        """What the store would have answered then; None if that can't be told from the rows."""
+        """What the store would have answered then; None if the rows can't tell."""
         query = question.query
         if query is None:
             return versions_of(self.rows)
@@ -152,7 +152,7 @@ def _matches(row: Row, query: Query) -> bool:
 def is_older(copy: Versions, then: Versions | None, now: Versions, truth: Truth) -> bool:
     """Whether a copy is older than what the store had then.
 
-    then, now  the store's answers to the same query: right after the invalidation, and after the copy was told
+    then, now the store's answers to the same query: right after the invalidation, and after the agent's answer
     """
     if copy in (then, now):
         return False
@@ -163,15 +163,15 @@ def is_older(copy: Versions, then: Versions | None, now: Versions, truth: Truth)
         return True
     ids, left = {id for id, _ in copy}, {id for id, _ in now}
     if then is not None and any(id in left and id not in ids for id, _ in then):
-        return True  # it lacks what was there then, and is there still
-    # It has what was gone by then.
+        return True  # it lacks a memory that existed then, and still exists
+    # It has a memory that was gone by then.
     return truth.whole and any(
         id not in had and id not in left and version <= truth.at for id, version in copy
     )
 
 
 class _Asked:
-    """A question that was put to agents, and what they have answered so far."""
+    """A question to agents, and their answers so far."""
 
     def __init__(self, agents: Sequence[str]) -> None:
         self.left = set(agents)
@@ -207,7 +207,7 @@ class Verifier:
         self._open: dict[int, _Asked] = {}
         self._hearing = asyncio.Event()
         self._lost = 0
-        """Times that the connection for answers broke: what was asked before may have been answered in vain."""
+        """How often the connection for answers broke: answers to earlier questions may have been lost."""
         self._sending = asyncio.Lock()
         self._agents: tuple[float, list[str]] = (0.0, [])
         self._purse = _BURST
@@ -226,7 +226,7 @@ class Verifier:
         self.older: list[dict[str, Any]] = []
 
     async def run(self, seconds: float) -> None:
-        """Watch for so long, or until `stop`, then see to the end what is followed."""
+        """Watch for ``seconds``, or until `stop`; then finish the scopes that are followed."""
         listening = asyncio.create_task(self._listen())
         try:
             tail = Tail(self._settings, events=False, invalidations=True)
@@ -262,7 +262,7 @@ class Verifier:
             await end([listening, *self._following])
 
     def stop(self) -> None:
-        """Watch no longer."""
+        """End the watching."""
         self._stop.set()
 
     # Which scopes are followed
@@ -324,7 +324,7 @@ class Verifier:
     # What agents answer
 
     async def _live(self) -> list[str]:
-        """The ids of the agents that there are."""
+        """The ids of the live agents."""
         asked, agents = self._agents
         if time.monotonic() - asked > 0.2:
             prefix = self._keys.agent_channel("")
@@ -335,7 +335,7 @@ class Verifier:
         return agents
 
     async def _ask(self, scope: str) -> dict[str, Holding | None]:
-        """What each live agent holds under a scope; None for one that is silent. One of AWAY if that can't be told."""
+        """What each live agent holds under a scope; None for a silent agent. One of AWAY if that can't be found out."""
         async with asyncio.timeout(self._patience):
             await self._hearing.wait()
         lost = self._lost
@@ -364,7 +364,8 @@ class Verifier:
         return {**asked.answers, **dict.fromkeys(asked.left)}
 
     async def _listen(self) -> None:
-        """Hear answers, on a connection that is made anew when it breaks, or when what comes is no message of Redis."""
+        """Receive answers. A connection that breaks, or that brings something else than Redis's messages, is
+        replaced."""
         while True:
             pubsub = self._client.pubsub()
             try:
@@ -375,7 +376,7 @@ class Verifier:
                     elif message["type"] == "message":
                         self._hear(message["data"])
             except AWAY:
-                pass  # who reads the feed says so
+                pass  # the reader of the feed reports it
             except (RedisError, *SENSELESS) as error:
                 err().print(
                     f"the answers of agents can't be heard ({meaning(error)}); trying again",
@@ -436,9 +437,9 @@ class Verifier:
             )
 
     def report(self) -> dict[str, Any]:
-        """All of it, as it is printed with --json."""
+        """The whole report, in the form of --json."""
         last = self.marks[-1]
-        # Where nothing could be told of what was followed, nothing was verified.
+        # If no followed scope could be checked, nothing was verified.
         told = last.asked > 0 or self.unknown == 0
         watched = time.monotonic() - self._began if self._watched is None else self._watched
         return {
@@ -462,7 +463,7 @@ def _shown(answer: Versions) -> Any:
 
 
 def _tell(report: dict[str, Any], json: bool) -> bool:
-    """Print a report; whether all is well."""
+    """Print a report. Returns whether all agents were consistent."""
     if json:
         emit(report)
         return bool(report["ok"])
@@ -495,12 +496,12 @@ def _tell(report: dict[str, Any], json: bool) -> bool:
             "red",
         )
     if report["unknown"]:
-        say(f"{report['unknown']:,} times it could not be told: Redis or the store was away", "yellow")
+        say(f"{report['unknown']:,} times a check was not possible: Redis or the store was away", "yellow")
     return bool(report["ok"])
 
 
 def percent(part: int, whole: int) -> str:
-    """A share, rounded down: 100 % is all, and nothing less."""
+    """A share, rounded down: only all of them are 100 %."""
     if not whole:
         return "-"
     if part == whole:

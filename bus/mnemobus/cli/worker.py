@@ -15,7 +15,7 @@ from ..settings import Settings
 
 def run(*, processes: int | None, threads: int | None, extra: Sequence[str]) -> NoReturn:
     settings = Settings.load()
-    Link(settings)  # whether REDIS_URL makes sense is told here, in a sentence
+    Link(settings)  # an invalid REDIS_URL is reported here, in one sentence
     if importlib.util.find_spec("mnemobus_workers") is None:
         raise SettingsError("mnemobus_workers is not installed here: pip install mnemobus")
     command = [

@@ -1,28 +1,28 @@
-"""Connections to Redis, and what has to be known about the server before one is used.
+"""Connections to Redis, and the checks of a server before a connection is used.
 
 Every connection, of every pool, begins with the same handshake. It asks the server for its role and its run id: one
-round trip. A replica is refused: it doesn't know what happens, and takes no writes; as it may become the master, or the
-address may lead to another server soon, it counts as away. A connection that is open when its server becomes one is
-given up with the first answer that says so (server_errors.py), and with it all others: new ones find the new master.
+round trip. A replica is refused: its data may be old, and it takes no writes. It counts as away, because it may become
+the master, or the address may lead to another server soon. If a server becomes a replica, the first answer that says so
+(server_errors.py) ends its connection, and all others: new connections find the new master.
 
-A run id that this process has not met means that the server restarted, failed over or was restored, and may have lost
-its last second. A server that was a replica meanwhile may have lost more: it took over what its master had. Then, on
-that very connection and before anything else is sent on it:
+A run id that this process does not know means that the server restarted, failed over or was restored, and may have lost
+its last second. A server that was a replica meanwhile may have lost more: it took over its master's data. Then the
+process does the following, on the same connection and before it sends anything else:
 
-1. the eviction policy is checked: under ``allkeys-*`` Redis may drop the log, and is refused;
-2. the layout (how many partitions) is agreed on: what is there counts, whatever is configured; a process that is
-   configured for other partitions of the feed is refused;
-3. the epoch is agreed on. An unseen run id, or an unseen promotion, begins a new one; the first to say so names it.
+1. It checks the eviction policy: under ``allkeys-*`` Redis may drop the log, and is refused. 2. It agrees on the layout
+   (how many partitions). The layout in Redis counts, not the configured one; a process that is configured for another
+   number of feed partitions is refused. 3. It agrees on the epoch. A new run id, or a new promotion, begins a new
+   epoch; the first process to see it names it.
 
-L2 buckets carry the epoch in their key, so what was cached before a restart is out of reach after it. An
-epoch that changes while a command is on its way makes that command's keys those of the old epoch. So a caller
-that used an epoch in a key compares it with ``link.epoch`` once it has the answer, and starts again if it differs.
+L2 buckets carry the epoch in their key, so nobody finds, after a restart, what was cached before it. If the epoch
+changes while a command is on its way, the command used keys of the old epoch. So a caller that used an epoch in a key
+compares it with ``link.epoch`` once it has the answer, and starts again if they differ.
 
-How the log is laid out changes while a bus is in use (`mnemobus repartition`). The log refuses a writer that knows an
-old layout; the heartbeat and the workers' upkeep look for another one. They take it (`lay_out`), and go on.
+The log's layout may change while a bus is in use (`mnemobus repartition`). The log refuses a writer that knows an old
+layout; the heartbeat and the workers' upkeep look for a new one. They take it (`lay_out`), and go on.
 
-redis-py would repeat a command that timed out ten times without a word; here that is off. What may be
-repeated is decided where it is known to be safe.
+redis-py would repeat a command that timed out, up to ten times, and tell nobody. This is switched off here: only a
+caller that knows that it is safe repeats a command.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ logger = logging.getLogger("mnemobus.connection")
 
 @dataclass(frozen=True, slots=True)
 class Script:
-    """A Lua script of the package. Its head says what its keys and arguments are."""
+    """A Lua script of the package. The comment at its beginning explains its keys and arguments."""
 
     name: str
     source: str
@@ -87,24 +87,24 @@ Call = tuple[Script, Sequence[str], Sequence[Argument]]
 
 
 def evalsha(call: Call) -> Command:
-    """The command that runs a script which the server has."""
+    """The command that runs a script which the server knows already."""
     which, keys, args = call
     return ("EVALSHA", which.sha, len(keys), *keys, *args)
 
 
 def evaluate(call: Call) -> Command:
-    """The command that runs a script whether or not the server has it."""
+    """The command that runs a script even if the server does not know it."""
     which, keys, args = call
     return ("EVAL", which.source, len(keys), *keys, *args)
 
 
 @dataclass(frozen=True, slots=True)
 class Server:
-    """What a Redis server says of itself.
+    """What a Redis server reports about itself.
 
     name              "redis" or "valkey"
     version           of that product, for people
-    speaks            the version of Redis whose commands it has
+    speaks      the version of Redis whose commands it knows
     run_id            new with every start of the server process
     promotion         new whenever it becomes the master, having been a replica; empty if it never was, or forgot
     policy            its maxmemory-policy
@@ -133,11 +133,11 @@ _TRANSPORTS = {
     "rediss": (redis.asyncio.SSLConnection, redis.SSLConnection),
     "unix": (redis.asyncio.UnixDomainSocketConnection, redis.UnixDomainSocketConnection),
 }
-"""How a server is reached, by the scheme of its URL: from asyncio, and from threads."""
+"""By the scheme of a URL: the connection classes for asyncio, and for threads."""
 
 
 def _address(url: str) -> tuple[tuple[type[Any], type[Any]], dict[str, Any]]:
-    """The classes of its connections, and their options. SettingsError for a URL that none can be made from."""
+    """The classes of its connections, and their options. SettingsError if the URL can't be used."""
     classes = _TRANSPORTS[url.partition(":")[0].lower()]
     options: dict[str, Any] = {}
     try:
@@ -147,7 +147,7 @@ def _address(url: str) -> tuple[tuple[type[Any], type[Any]], dict[str, Any]]:
             cls(**options, driver_info=None)  # else its version is read from a file, each time
     except (TypeError, ValueError, AttributeError, RedisError) as error:
         named = [name for name in options if f"'{name}'" in str(error)]
-        what = f"?{named[0]}= is no option of such a connection; leave it out" if named else error
+        what = f"?{named[0]}= is not an option of such a connection; leave it out" if named else error
         raise SettingsError(f"REDIS_URL: {what}") from None
     return classes, options
 
@@ -160,7 +160,7 @@ def parse_info(reply: Any) -> dict[str, str]:
 
 
 class _Link:
-    """What both links share, the asynchronous and the threaded one: settings, keys, handshake, epoch."""
+    """The parts that the asynchronous and the threaded link share: settings, keys, handshake, epoch."""
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
@@ -173,16 +173,16 @@ class _Link:
         self.on_epoch: list[Callable[[str], None]] = []
         """Called, with the new epoch, whenever it changed; never for the first."""
         self.on_layout: list[Callable[[], None]] = []
-        """Called whenever the log's layout, in `keys`, turned out to be another than it was taken for."""
+        """Called whenever the log's layout in `keys` has changed."""
         self.laid_out = False
-        """Whether Redis has told how the log is laid out."""
+        """Whether the log's layout was read from Redis."""
         self.on_late: list[Callable[[], None]] = []
-        """Called when the log answered a write in another epoch than it was asked in."""
+        """Called when the epoch of the log's answer to a write differs from that of the request."""
         self._class, self._address = _address(settings.redis_url)
 
     @property
     def address(self) -> str:
-        """Where Redis is, without its password."""
+        """The address of Redis, without its password."""
         return hide_password(self.settings.redis_url)
 
     def _options(self) -> dict[str, Any]:
@@ -204,7 +204,7 @@ class _Link:
         return options
 
     def handshake(self) -> Generator[Command, Any, None]:
-        """The commands that open every connection, as a dialogue: yields one, is sent the reply."""
+        """The commands that open every connection, as a dialogue: it yields a command, and receives the reply."""
         info = parse_info((yield ("INFO",)))
         run_id, role = info.get("run_id", ""), info.get("role", "")
         if not run_id:
@@ -224,11 +224,11 @@ class _Link:
             yield from self.meet(info)
 
     def meet(self, info: dict[str, str]) -> Generator[Command, Any, None]:
-        """Check a server process that is new to this one, and agree with everyone on layout and epoch."""
+        """Check a server process that this process did not know, and agree with all others on layout and epoch."""
         try:
             reply = yield ("CONFIG", "GET", "appendfsync")
             fsync_always = b"always" in (reply.values() if isinstance(reply, dict) else reply)
-        except ResponseError:  # managed servers hide CONFIG; then nothing is promised
+        except ResponseError:  # managed servers hide CONFIG; then the policy is unknown
             fsync_always = False
         server = _server(info, fsync_always)
         if server.policy not in POLICIES:
@@ -241,7 +241,7 @@ class _Link:
         self.server = server
 
     def agree(self, server: Server) -> Generator[Command, Any, None]:
-        """Agree with everyone who uses this prefix on layout and epoch."""
+        """Agree on layout and epoch with all who use this prefix."""
         shape = self.keys.shape
         while True:
             meters = map(self.keys.meter, shape.current)
@@ -264,14 +264,15 @@ class _Link:
         self.enter(self.epoch_in(reply))
 
     def epoch_in(self, reply: Any) -> str:
-        """The epoch that Redis answered; SettingsError if it is none."""
+        """The epoch in Redis's answer; SettingsError if it is not an epoch."""
         try:
             return str(reply, "ascii")
         except SENSELESS as error:
             raise self.senseless(error) from error
 
     def shape_in(self, reply: Any) -> Shape | None:
-        """The log's layout that Redis answered to HMGET of `LAYOUT`, if it has any; SettingsError if it is none."""
+        """The log's layout in Redis's answer to HMGET of `LAYOUT`; None if there is none; SettingsError if it is not a
+        layout."""
         try:
             return Shape.read(reply)
         except SENSELESS as error:
@@ -280,12 +281,12 @@ class _Link:
     def senseless(self, error: Exception) -> SettingsError:
         """The message for one of SENSELESS."""
         return SettingsError(
-            f"Redis at {self.address} answers what makes no sense ({error}): is it no Redis server, or does other"
-            f" software use keys with the prefix {self.keys.prefix!r} (REDIS_KEY_PREFIX)?"
+            f"Redis at {self.address} answers what makes no sense ({error}): is it another kind of server, or does"
+            f" other software use keys with the prefix {self.keys.prefix!r} (REDIS_KEY_PREFIX)?"
         )
 
     def enter(self, epoch: str) -> None:
-        """Take an epoch that somebody else began."""
+        """Enter an epoch that another process began."""
         before, self.epoch = self.epoch, epoch
         if before and before != epoch:
             logger.warning("Redis at %s restarted or lost data: epoch %s begins", self.address, epoch)
@@ -293,7 +294,7 @@ class _Link:
                 callback(epoch)
 
     def lay_out(self, shape: Shape) -> None:
-        """Take the layout that the log has."""
+        """Take over the log's present layout."""
         configured = self.settings.log_partitions
         if not self.laid_out and shape.size != configured:
             logger.info(
@@ -305,7 +306,7 @@ class _Link:
         before, self.keys.shape = self.keys.shape, shape
         if self.laid_out and before.current != shape.current:
             logger.info(
-                "the log of the bus %r was laid out anew: %d partitions instead of %d",
+                "the log of the bus %r has a new layout: %d partitions instead of %d",
                 self.keys.prefix,
                 shape.size,
                 before.size,
@@ -320,8 +321,8 @@ class _Link:
         return ("HSETNX", self.keys.layout, "log_partitions", self.keys.log_partitions)
 
     def explain(self, error: Exception) -> Exception:
-        """The error to raise for one in a handshake, or on the way there: a SettingsError if an operator has to act,
-        else one of AWAY."""
+        """Translate an error of connecting or of the handshake: to a SettingsError if an operator must act, else to one
+        of AWAY."""
         if isinstance(error, SettingsError):
             return error
         code = code_of(error)
@@ -364,13 +365,13 @@ def _server(info: dict[str, str], fsync_always: bool) -> Server:
 
 
 class Link(_Link):
-    """The bus's link to Redis. Every method raises one of AWAY if Redis can't be reached, a SettingsError if it is not
-    fit for use until somebody sees to it."""
+    """The bus's link to Redis. Every method raises one of AWAY if Redis can't be reached, and a SettingsError if it
+    can't be used until somebody repairs it."""
 
     def __init__(self, settings: Settings) -> None:
         super().__init__(settings)
         self.on_given_up: list[Callable[[Exception], None]] = []
-        """Called when connections were given up because their server said that it takes no writes."""
+        """Called when connections were cut because their server said that it takes no writes."""
         self.pool = Pool(
             self._connect,
             on_refusal=self.give_up,
@@ -388,7 +389,7 @@ class Link(_Link):
             maximum=4,
             acquire=settings.redis_timeout,
         )
-        """For the heartbeat, which must not wait behind a busy pool: what it measures is the link, not the load."""
+        """For the heartbeat, which must not wait for a busy pool: it measures the link, not the load."""
         self._reaper: asyncio.Task[None] | None = None
 
     async def _connect(self) -> Wire:
@@ -438,7 +439,7 @@ class Link(_Link):
         return connection
 
     def options(self) -> dict[str, Any]:
-        """What redis-py is given to open a connection, its class among it; without our handshake."""
+        """The class and the options with which redis-py opens a connection; without this module's handshake."""
         options = self._options()
         options["connection_class"] = self._class[0]
         options["retry"] = redis.asyncio.retry.Retry(NoBackoff(), 0)
@@ -446,7 +447,7 @@ class Link(_Link):
         return options
 
     async def start(self) -> None:
-        """Begin to look after the pool."""
+        """Begin to maintain the pool."""
         self._reaper = asyncio.create_task(self._reap(), name="mnemobus-pool-reaper")
 
     async def _reap(self) -> None:
@@ -492,7 +493,7 @@ class Link(_Link):
         return replies
 
     async def renew_epoch(self) -> None:
-        """Agree anew on layout and epoch, because they are gone from Redis (it was flushed)."""
+        """Agree again on layout and epoch, because Redis has lost them (it was flushed)."""
         server = self.server
         assert server is not None
         connection = self.dedicated()
@@ -525,7 +526,7 @@ def _giving_up(base: type[Any]) -> type[Any]:
 class ThreadedLink(_Link):
     """The workers' link to Redis: the same handshake, for threads. Raises as `Link` does.
 
-    client: redis-py's, for what is asked now and then; what each batch needs goes over wires of our own
+    client: redis-py's, for rare questions; the commands of each batch go over this package's own wires
     """
 
     def __init__(self, settings: Settings, connections: int) -> None:

@@ -1,8 +1,8 @@
-"""What an error of Redis means: told here and nowhere else, for agents, workers and commands alike.
+"""The meaning of Redis's errors: this module alone decides it, for agents, workers and commands.
 
-An error has a code, its first word. redis-py takes it off where it has a class for it, and leaves it where it hasn't.
-Before Redis 7 what goes wrong in a script comes wrapped in the words of another error, and some refusals never had a
-code. `code_of` gives the code in all of these cases.
+An error has a code, its first word. redis-py removes the code if it has a class for it, and leaves it otherwise. Before
+Redis 7 an error in a script is part of the text of another error, and some refusals never had a code. `code_of` gives
+the code in all of these cases.
 
 | code | what is the matter | a write | the connection |
 |---|---|---|---|
@@ -16,8 +16,9 @@ code. `code_of` gives the code in all of these cases.
 | NOPERM | its user may not do that | WriteFailed at once | stays |
 | NOAUTH, WRONGPASS | it refuses the login | AccessDenied from `open`; later on, outbox | was never there |
 
-"Outbox" stands for: tried again for a moment, then kept there; without one, LogUnavailable after `write_timeout`.
-Nothing was written in any of these cases. Workers wait for all of it to pass.
+"Outbox" means: the write is retried for a moment, then it waits in the outbox; without an outbox it fails with
+LogUnavailable after `write_timeout`. Nothing was written in any of these cases. Workers wait until the error has
+passed.
 """
 
 from __future__ import annotations
@@ -28,16 +29,16 @@ from typing import Final
 import redis.exceptions
 
 AWAY: Final = (redis.exceptions.ConnectionError, redis.exceptions.TimeoutError, OSError, TimeoutError)
-"""What a Redis that can't be reached looks like."""
+"""The errors of a Redis that can't be reached."""
 
 
 SENSELESS: Final = (ValueError, TypeError, LookupError, AttributeError)
-"""What comes of an answer that is none of a Redis, or of a key that somebody else has written."""
+"""The errors that follow an answer which Redis would not give, or a key that other software has written."""
 
 
 class Unfit(redis.exceptions.ConnectionError):
-    """A server that answers, but is none to work with now: a replica, say. As it may change, or another take its
-    place, this is one of AWAY."""
+    """A server answers, but can't be used now: it is a replica, for example. It may change, or another server may take
+    its place, so this is one of AWAY."""
 
 
 _CLASSES: Final = {
@@ -58,7 +59,7 @@ _CLASSES: Final = {
 }
 
 _IN_TEXT: Final = re.compile(r"(?:\A|@user_script: ?\d+: -?)([A-Z]{2,})(?: |\Z)")
-"""A code that redis-py has left at the beginning, or that stands in the words of a script's error (before Redis 7)."""
+"""A code that redis-py has left at the beginning, or that is inside the text of a script's error (before Redis 7)."""
 
 _PHRASES: Final = (
     ("The user executing the script can't", "NOPERM"),
@@ -80,10 +81,10 @@ REPLACED: Final = frozenset(
         "NOREPLICAS",
     )
 )
-"""What a server says that takes no writes. A new connection may lead to one that does."""
+"""The codes of a server that takes no writes. A new connection may lead to one that does."""
 
 PASSING: Final = REPLACED | {"MISCONF", "BUSY"}
-"""Refusals that pass: nothing was done, and to try again helps."""
+"""Refusals that pass: the server did nothing, and a retry helps."""
 
 DENIED: Final = frozenset(("NOPERM", "NOAUTH", "WRONGPASS"))
 
@@ -100,7 +101,7 @@ _MEANINGS: Final = {
     "CLUSTERDOWN": "its cluster is down",
     "TRYAGAIN": "its cluster is being resharded",
     "NOREPLICAS": "it has fewer replicas than min-replicas-to-write asks for: start them, or lower that",
-    "MISCONF": "it can't save its data, and takes no writes until it can: see to its disk",
+    "MISCONF": "it can't save its data, and takes no writes until it can: check its disk",
     "BUSY": "a script has been running on it for too long; redis-cli SCRIPT KILL ends that",
     "OOM": "it is full (maxmemory): raise that, or lower MNEMOBUS_RETENTION",
     "NOPERM": "its user lacks a permission: see ACL LOG there, and grant it with ACL SETUSER",
@@ -110,11 +111,11 @@ _MEANINGS: Final = {
 
 
 def code_of(error: object) -> str:
-    """The code of an error of Redis; empty for what has none, and for anything else."""
+    """The code of an error of Redis; empty if it has none, and for any other error."""
     if not isinstance(error, redis.exceptions.RedisError):
         return ""
     told = getattr(error, "status_code", None)
-    for cls in type(error).__mro__:  # that of MASTERDOWN is derived from that of CLUSTERDOWN
+    for cls in type(error).__mro__:  # the class of MASTERDOWN is derived from that of CLUSTERDOWN
         if cls in _CLASSES:
             return _CLASSES[cls] if told in (None, "ERR") else str(told)
     text = str(error)
@@ -131,6 +132,7 @@ def is_away(error: object) -> bool:
 
 
 def meaning(error: object) -> str:
-    """What an error means and what to do, followed by Redis's own words, where it is one of those above; else these."""
+    """The meaning of an error and what to do, then Redis's own message; only the latter if the code is not one of those
+    above."""
     told = _MEANINGS.get(code_of(error))
     return f"{told} ({error})" if told else str(error) or type(error).__name__

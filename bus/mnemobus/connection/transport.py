@@ -1,15 +1,14 @@
-"""Wires: connections to Redis as a bus uses them, one call at a time, and the pool that they are taken from.
+"""Wires: a bus's connections to Redis, each for one call at a time, and the pool of wires.
 
-redis-py opens a connection: address, TLS, login, protocol. Once it is open a `Wire` takes over the transport. A call is
-one write, and its replies are parsed as they arrive and handed over together: no task, no lock, no stream in between.
-What that gives is in docs/performance.md.
+redis-py opens a connection: address, TLS, login, protocol. Then a `Wire` takes over the transport. A call is one write.
+Its replies are parsed as they arrive and delivered together: there is no task, lock or stream in between.
+docs/performance.md tells the gain.
 
-A wire is used by one call at a time, which may carry many commands. A call that is cancelled, or not answered in time,
-leaves replies that nobody waits for: its wire is cut. A wire that breaks while it is idle is noticed at once, and is
-not given to anybody. Nor is one whose server says that it takes no writes, as after a failover: it is cut, and all
-others of the same age with it.
+One call at a time uses a wire, and may carry many commands. A call that is cancelled, or not answered in time, leaves
+replies that nobody waits for: its wire is cut. The pool notices at once if an idle wire breaks, and gives it to nobody.
+If a server says that it takes no writes, as after a failover, its wire is cut, and all others of the same age with it.
 
-An `Ear` is a connection on which the server speaks unasked. What it says is handed over in the same way.
+An `Ear` is a connection on which the server sends messages that nobody asked for. They are delivered in the same way.
 """
 
 from __future__ import annotations
@@ -35,7 +34,7 @@ Command = tuple[Argument, ...]
 
 
 class Busy(redis.exceptions.ConnectionError):
-    """All connections of the pool were in use for too long: too much is asked at once, which is no sign that Redis is
+    """All connections of the pool were in use for too long. The load is too high; this does not mean that Redis is
     away."""
 
 
@@ -43,16 +42,16 @@ Done = Callable[[list[Any] | Exception], None]
 """Called with the outcome of a call."""
 
 _MORE: Final = object()
-"""What the parser answers while a reply is not there as a whole."""
+"""The parser's answer while a reply is incomplete."""
 
 
 def pack(commands: Sequence[Command]) -> bytes:
-    """Commands as they go over a wire."""
+    """Encode commands for a wire."""
     return b"".join(map(hiredis.pack_command, commands))  # type: ignore[arg-type]
 
 
 def _error(parse: Callable[[str], Exception], text: str) -> Exception:
-    """An error that a server answered, as redis-py has it."""
+    """The redis-py exception for an error that a server answered."""
     try:
         return parse(text)
     except (ValueError, LookupError):  # MOVED or ASK, and then not what redis-py expects
@@ -72,7 +71,7 @@ class _Line(asyncio.Protocol):
     def __init__(self, connection: AbstractConnection) -> None:
         writer = connection._writer
         assert writer is not None, "the connection is open"
-        # From here on it is ours, also to be closed. The writer would close the transport when it is forgotten.
+        # From here on this class owns the transport, and closes it. The writer would close it on its own deletion.
         self._writer, connection._writer, connection._reader = writer, None, None
         self._transport = writer.transport
         self._parse_error: Callable[[str], Exception] = connection._parser.parse_error
@@ -164,9 +163,9 @@ class Wire(_Line):
         return error
 
     def call(self, packed: bytes, expected: int, timeout: float, done: Done) -> None:
-        """Send commands, and have ``done`` called with their replies, in order, errors among them as values; or with
-        redis-py's ConnectionError or TimeoutError, which end the wire. It is called once, from the event loop, in the
-        moment in which the last reply arrives, and must not raise."""
+        """Send commands, and call ``done`` with their replies, in order, with errors as values; or with redis-py's
+        ConnectionError or TimeoutError, which end the wire. It is called once, from the event loop, as soon as the last
+        reply arrives, and must not raise."""
         if self._transport.is_closing():
             self._loop.call_soon(done, redis.exceptions.ConnectionError("Connection closed by server."))
             return
@@ -205,7 +204,7 @@ class Wire(_Line):
                 if not isinstance(reply, hiredis.PushNotification):  # nobody asked for one
                     replies.append(reply)
         except redis.exceptions.InvalidResponse as error:
-            self._fail(redis.exceptions.ConnectionError(f"this is no Redis: {error}"))
+            self._fail(redis.exceptions.ConnectionError(f"this is not Redis: {error}"))
             return
         missing = self._expected - len(replies)
         if missing < 0:
@@ -232,8 +231,8 @@ class Wire(_Line):
 
 
 class Pool:
-    """Wires to one server: opened as they are needed, at most ``maximum``; a `reap` that somebody calls every now and
-    then closes those that were idle for ``idle`` seconds, and keeps ``minimum`` ready."""
+    """Wires to one server. They are opened when needed, at most ``maximum``. Call `reap` from time to time: it closes
+    those that were idle for ``idle`` seconds, and keeps ``minimum`` ready."""
 
     def __init__(
         self,
@@ -249,7 +248,7 @@ class Pool:
     ) -> None:
         self._connect = connect
         self._on_refusal = on_refusal
-        """Called when a wire is dropped for what its server said; it shall `renew`."""
+        """Called when a wire is dropped because its server takes no writes; it must call `renew`."""
         self._timeout = timeout
         self._maximum = maximum
         self._acquire = acquire
@@ -257,20 +256,20 @@ class Pool:
         self._idle_seconds = idle
         self._destroy = destroy
         self._idle: list[tuple[Wire, float]] = []
-        """Last used last, with the moment since when."""
+        """The idle wires, each with the time since when; the last used one comes last."""
         self._waiting: deque[asyncio.Future[Wire | None]] = deque()
-        """Those who wait for a wire; None tells one that another may be opened."""
+        """The callers that wait for a wire. None as a result means that the caller may open one."""
         self._closed = False
         self._renewed = float("-inf")
         """When all wires were given up, by the loop's clock."""
         self.size = 0
-        """Wires that there are, idle or in use, and those that are being opened."""
+        """How many wires there are: idle, in use, or being opened."""
 
     async def execute(self, commands: Sequence[Command]) -> list[Any]:
-        """The replies to commands that go in one write, in order, errors among them as values.
+        """Send commands in one write. Returns the replies, in order, with errors as values.
 
-        Raises Busy if no connection was free, redis-py's ConnectionError or TimeoutError if Redis can't be
-        reached; then any of the commands may have been carried out, or not.
+        Raises Busy if no connection was free, and redis-py's ConnectionError or TimeoutError if Redis can't be reached;
+        then Redis may have executed any of the commands, or none.
         """
         packed = pack(commands)
         wire = await self.take()
@@ -294,7 +293,7 @@ class Pool:
         return replies
 
     def idle(self) -> Wire | None:
-        """A wire that is there and not in use, to be given back or dropped."""
+        """Take an idle wire, if there is one. The caller gives it back or drops it."""
         while self._idle:
             wire, _ = self._idle.pop()
             if wire.open:
@@ -303,7 +302,7 @@ class Pool:
         return None
 
     async def take(self) -> Wire:
-        """A wire, to be given back or dropped. Raises as `execute`."""
+        """Take a wire. The caller gives it back or drops it. Raises as `execute`."""
         wire = self.idle()
         if wire is not None:
             return wire
@@ -320,7 +319,7 @@ class Pool:
         return found or await self._open()
 
     async def _wait(self) -> Wire | None:
-        """A wire that somebody gave back; None once there is room for another."""
+        """Wait for a wire that another caller gives back; None once the caller may open one."""
         while True:
             turn: asyncio.Future[Wire | None] = asyncio.get_running_loop().create_future()
             self._waiting.append(turn)
@@ -373,7 +372,7 @@ class Pool:
         self._pass_on(None)
 
     def _pass_on(self, wire: Wire | None) -> None:
-        """Give a wire, or the room for one, to the caller that waits longest."""
+        """Give a wire, or permission to open one, to the caller that has waited longest."""
         while self._waiting:
             turn = self._waiting.popleft()
             if not turn.done():
@@ -393,7 +392,7 @@ class Pool:
             self.give_back(await self._open())
 
     async def close(self) -> None:
-        """Close all that are idle, in order; those in use are cut when they are given back."""
+        """Close all idle wires, in order. Those in use are cut when they are given back."""
         self._closed = True
         idle, self._idle = self._idle, []
         self.size -= len(idle)
@@ -404,7 +403,7 @@ class BlockingWire:
     """An open connection, whose handshake is done, for one thread at a time."""
 
     def __init__(self, connection: Any, timeout: float) -> None:
-        # From here on it is ours, also to be closed.
+        # From here on this class owns the socket, and closes it.
         taken: socket.socket = connection._sock
         self._socket, connection._sock = taken, None
         self._timeout = timeout
@@ -419,7 +418,7 @@ class BlockingWire:
             notEnoughData=_MORE,
         )
         if type(taken) is socket.socket:
-            # The system keeps the time: Python would ask whether the socket is ready before each of its calls.
+            # The system watches the timeout: Python would check before each call whether the socket is ready.
             taken.settimeout(None)
             whole = struct.pack("ll", int(timeout), int(timeout % 1 * 1e6))
             taken.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, whole)
@@ -434,7 +433,7 @@ class BlockingWire:
         return error
 
     def call(self, commands: Sequence[Command]) -> list[Any]:
-        """As `Pool.execute`; what it raises ends the wire."""
+        """As `Pool.execute`; an error ends the wire."""
         parser, expected = self._parser, len(commands)
         replies: list[Any] = []
         try:
@@ -455,13 +454,13 @@ class BlockingWire:
         except OSError as error:
             raise redis.exceptions.ConnectionError(f"Error while reading: {error}") from error
         except redis.exceptions.InvalidResponse as error:
-            raise redis.exceptions.ConnectionError(f"this is no Redis: {error}") from error
+            raise redis.exceptions.ConnectionError(f"this is not Redis: {error}") from error
         self.used = time.monotonic()
         return replies
 
     @property
     def quiet(self) -> bool:
-        """Whether nothing arrived without a call, such as the end of the connection."""
+        """Whether nothing arrived outside of a call, such as the end of the connection."""
         watch = select.poll()
         watch.register(self._socket, select.POLLIN)
         return not watch.poll(0)
@@ -472,10 +471,10 @@ class BlockingWire:
 
 
 class BlockingWires:
-    """Wires to one server, for threads: opened as they are needed, as many as calls are under way at once."""
+    """Wires to one server, for threads. They are opened when needed: there are as many as simultaneous calls."""
 
     _UNCERTAIN: Final = 0.5
-    """Seconds after which an idle wire is looked at before it is used: it may have broken."""
+    """Seconds after which an idle wire is checked before it is used: it may have broken."""
 
     def __init__(self, connect: Callable[[], BlockingWire]) -> None:
         self._connect = connect

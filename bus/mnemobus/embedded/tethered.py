@@ -1,8 +1,7 @@
 """Ties a worker process to its Dramatiq master, which forks it without any such tie.
 
 `workers` names this module on Dramatiq's command line, among those that every worker process imports. It also
-writes down the pid of the process that does the work: the master's is of no use to who wants to see it survive
-a kill.
+writes down the pid of the process that does the work: tests that kill the master need that one.
 """
 
 from __future__ import annotations

@@ -33,7 +33,7 @@ _SETTLED = 10.0
 
 
 class WorkerPool:
-    """So many worker processes, each with a Dramatiq master of its own; what exits is started again.
+    """This many worker processes, each with a Dramatiq master of its own; what exits is started again.
 
     Their output goes to ``log``.
     """
@@ -109,7 +109,7 @@ class WorkerPool:
 
 
 async def await_workers(settings: Settings, processes: int = 1) -> None:
-    """Wait until so many worker processes read the log. Redis may be away meanwhile.
+    """Wait until this many worker processes read the log. Redis may be away meanwhile.
 
     Cancel it to give up.
     """

@@ -1,15 +1,16 @@
 """`bus.health()`: would a write now be logged and committed, and a read be answered?
 
-As far as that can be known without writing. Redis is asked in one round trip, the store at the same time:
+The checkup answers this as far as it can without writing. It asks Redis in one round trip, and the store at the same
+time:
 
-- whether it takes writes, by a write that would change only what is there, to a key that never is: Redis refuses it for
-  what it would refuse any other for (a replica, full, a disk that fails, too few replicas, no permission);
-- what this user may do, where the server can tell (Redis 7);
-- what waits in the log, and what workers tell of themselves (health/vitals.py);
-- a read of a memory that is not there.
+- whether it takes writes: a write to a key that never exists, which would only change an existing key. Redis refuses it
+  for the same reasons as any other (a replica, full, a disk that fails, too few replicas, no permission);
+- what this user may do, if the server can tell (Redis 7);
+- what waits in the log, and what the workers report (health/vitals.py);
+- a read of a memory that does not exist.
 
-A second round trip follows only where workers tell nothing, or something waits. What a managed server hides is no
-problem: only what is known to be wrong is one.
+A second round trip follows only if workers report nothing, or if events wait. If a managed server hides something, this
+is not a problem: only a known fault is one.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger("mnemobus.health")
 
 NOBODY = "00000000-0000-0000-0000-000000000000"
-"""The id of no memory."""
+"""An id that no memory has."""
 
 AGENT_RIGHTS = (
     "EVAL 0 1 KEY", "EVALSHA 0 1 KEY", "XADD LOG * a b", "XRANGE LOG - +", "XREVRANGE FEED + -", "XLEN LOG",
@@ -52,7 +53,7 @@ AGENT_RIGHTS = (
     "HSETNX KEY a b", "HSET FEED a b", "HDEL FEED a", "HLEN FEED", "DEL KEY", "PEXPIRE FEED 1", "PTTL FEED", "TIME",
     "PUBLISH CHANNEL a", "SUBSCRIBE CHANNEL", "SUBSCRIBE FEED", "UNSUBSCRIBE FEED",
 )  # fmt: skip
-"""What an agent asks of Redis, in the form that rights.lua takes."""
+"""The commands of an agent, in the form that rights.lua takes."""
 WORKER_RIGHTS = (
     "EVAL 0 1 KEY", "EVALSHA 0 1 KEY", "XADD LOG * a b", "XADD FEED * a b", "XRANGE LOG - +", "XREVRANGE FEED + -",
     "XREADGROUP GROUP g c STREAMS LOG >", "XACK LOG g 1-1", "XCLAIM LOG g c 0 1-1", "XDEL LOG 1-1", "XTRIM LOG MINID 0",
@@ -60,11 +61,11 @@ WORKER_RIGHTS = (
     "HDEL KEY a", "HSCAN LOG 0", "DEL KEY", "UNLINK FEED", "TIME", "PUBLISH FEED a", "HGETALL KEY", "HSETNX KEY a b",
     "GET KEY", "SET KEY a", "PEXPIRE KEY 1", "PTTL KEY",
 )  # fmt: skip
-"""What a worker asks of Redis."""
+"""The commands of a worker."""
 
 
 def write_probe(keys: Keyspace) -> Command:
-    """A write that changes nothing, and is refused whenever a real one would be."""
+    """A write that changes nothing, and that Redis refuses whenever it would refuse a real one."""
     return "XADD", keys.probe, "NOMKSTREAM", "*", "probe", ""
 
 
@@ -75,14 +76,14 @@ def rights(keys: Keyspace, channel: str, commands: Sequence[str]) -> Call:
 
 
 def forbidden(refused: Any) -> list[str]:
-    """What of them is refused, for people, by the answer to `rights`."""
+    """The refused ones, for people to read, from the answer to `rights`."""
     if isinstance(refused, Exception):
         return [" ".join(str(refused).split())] if code_of(refused) == "NOPERM" else []
     return [] if refused is None else sorted({text(command).partition(" ")[0] for command in refused})
 
 
 class Checkup:
-    """Finds out how a bus is. It looks at the parts that it is given, and changes nothing."""
+    """Finds out the health of a bus. It examines the parts that it gets, and changes nothing."""
 
     def __init__(
         self,
@@ -108,7 +109,7 @@ class Checkup:
         self._acquaintance = acquaintance
 
     async def health(self, timeout: float) -> Health:
-        """How the bus is, now; takes ``timeout`` seconds at most, and does not raise."""
+        """The present health of the bus. Takes at most ``timeout`` seconds, and does not raise."""
         redis, store, belonging = await asyncio.gather(
             self._redis(timeout), self._store(timeout), self._belonging(timeout)
         )
@@ -129,14 +130,14 @@ class Checkup:
         )
 
     async def _belonging(self, timeout: float) -> list[str]:
-        """Whether the store is the bus's, and the one that it was; nothing where that can't be told in time."""
+        """Problems if the store is not the bus's, or has lost data; none if that can't be found out in time."""
         with suppress(TimeoutError):
             async with asyncio.timeout(timeout):
                 return await self._acquaintance.problems()
         return []
 
     def _ours(self) -> list[str]:
-        """What is wrong in this process."""
+        """The problems in this process."""
         problems = []
         if self._outbox is not None and self._outbox.waiting:
             problems.append(f"{self._outbox.waiting} writes wait in the outbox {self._outbox.where}")
@@ -153,7 +154,7 @@ class Checkup:
         return problems
 
     def _feed_state(self) -> tuple[str, str]:
-        """How the feed is, and what is wrong with it."""
+        """The state of the feed, and its problems."""
         feed = self._feed
         if clock() >= self._local.fresh_until:
             return (
@@ -265,7 +266,7 @@ class Checkup:
         if isinstance(now, list):
             moment = int(now[0]) + int(now[1]) / 1e6
             known = read(reports, moment) if isinstance(reports, (dict, list)) else []
-            # Where nothing can be written, workers can't say how they are; that is told already.
+            # If nothing can be written, workers can't report; the reason is among the problems already.
             if writable:
                 log = await self._log(partitions, known, moment, backlogs, groups, pending)
                 workers, stuck = judge(self._settings, known, log)
@@ -284,7 +285,7 @@ class Checkup:
         groups: list[Any],
         pending: list[Any],
     ) -> Log:
-        """What can be known of the log's readers; a second round trip if the first did not tell."""
+        """What is known about the log's readers; this takes a second round trip if the first did not tell."""
         keys = self._link.keys
         given = [last_delivered(group) for group in groups]
         counts = [0 if isinstance(p, Exception) or not p else int(p[0]) for p in pending]
@@ -320,7 +321,7 @@ class Checkup:
 
 
 def last_delivered(groups: Any) -> str:
-    """What the workers' group was given last, by XINFO GROUPS; empty where there is no such group."""
+    """The last ID that was delivered to the workers' group, by XINFO GROUPS; empty if there is no such group."""
     for group in tables(groups):
         if text(group["name"]) == APPLY_GROUP:
             return text(group["last-delivered-id"])
@@ -328,7 +329,7 @@ def last_delivered(groups: Any) -> str:
 
 
 class _Part:
-    """What was learned from one of the two servers."""
+    """The findings about one of the two servers."""
 
     def __init__(
         self,

@@ -1,8 +1,8 @@
-"""What an error of Redis or of the database comes from, and what to do about it: for `bus.health()` and for
-`mnemobus doctor`, which must not say different things of the same.
+"""The cause of an error of Redis or of the database, and what to do about it. `bus.health()` and `mnemobus doctor` both
+use this, so that they say the same about the same error.
 
-An error is known by its class or its code; by its words only where there is neither, as with a connection that could
-not be made. What is not known keeps its own words, with advice that holds anyway.
+An error is recognised by its class or its code, and by its text only if it has neither, as when no connection could be
+made. An unknown error keeps its own text, with general advice.
 """
 
 from __future__ import annotations
@@ -35,16 +35,16 @@ class Trouble(NamedTuple):
 _ADVICE = {
     "READONLY": "point REDIS_URL at the server that takes writes; if this is a failover, it ends by itself",
     "MASTERDOWN": "a replica that has lost its primary: point REDIS_URL at the server that takes writes",
-    "LOADING": "wait until it has read its data; it is used by itself then",
+    "LOADING": "wait until it has read its data; mnemobus then goes on by itself",
     "OOM": "raise maxmemory, or lower MNEMOBUS_RETENTION and restart the workers, which trim the log",
-    "MISCONF": "see to its disk: it may be full, or not writable; the server's log tells",
+    "MISCONF": "check its disk: it may be full, or not writable; the server's log tells",
     "NOREPLICAS": "bring its replicas back, or lower min-replicas-to-write",
     "NOPERM": "give the Redis user this permission (ACL SETUSER)",
     "NOAUTH": "set REDIS_PASSWORD, or REDIS_URL with a password",
     "WRONGPASS": "correct REDIS_PASSWORD, or the user and password in REDIS_URL",
-    "MOVED": "it is a Redis Cluster, which is not supported: use a server that is none",
-    "ASK": "it is a Redis Cluster, which is not supported: use a server that is none",
-    "CLUSTERDOWN": "it is a Redis Cluster, which is not supported: use a server that is none",
+    "MOVED": "it is a Redis Cluster, which is not supported: use a server that stands alone",
+    "ASK": "it is a Redis Cluster, which is not supported: use a server that stands alone",
+    "CLUSTERDOWN": "it is a Redis Cluster, which is not supported: use a server that stands alone",
     "BUSY": "a script of somebody's blocks the server: redis-cli SCRIPT KILL",
     "MAXCLIENTS": "raise maxclients there, or have fewer connections (REDIS_POOL_MAX)",
 }
@@ -98,18 +98,18 @@ _WORDS = (
     ("Connection reset", "if it asks for TLS, write rediss:// in REDIS_URL; else its log tells why"),
     ("unknown command", "6.2 is needed, or Valkey; managed servers may have renamed it"),
     ("answers what makes no sense", "correct REDIS_URL, or take another REDIS_KEY_PREFIX"),
-    ("is no Redis", "something else listens there: correct REDIS_URL"),
+    ("is not Redis", "something else listens there: correct REDIS_URL"),
     ("Protocol error", "something else listens there: correct REDIS_URL"),
     ("Connection refused", "nothing listens there: " + START_REDIS),
     ("No such file or directory", "nothing listens there: " + START_REDIS),
     ("Name or service not known", "there is no such host: correct REDIS_URL"),
-    ("name resolution", "the host's name can't be looked up: correct REDIS_URL, or see to the DNS"),
+    ("name resolution", "the host's name can't be looked up: correct REDIS_URL, or check the DNS"),
     ("not known", "there is no such host: correct REDIS_URL"),
 )
 
 
 def of_redis(error: BaseException, address: str) -> Trouble:
-    """What an error comes from that Redis answered, or that came of trying to reach it."""
+    """The cause of an error that Redis answered, or of one in reaching it."""
     text = " ".join(str(error).split()) or "no answer in time"
     words = _advice(text)
     if isinstance(error, SettingsError) or text.startswith("Redis at "):
@@ -135,10 +135,10 @@ def _advice(text: str) -> str:
 
 
 def of_server(info: Mapping[str, str], refusal: BaseException | None, address: str) -> Iterator[Trouble]:
-    """What keeps a server from taking writes.
+    """The reasons why a server takes no writes.
 
-    info     what INFO says; empty where it may not be asked
-    refusal  what it answered to a write that would have changed nothing, if not that it took it
+    info     the fields of INFO; empty if the user may not ask for it
+    refusal  its error in answer to a write that would have changed nothing; None if it accepted that
     """
     code = "" if refusal is None else code_of(refusal)
     if info.get("loading", "0") == "1":
@@ -181,7 +181,7 @@ _STATES = {
     "53100": "make room on its disk",
     "53300": "raise max_connections there (or the user's or the database's own limit), or lower"
     " MNEMOBUS_DATABASE_POOL_MAX",
-    "57P03": "wait until it has started; it is used by itself then",
+    "57P03": "wait until it has started; mnemobus then goes on by itself",
     "57014": "look at the database: is it slow, or locked? See MNEMOBUS_DATABASE_TIMEOUT",
 }
 _FOREIGN = "other software's tables are in the way: give mnemobus a database of its own"
@@ -208,12 +208,15 @@ _STORE_WORDS = (
         "raise MNEMOBUS_DATABASE_POOL_MAX, or ask less at once",
     ),
     # SQLite
-    ("is not a database", "it is no SQLite file: correct MNEMOBUS_DATABASE_URL, or restore it from a backup"),
+    (
+        "is not a database",
+        "it is not an SQLite file: correct MNEMOBUS_DATABASE_URL, or restore it from a backup",
+    ),
     ("malformed", "the file is damaged: restore it from a backup, then `mnemobus replay`"),
     ("unable to open database file", "does its directory exist, and may this user open the file?"),
-    ("readonly database", "this user may not write the file or its directory: see to their permissions"),
+    ("readonly database", "this user may not write the file or its directory: check their permissions"),
     ("database or disk is full", _STATES["53100"]),
-    ("disk I/O error", "see to its disk, and to the directory's permissions"),
+    ("disk I/O error", "check its disk, and the directory's permissions"),
     ("database is locked", "another program holds the file: end it, or use PostgreSQL"),
     ("no such table", _FOREIGN),
     ("no such column", _FOREIGN),
@@ -223,7 +226,7 @@ _STORE_WORDS = (
 
 
 def of_store(error: BaseException | str) -> Trouble:
-    """What an error of the store comes from, or the words of one that a worker has reported."""
+    """The cause of an error of the store, or of one that a worker has reported as text."""
     text = " ".join(str(error).split()) or "no answer in time"
     state = "" if isinstance(error, str) else _state(error)
     if state[:2] == "42" and state != "42501":
@@ -243,7 +246,7 @@ def of_store(error: BaseException | str) -> Trouble:
 
 
 def _state(error: BaseException | None) -> str:
-    """The SQLSTATE of the error that a store's error comes from; empty where there is none."""
+    """The SQLSTATE of the database error behind a store's error; empty if there is none."""
     while error is not None:
         state: Any = getattr(error, "sqlstate", None)
         if state:

@@ -1,13 +1,13 @@
-"""What workers tell of themselves, where agents and people find it, and what it comes to.
+"""The reports of workers: what they contain, where agents and people find them, and what follows from them.
 
-Each worker process keeps its `Report` in a field of one hash in Redis, under its consumer's name: every few seconds,
-and at once when it begins or ends to wait for something. It takes the report out when it ends in order; what a killed
-one left is removed by others after an hour.
+Each worker process writes its `Report` into a field of one hash in Redis, under its consumer's name: every few seconds,
+and at once when it begins or stops waiting for something. It removes the report when it ends in order; other workers
+remove the report of a killed one after an hour.
 
-A report says when it was made by Redis's clock, and everything else as seconds before that. So nothing rests on two
-machines' clocks, and a clock of Redis that jumps makes all reports look old until their next turn, no longer.
+A report has its time by Redis's clock, and all other times as seconds before that. So nothing depends on the clocks of
+two machines. If Redis's clock jumps, all reports look old, but only until the next ones.
 
-Workers of an older version report nothing. That there is no report means nothing as long as somebody reads the log.
+Workers of an older version do not report. So a missing report means nothing as long as something reads the log.
 """
 
 from __future__ import annotations
@@ -25,28 +25,28 @@ from .diagnosis import Trouble, of_redis, of_store
 LATE = 30.0
 """Seconds after which an event that is not applied is overdue, if nothing else is applied either."""
 REPORT_EVERY = 2.0
-"""Seconds between two reports of a worker at most."""
+"""At most this many seconds pass between two reports of a worker."""
 _TEXT = 500
-"""Characters of an error that a report has at most."""
+"""A report has at most this many characters of an error."""
 
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """What a worker process told of itself.
+    """The report of a worker process.
 
     version       of mnemobus there
     database      the identity of its store, as far as it is known
     time          when it was made, in seconds of Redis's clock
     every         seconds until it is made again, about
     up            seconds since the process began
-    events        it has applied since then
+    events     that it has applied since then
     applied       seconds since it last confirmed a batch; None if it has not yet
-    waits_for     what it tries again until it works: "the store", "the fan-out"...; empty if it waits for nothing
+    waits_for  what it retries until it works: "the store", "the fan-out"...; empty if it waits for nothing
     waiting       seconds for which it has waited for that
-    why           the error that it waits to go away
+    why        the error that makes it wait
     error         the last error of any other kind; empty if there was none
     failed        seconds since that
-    follows       whether it goes on by itself when the log is laid out anew; an older version does not
+    follows    whether it goes on by itself after a repartition; an older version does not
     """
 
     version: str
@@ -96,7 +96,7 @@ def decode_report(value: bytes) -> Report:
 
 @dataclass(frozen=True, slots=True)
 class Worker:
-    """A worker process, as its last report has it.
+    """A worker process, by its last report.
 
     age    seconds since the report, by Redis's clock; below 0 if that was set back since
     alive  whether it is new enough
@@ -109,7 +109,8 @@ class Worker:
 
 
 def read(reply: Any, now: float) -> list[Worker]:
-    """The workers in the hash, those that are alive first. An entry that is no report is ignored: it is not ours."""
+    """The workers in the hash, those that are alive first. An entry that is not a report is ignored: mnemobus did not
+    write it."""
     found = []
     for name, value in table(reply).items():
         try:
@@ -122,15 +123,15 @@ def read(reply: Any, now: float) -> list[Worker]:
 
 
 def silence(every: float) -> float:
-    """Seconds without a report after which a worker gives no sign of life: several turns, on a busy machine."""
+    """Seconds without a report after which a worker counts as silent: several reports, for busy machines."""
     return 4 * max(every, 0.0) + 2.0
 
 
 @dataclass(frozen=True, slots=True)
 class Log:
-    """What Redis knows of the log's readers.
+    """What Redis knows about the log's readers.
 
-    backlog   events that are not applied
+    backlog    events that are not applied yet
     groups    whether there is a consumer group on each partition, which the first worker makes
     waiting   seconds since the oldest of them was added; None if there is none, or it is not known
     reading   connections that wait for a log of this server; None where that can't be asked
@@ -161,7 +162,7 @@ def describe(workers: Sequence[Worker]) -> str:
 
 
 def judge(settings: Settings, workers: Sequence[Worker], log: Log) -> tuple[str, list[Trouble]]:
-    """How the workers are, in a few words, and what keeps them from applying a write that is logged now."""
+    """The state of the workers, in a few words, and the problems that would keep them from applying a write."""
     alive = [worker for worker in workers if worker.alive]
     start = "start them: mnemobus worker (or mnemobus up)"
     if alive:
@@ -197,7 +198,7 @@ def judge(settings: Settings, workers: Sequence[Worker], log: Log) -> tuple[str,
 
 
 def _stuck(alive: Sequence[Worker]) -> list[Trouble]:
-    """What workers wait for, those that wait for the same together."""
+    """The things that workers wait for. Workers that wait for the same thing are named together."""
     by_cause: dict[tuple[str, str], list[Worker]] = {}
     for worker in alive:
         if worker.report.waits_for:
@@ -236,7 +237,7 @@ def _overdue(log: Log) -> list[Trouble]:
 
 
 def table(reply: Any) -> dict[str, Any]:
-    """A map, as either version of the protocol has it, with names as text."""
+    """A map, from either version of the protocol, with names as text."""
     if not isinstance(reply, Mapping):
         reply = dict(zip(reply[::2], reply[1::2], strict=True))
     return {k.decode() if isinstance(k, bytes) else str(k): v for k, v in reply.items()}
@@ -247,15 +248,15 @@ def text(value: Any) -> str:
 
 
 def tables(reply: Iterable[Any] | Exception | None) -> list[dict[str, Any]]:
-    """The maps of a list, such as XINFO answers; none where it answered an error."""
+    """The maps of a list, such as the answer of XINFO; none if that is an error."""
     return [] if reply is None or isinstance(reply, Exception) else [table(item) for item in reply]
 
 
 def reading_clients(clients: bytes | str, within: float = 5.0) -> int:
-    """How many connections wait for the log, by CLIENT LIST: one of each worker process. One of the version before has
-    one for each log partition.
+    """How many connections wait for the log, by CLIENT LIST: one of each worker process. A process of the version
+    before has one for each log partition.
 
-    A consumer group tells who *got* something last; before Redis 7, a worker on an idle log is not in it at all.
+    A consumer group only tells who *got* something last; before Redis 7, it does not list a worker on an idle log.
     """
     text = clients.decode("utf-8", "replace") if isinstance(clients, bytes) else clients
     found = 0

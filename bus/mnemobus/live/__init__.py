@@ -1,1 +1,1 @@
-"""What is hot is kept current from the log: windows of scopes that are held live, and their channels."""
+"""Live scopes: the log keeps windows of hot scopes current, through channels."""

@@ -1,4 +1,4 @@
-"""Channels of the log, as a listener hears them: which events there were, and whether all of them were heard.
+"""Channels of the log: which events a listener has heard, and whether it has heard all of them.
 
 A *slot* is a log partition and one of SLOTS numbers, the hash of a room, or of an entity, agent or world. As it logs an
 event, `publish.lua` announces it on the channels of the slots that it touches, and keeps the version of each slot's
@@ -11,8 +11,8 @@ that was taken in here, tells what is missing:
                                                        │ anything else: a gap; the position stays, repair is called
                                                        ▼
     known ──(repair: the log from the position on, up to the head)──► known
-    known ──(the log no longer reaches back)──► at the head; all that was held goes
-    known ──(a new epoch)──► unknown; all that was held goes
+    known ──(the log no longer reaches back)──► at the head; the windows are dropped
+    known ──(a new epoch)──► unknown; the windows are dropped
 
 This module has no I/O.
 """
@@ -34,7 +34,7 @@ EARLY_EVENTS = 1_000
 class Announced(NamedTuple):
     """One message of a channel.
 
-    event  None where it was too large to be sent along: the log has it
+    event  None if it was too large for the message: the log has it
     """
 
     version: Version
@@ -44,10 +44,11 @@ class Announced(NamedTuple):
 
 
 def decode_announced(data: bytes) -> Announced:
-    """A message of a live channel: ``<version> <previous> <epoch> <sizes>\\n<fields>``; ValueError if it is none.
+    """Decode a message of a live channel: ``<version> <previous> <epoch> <sizes>\\n<fields>``.
 
-    Fields are end to end. Sizes are the lengths of the entry's field names and values, with commas between; empty where
-    the event is not sent along. BadEvent, a ValueError, if the entry is no event.
+    The fields follow each other without separators. Sizes are the lengths of the entry's field names and values,
+    separated by commas; they are empty if the event is not in the message. ValueError if the message has another
+    form; BadEvent, a ValueError, if the entry is not an event.
     """
     head, separator, body = data.partition(b"\n")
     parts = head.split(b" ")
@@ -69,7 +70,7 @@ def _cut(sizes: bytes, body: bytes) -> Sequence[bytes]:
 
 
 class Heard(Enum):
-    """What became of a message."""
+    """What `Channel.hear` did with a message."""
 
     TAKEN = "taken"
     KNOWN = "known"
@@ -78,7 +79,7 @@ class Heard(Enum):
 
 
 class Channel:
-    """One slot that is listened to. ``take`` is called with each event, in the order of the log."""
+    """One slot that a listener listens to. It calls ``take`` with each event, in the order of the log."""
 
     __slots__ = (
         "_early",
@@ -104,8 +105,8 @@ class Channel:
         self.confirmed = False
         """Whether Redis has confirmed the subscription."""
         self.due: Version | None = None
-        """The last version that is known to be logged and is beyond the position: of an own write, or told by the feed.
-        What is held may not be served until the position has come to it, or to the head."""
+        """The last version beyond the position that is known to be in the log: of an own write, or named by the feed.
+        Windows may not be served until the position has reached it, or has reached the head."""
         self.ready = asyncio.Event()
         self.unused_since: float | None = None
         self._early: list[Announced] = []
@@ -124,7 +125,8 @@ class Channel:
         return Heard.TAKEN
 
     def answered(self, event: Event, version: Version, previous: Version | None) -> bool:
-        """An own write was answered; whether it is taken in. ``previous`` is None where the answer does not tell."""
+        """An own write was answered. Returns whether it is taken in. ``previous`` is None if the answer does not
+        tell."""
         if self.position is not None:
             if version <= self.position:
                 return True
@@ -135,7 +137,7 @@ class Channel:
         return False
 
     def tell(self, version: Version) -> bool:
-        """An event of the slot is known to be logged; whether it is beyond the position."""
+        """An event of the slot is known to be in the log. Returns whether it is beyond the position."""
         if self.position is not None and version <= self.position:
             return False
         if self.due is None or version > self.due:
@@ -143,7 +145,8 @@ class Channel:
         return True
 
     def move(self, event: Event | None, version: Version) -> None:
-        """The next event of the slot; None for one that changes nothing here, such as an entry that is no event."""
+        """Take in the next event of the slot; None for an entry that changes nothing here, such as one that is not an
+        event."""
         self.position = version
         if self.due is not None and version >= self.due:
             self.due = None
@@ -151,13 +154,13 @@ class Channel:
             self._take(self, event)
 
     def reached(self, head: Version, due: Version | None) -> None:
-        """The position has come to the head, which was asked for after it was known that ``due`` is logged: if that is
-        beyond the head, it is not of this slot."""
+        """The position has reached the head. The head was read after ``due`` was known to be in the log: if ``due``
+        is beyond the head, it belongs to another slot."""
         if self.position is not None and self.position >= head and self.due == due:
             self.due = None
 
     def place(self, position: Version) -> bool:
-        """The position is known now, or anew; whether what waited for it went through without a gap."""
+        """Set the position. Returns whether the messages that waited for it followed it without a gap."""
         self.position = position
         if self.due is not None and position >= self.due:
             self.due = None
@@ -167,7 +170,7 @@ class Channel:
         return Heard.GAP not in heard
 
     def forget(self) -> None:
-        """The position is not known any more."""
+        """Mark the position as unknown."""
         self.position = None
         self.due = None
         self._early.clear()

@@ -1,10 +1,10 @@
-"""Listening to the log's channels: joining them, repairing gaps from the log, and proving that nothing is missing.
+"""The listener of the log's channels: it joins them, repairs gaps from the log, and proves that nothing is missing.
 
-The messages come on the feed's connection (feed/subscription.py), and the feed's heartbeat calls `verify`. So local
-copies, live or not, are served only while both know that they have heard everything.
+The messages come on the feed's connection (feed/subscription.py), and the feed's heartbeat calls `verify`. So a bus
+serves local copies, live or not, only while both know that they have heard everything.
 
-An event that an agent of an older version logs is not announced, and would be a silent hole. So the heartbeat also
-compares how many events each partition has had with how many were announced.
+An agent of an older version does not announce the events that it logs. Nobody would notice such a hole. So the
+heartbeat also compares how many events each partition has had with how many were announced.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ logger = logging.getLogger("mnemobus.live")
 _PAGE = 500
 """Entries of the log that a repair reads at once."""
 _FAR = 5_000
-"""Entries that a repair reads at most; who is further behind drops what it holds instead."""
+"""A repair reads at most this many entries. If the position is further behind, the windows are dropped instead."""
 _MIXED = 60.0
 """Seconds after an event that was not announced for which nothing of its partition is held live."""
 _CHANNEL_LINGER = 30.0
@@ -50,7 +50,7 @@ class Heads(NamedTuple):
     """What a log partition answers.
 
     unannounced  how many events were ever added without being announced
-    heads        of the channels asked about, in order
+    heads        of the channels that were asked about, in order
     """
 
     unannounced: int
@@ -60,8 +60,8 @@ class Heads(NamedTuple):
 class Listener:
     """The channels of one bus.
 
-    on_event  called with each event of a channel, in the order of the log
-    on_lost   called with a channel of which events may have been missed for good: what is held of it has to go
+    on_event  is called with each event of a channel, in the order of the log
+    on_lost   is called with a channel that may have missed events for good: its windows must be dropped
     """
 
     def __init__(
@@ -80,12 +80,12 @@ class Listener:
         self._channels: dict[Slot, Channel] = {}
         self._by_name: dict[bytes, Channel] = {}
         self._unannounced: dict[int, int] = {}
-        """By log partition: events that were not announced, when that was first looked at."""
+        """By log partition: how many events were not announced at the first look."""
         self._mixed_until: dict[int, float] = {}
-        """By log partition, where somebody wrote without announcing."""
+        """By log partition: until when nothing is held live, as an agent wrote without announcing."""
         self._repairing = asyncio.Lock()
         self._last: tuple[bytes, bytes, Announced] | None = None
-        """The last message: version, all that follows the previous version, and what it says."""
+        """The last message: its version, its bytes after the previous version, and the decoded message."""
         self.events = 0
         self.gaps = 0
         self.repairs = 0
@@ -114,28 +114,28 @@ class Listener:
         return channels if all(channel.position is not None for channel in channels) else None
 
     def is_announced(self, partition: int) -> bool:
-        """Whether all that is written to a log partition is announced, as far as that is known."""
+        """Whether all writes to a log partition are announced, as far as this bus knows."""
         return clock() >= self._mixed_until.get(partition, 0.0)
 
     def disconnected(self) -> list[bytes]:
-        """The listening connection was replaced; what the new one has to subscribe to."""
+        """The listening connection was replaced. Returns the channels that the new one must subscribe to."""
         for channel in self._channels.values():
             channel.confirmed = False
         return list(self._by_name)
 
     def confirm(self, name: bytes) -> Channel | None:
-        """A subscription is confirmed. The channel, if its position has to be found now."""
+        """A subscription is confirmed. Returns the channel if its position must be found now."""
         channel = self._by_name.get(name)
         if channel is None or channel.confirmed:
             return None
         channel.confirmed = True
         if channel.position is None:
             return channel
-        self._wake()  # again, after a reconnect: what was missed lies after the position
+        self._wake()  # a reconnect: the events that were missed come after the position
         return None
 
     def hear(self, name: bytes, data: bytes) -> bool:
-        """A message came; whether it is of one of our channels. ValueError if it is spoiled."""
+        """A message came. Returns whether it is of one of our channels. ValueError if it is malformed."""
         channel = self._by_name.get(name)
         if channel is None:
             return False
@@ -143,7 +143,7 @@ class Listener:
             return True
         message = self._decode(data)
         if message.epoch != self._link.epoch:
-            self._wake()  # one of us has not met the other's epoch yet: the heartbeat finds out
+            self._wake()  # one side does not know the other's epoch yet: the heartbeat finds out
         elif channel.hear(message) is Heard.GAP:
             self.gaps += 1
             self._wake()
@@ -156,7 +156,8 @@ class Listener:
         return Version.parse(version) <= position and epoch == self._link.epoch.encode()
 
     def _decode(self, data: bytes) -> Announced:
-        """An event comes once for each of its slots that is listened to, one message after the other."""
+        """Decode a message. An event comes once for each of its slots that this bus listens to, in successive
+        messages."""
         body = data.partition(b" ")[2].partition(b" ")[2]
         version = data[: -len(body)].partition(b" ")[0]
         if self._last is not None and self._last[:2] == (version, body):
@@ -170,7 +171,8 @@ class Listener:
     def answered(
         self, partition: int, event: Event, version: Version, previous: tuple[Version, ...] | None
     ) -> list[Channel]:
-        """An own write is in the log; ``previous``: as in `log.Logged`. The channels that could not take it in yet."""
+        """An own write is in the log; ``previous`` is as in `log.Logged`. Returns the channels that could not take it
+        in yet."""
         slots = places_of(event)
         if slots is not None:
             found = [self._channels.get((partition, slot)) for slot in slots]
@@ -188,10 +190,10 @@ class Listener:
         self.events += 1
         self._on_event(channel, event)
 
-    # What keeps it true
+    # Proving that nothing is missing
 
     async def settle(self, channel: Channel) -> None:
-        """Find the position of a channel that was just subscribed to."""
+        """Find the position of a channel whose subscription was just confirmed."""
         epoch = self._link.epoch
         [answer] = await self._heads({channel.partition: [channel]})
         if epoch == self._link.epoch and not channel.ready.is_set():
@@ -204,7 +206,7 @@ class Listener:
             self._wake()
 
     async def verify(self) -> None:
-        """Compare every position with its head, and bring it there. Raises if that can't be done."""
+        """Compare every position with its head, and move it there. Raises if that fails."""
         asked: dict[int, list[Channel]] = {}
         for channel in self._channels.values():
             if channel.confirmed or channel.position is not None:
@@ -243,7 +245,7 @@ class Listener:
         await self._repair([each for each in behind if _is_behind(*each)])
 
     async def catch_up(self, channels: Sequence[Channel]) -> None:
-        """Bring channels to their heads now, without waiting for pub/sub. Raises if that can't be done."""
+        """Move channels to their heads now, without waiting for pub/sub. Raises if that fails."""
         due = {channel: channel.due for channel in channels}
         asked: dict[int, list[Channel]] = {}
         for channel in channels:
@@ -278,7 +280,7 @@ class Listener:
         return answers
 
     async def _repair(self, behind: Sequence[tuple[Channel, Version]]) -> None:
-        """Take in what the log has after the positions."""
+        """Take in the log's entries after the positions."""
         async with self._repairing:
             by_partition: dict[int, list[tuple[Channel, Version]]] = {}
             for channel, head in behind:
@@ -315,7 +317,7 @@ class Listener:
     async def _page(
         self, partition: int, start: Version
     ) -> tuple[list[tuple[bytes, list[bytes]]], Version | None]:
-        """Entries of the log after a version; and up to where it was trimmed by then."""
+        """The log's entries after a version, and the version up to which the log is trimmed."""
         keys = self._link.keys
         entries, trimmed = await self._link.pipeline(
             [
@@ -330,9 +332,9 @@ class Listener:
         return entries, None if trimmed is None else Version.parse(trimmed)
 
     def _repeat(self, version: Version, fields: list[bytes], channels: Iterable[Channel]) -> None:
-        """An entry of the log, for those channels that have not taken it in."""
+        """Give an entry of the log to the channels that have not taken it in."""
         if b"as" in fields[::2]:
-            return  # it was not announced: the feed says what became of it
+            return  # it was not announced: the feed tells the result
         event: Event | None
         try:
             event = decode(version, fields)
@@ -355,7 +357,7 @@ class Listener:
         self._on_lost(channel)
 
     def forget(self) -> None:
-        """A new epoch: nothing that was known holds."""
+        """A new epoch: all positions are unknown."""
         self._unannounced.clear()
         for partition in [p for p in self._mixed_until if p < self._link.keys.shape.oldest]:
             del self._mixed_until[partition]
@@ -363,7 +365,7 @@ class Listener:
             channel.forget()
 
     async def leave(self, held: Callable[[Channel], bool]) -> list[Channel]:
-        """Leave channels that nothing is held of for a while; which these are."""
+        """Leave the channels that no window has needed for a while. Returns them."""
         now, gone = clock(), []
         for place, channel in list(self._channels.items()):
             if held(channel):
@@ -383,7 +385,7 @@ def _is_behind(channel: Channel, head: Version) -> bool:
 
 
 def _slots_of(fields: list[bytes]) -> tuple[int, ...] | None:
-    """The slots of an entry that is no event of ours, as far as that can be told; None for all."""
+    """The slots of an entry that is not a valid event, as far as its fields tell; None for all."""
     named = dict(zip(fields[::2], fields[1::2], strict=False))
     try:
         room = named[b"room"].decode()

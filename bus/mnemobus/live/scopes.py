@@ -1,22 +1,26 @@
-"""Scopes that are held live: admitted, opened, read, and given up.
+"""Live scopes: how they are admitted, opened, read and given up.
 
-A scope is opened in an order that is a rule each (tests/model/live.py shows what breaks without it):
+A scope is opened in six steps. Their order matters: each is a rule (tests/model/live.py shows what breaks without
+it).
 
-1. Its channels are subscribed to, that is confirmed, and their positions are known. So is its partition of the feed,
-   which tells what the store refuses, and what is applied without having come from the log.
-2. The applied mark A of each partition: all events up to it are committed and fanned out.
-3. The base: what L2 has, or, under a lease, the store. It has all events up to A, and maybe some that are later.
-4. L2 is filled, if the lease still holds.
-5. The tail: the events of the scope in the log above A, up to H, without those that the store has refused. It is merged
-   as a whole. So whatever of it the base had already, the result is the scope as the log had it at H.
-6. If the epoch is still the same, what the channels brought meanwhile, beyond H, is merged, and the window is served.
+1. The bus subscribes to its channels, waits for the confirmation, and learns their positions. It does the same with
+   the feed partition, which tells what the store refuses, and what is applied without having come from the log.
+2. It asks for the applied mark A of each partition: all events up to A are committed and fanned out.
+3. It reads the base: from L2, or, under a lease, from the store. The base has all events up to A, and maybe later
+   ones.
+4. It fills L2, if the lease still holds.
+5. It reads the tail: the scope's events in the log above A, up to H, without those that the store has refused. It
+   merges the whole tail at once. The base may have some of the tail already; the result is the scope as the log had
+   it at H.
+6. If the epoch is still the same, it merges the events beyond H that the channels brought meanwhile, and serves the
+   window.
 
-A memory by its id is held live by the channel of its room, as long as it is there: one that was deleted may be made
+A memory by its id is held live through the channel of its room, as long as it exists: after a deletion it may be made
 again in another room.
 
-A window that lost memories does not know what follows below the last one: it is opened again when it is asked for more
-than it has. What was shown live must not be missing from a classic answer that follows: such a read waits until it is
-committed.
+A window that lost memories does not know what is older than its last one: it is opened again when a query asks for
+more than it has. A classic answer after a live one must not lack what the live one showed: such a read waits until
+that is committed.
 """
 
 from __future__ import annotations
@@ -52,19 +56,20 @@ from .window import Window
 logger = logging.getLogger("mnemobus.live")
 
 _MISSED = 10_000
-"""Scopes of which it is remembered that they were read once."""
+"""This many scopes are remembered as read once."""
 _SPARE = 16
-"""Memories that a window has beyond its size, so that a deletion leaves enough."""
+"""Extra memories in a window beyond its size, so that it still has enough after a deletion."""
 _TAIL = 1_000
-"""Events above the applied mark that an opening reads at most of a partition; with more, a scope is not held live."""
+"""An opening reads at most this many events above the applied mark; if there are more, the scope is not held live."""
 _JOIN_PATIENCE = 0.25
-"""Seconds that an opening waits for its channels; none while another has waited for so long in vain."""
+"""Seconds that an opening waits for its channels. After one that waited so long without success, others don't
+wait."""
 _POLL = (0.001, 0.05)
-"""Seconds between questions whether what was shown is committed: the first, and the longest."""
+"""Seconds between two questions whether a live answer is committed: the first pause, and the longest."""
 
 
 class Opening:
-    """A window that is being opened, and what its channels bring meanwhile."""
+    """A window that is being opened, and the events that its channels bring meanwhile."""
 
     __slots__ = ("cancelled", "channels", "later", "partition", "scope")
 
@@ -79,11 +84,11 @@ class Opening:
 class LiveScopes:
     """The live scopes of one bus.
 
-    ask    has a question answered by its store
+    ask    answers a query from the store
     join   listens to a partition of the feed; see `Feed.join`
     send   a command on the feed's connection
-    wake   calls the heartbeat
-    knows  whether the store is known to be the bus's; if not, nothing is shared
+    wake   starts a heartbeat now
+    knows  tells whether the store is known to be the bus's; if not, nothing is shared
     """
 
     def __init__(
@@ -114,18 +119,19 @@ class LiveScopes:
         self._held: dict[Channel, dict[str, LiveBucket]] = {}
         self._openings: dict[str, Opening] = {}
         self._waiting: dict[str, list[asyncio.Future[None]]] = {}
-        """Reads that wait for an opening of another."""
+        """Reads that wait for an opening which another read began."""
         self._missed: OrderedDict[str, Dimensions | None] = OrderedDict()
-        """Scopes that were read, and are not in L1; of a memory, with its dimensions."""
+        """Scopes that were read and are not in L1; the dimensions too, if the scope is a memory."""
         self._shown: dict[str, dict[int, Version]] = {}
-        """By scope whose window is gone: what was shown live up to, by log partition, and may not be committed yet."""
+        """By scope whose window is gone, and by log partition: the last version shown live, which may not be
+        committed yet."""
         self._applied: dict[int, Progress] = {}
-        """By log partition, what was applied when that was last asked."""
+        """By log partition: what was applied at the last question."""
         self._doubted: set[int] = set()
-        """Log partitions of which Redis may have lost what was shown, in a new epoch."""
+        """Log partitions that may have lost, with a new epoch, events that were shown."""
         self._windows = 0
         self._slow = False
-        """Whether channels were not confirmed in time, when one waited for some last."""
+        """Whether the last wait for channels ended without their confirmation."""
         self.reads = 0
         self.opened = 0
         self.misses = 0
@@ -137,14 +143,14 @@ class LiveScopes:
     # Reading
 
     def concerns(self, plan: Plan) -> bool:
-        """Whether a query is one that a window may answer."""
+        """Whether a window may answer a query."""
         if not self._may_tell(plan) or not self._local.keeps:
             return False
-        # Who reads what a write in the outbox touches waits for it.
+        # A read of a scope that a write in the outbox touches waits for that write.
         return plan.scope not in self._marks or not self._marks.outboxed(plan.scope)
 
     def _may_tell(self, plan: Plan) -> bool:
-        """Whether a query is of a form that a window can answer, and its table may be live."""
+        """Whether a window can answer queries of this form, and the table may be live."""
         return (
             plan.window is not None
             and plan.limit <= self._settings.live_window
@@ -152,9 +158,9 @@ class LiveScopes:
         )
 
     async def read(self, plan: Plan) -> tuple[Any, str]:
-        """The answer, as L1 keeps it, and where it comes from; MISS if the query is to be read the classic way.
+        """The answer, as L1 keeps it, and where it comes from; MISS if the query must be read the classic way.
 
-        Raises StoreError where a window was to be opened, and the store does not answer.
+        Raises StoreError if the store does not answer while a window is opened.
         """
         source = "local"
         for again in (True, False):
@@ -176,16 +182,16 @@ class LiveScopes:
             if not bucket.window.lost:
                 break
             if again:
-                self._local.drop_live(bucket.scope)  # there may be more below what it has left
+                self._local.drop_live(bucket.scope)  # there may be older ones that it does not know
             else:
                 bucket.window.lost = (
-                    0  # what was lost while it was opened: it would not be better the next time
+                    0  # losses while it was opened don't count: the next opening would not be better
                 )
         return MISS, source
 
     def _tell_at_once(self, bucket: LiveBucket, key: Any) -> Any:
-        """The answer to a query on no more than the scope, by its key. MISS where the query says more, or where the
-        window can't tell, or has to be caught up first."""
+        """The answer to a query that names the scope alone, by the query's key. MISS if the query names more, if the
+        window can't tell, or if it must catch up first."""
         for channel in bucket.channels:
             if channel.due is not None and channel.due > bucket.floors[channel]:
                 return MISS
@@ -219,7 +225,7 @@ class LiveScopes:
 
     @staticmethod
     def _tell(window: Window, plan: Plan) -> Any:
-        """What a window answers, as L1 keeps it; MISS if it can't tell."""
+        """A window's answer, as L1 keeps it; MISS if it can't tell."""
         assert plan.window is not None
         if plan.kind.name == "count":
             count = window.count(plan.window)
@@ -229,18 +235,18 @@ class LiveScopes:
         return MISS if found is None else plan.kind.keep(found)
 
     def last_known(self, plan: Plan) -> Any:
-        """What a window that may not be served would answer; MISS if there is none."""
+        """The answer of a window that may be too old to be served; MISS if there is none."""
         bucket = self._local.live(plan.name) if self._may_tell(plan) else None
         return MISS if bucket is None else self._tell(bucket.window, plan)
 
     def missed(self, plan: Plan, kept: Any) -> None:
-        """A query was read the classic way, and this answer is not kept: its scope is held live from the next read
-        on."""
+        """A query was read the classic way, and its answer is not kept: from the next read on its scope is held
+        live."""
         if plan.window is not None or isinstance(kept, Memory):
             self._remember(plan.scope, kept.dimensions if isinstance(kept, Memory) else None)
 
     def dropped(self, bucket: Bucket) -> None:
-        """A bucket of results is out of L1: its scope is held live from the next read on."""
+        """L1 has dropped a bucket of results: from the next read on its scope is held live."""
         if not bucket.scope.startswith("id:"):
             self._remember(bucket.scope, None)
         elif isinstance(bucket.value, Memory):
@@ -253,25 +259,25 @@ class LiveScopes:
             self._missed.popitem(last=False)
 
     def dimensions(self, scope: str) -> Dimensions | None:
-        """Those of a memory that was read before, as far as they are known."""
+        """The dimensions of a memory that was read before, if they are known."""
         return self._missed.get(scope)
 
     async def _caught_up(self, bucket: LiveBucket) -> bool:
-        """Whether a window has all that its channels are known to have been sent; repairs them if need be."""
+        """Whether a window has all events that its channels are known to have; repairs the channels if necessary."""
         behind = [c for c in bucket.channels if c.due is not None and c.due > bucket.floors[c]]
         if not behind:
             return True
         try:
             await self.listener.catch_up(behind)
         except (*AWAY, RedisError, MnemobusError) as error:
-            logger.debug("what was not heard can't be fetched from the log: %s", error)
+            logger.debug("missed events can't be read from the log: %s", error)
             return False
         return not any(c.due is not None and c.due > bucket.floors.get(c, ZERO) for c in bucket.channels)
 
     # Opening
 
     async def _open_once(self, plan: Plan) -> tuple[LiveBucket | None, str]:
-        """Open the scope of a query, or wait for who does; and where its base came from."""
+        """Open the scope of a query, or wait for the read that opens it. Returns where its base came from, too."""
         scope = plan.scope
         waiting = self._waiting.get(scope)
         if waiting is not None:
@@ -300,11 +306,11 @@ class LiveScopes:
         partition = self._link.keys.feed_partition(plan.scope)
         patience = 0.0 if self._slow else _JOIN_PATIENCE
         channels = await self.listener.join(places, patience)
-        # The feed tells what the store refuses, and what is applied without being in the log.
+        # The feed tells which events the store refuses, and what is applied without being in the log.
         self._slow = channels is None or not await self._join(partition, patience)
         if channels is None or self._slow:
             return None, ""
-        if not self.concerns(plan):  # a write that touches it went into the outbox meanwhile
+        if not self.concerns(plan):  # meanwhile a write that touches it went into the outbox
             return None, ""
         opening = self._openings[plan.scope] = Opening(plan.scope, partition, channels)
         for channel in channels:
@@ -386,8 +392,8 @@ class LiveScopes:
     async def _tails(
         self, plan: Plan, partitions: Sequence[int], applied: Sequence[Version]
     ) -> list[tuple[Version, list[Event]]] | None:
-        """For each partition the last event of the log, and the scope's events above the applied mark that the store
-        has not refused; None if there are too many."""
+        """For each partition: the last event of the log, and the scope's events above the applied mark without those
+        that the store has refused. None if there are too many."""
         keys = self._link.keys
         replies = await self._link.pipeline(
             [
@@ -396,7 +402,8 @@ class LiveScopes:
             ]
             + [("HGET", keys.epoch, "epoch")]
         )
-        # A flush begins an epoch that this bus has not met yet: what L2 gave may be of a bucket that nobody drops.
+        # A flush begins an epoch that this bus may not know yet: L2's answer may come from a bucket that nobody
+        # drops.
         current = replies.pop()
         if isinstance(current, Exception):
             raise current
@@ -424,12 +431,12 @@ class LiveScopes:
         return tails
 
     async def _refused(self, partition: int, events: Sequence[Event]) -> set[Version]:
-        """Those events that the store has refused, as far as workers have noted it."""
+        """The events that the store has refused, as far as workers have noted it."""
         keys = self._link.keys
         places = [keys.dead(partition), keys.reasons(partition), keys.meter(partition)]
         versions = [str(event.version) for event in events]
         while versions:
-            # Workers of an older version have put only letters.
+            # Workers of an older version wrote the letters alone.
             commands: list[Command | Call] = [
                 (script("index"), places, (INDEXED,)),
                 ("HMGET", keys.reasons(partition), *versions),
@@ -475,10 +482,10 @@ class LiveScopes:
         event = event._replace(version=version)
         for channel in self.listener.answered(partition, event, version, previous):
             for bucket in self._touched(self._held.get(channel, {}), event):
-                self._local.changed(bucket)  # what was answered before lacks it
+                self._local.changed(bucket)  # earlier answers lack it
 
     def outboxed(self, event: Event) -> None:
-        """An own write waits in the outbox: what it touches is read the classic way."""
+        """An own write waits in the outbox: the scopes that it touches are read the classic way."""
         if event.op == DELETE_ROOM:
             for channel in list(self._held):
                 self._lost(channel)
@@ -486,9 +493,9 @@ class LiveScopes:
             self._give_up(scope)
 
     def invalidated(self, message: Invalidation) -> None:
-        """The feed named what was committed. A window has it from the log, or gets it before it answers again. What was
-        refused, or never was in the log, takes windows along; so does what is of a partition that nobody listens to
-        yet, as the log was laid out anew."""
+        """The feed named committed events. A window has them from the log, or takes them before it answers again.
+        Events that the store refused, or that never were in this log, drop windows. So do events of a partition that
+        this bus does not listen to yet, after a repartition."""
         elsewhere = message.log_partition not in self._link.keys.shape.current
         if elsewhere:
             self._wake()
@@ -507,15 +514,15 @@ class LiveScopes:
                     and channel.tell(version)
                     and bucket is not None
                 ):
-                    self._local.changed(bucket)  # what it answered before lacks that
+                    self._local.changed(bucket)  # its earlier answers lack that event
 
     def feed_lost(self, partition: int) -> None:
-        """What a partition of the feed has told is not known. L1 has dropped what depends on it."""
+        """Messages of a feed partition were lost. L1 has dropped what depends on them."""
         for opening in self._openings.values():
             opening.cancelled = opening.cancelled or opening.partition == partition
 
     def opens(self, partition: int) -> bool:
-        """Whether a window is being opened whose scope is of this partition of the feed."""
+        """Whether a window of this feed partition is being opened."""
         return any(opening.partition == partition for opening in self._openings.values())
 
     def _give_up(self, scope: str) -> None:
@@ -532,7 +539,7 @@ class LiveScopes:
                 opening.cancelled = True
 
     def _gone(self, bucket: LiveBucket) -> None:
-        """A window is out of L1, for whatever reason."""
+        """A window left L1, for any reason."""
         self._windows -= 1
         rows = bucket.window.rows
         if not bucket.scope.startswith("id:"):
@@ -549,7 +556,7 @@ class LiveScopes:
             shown[channel.partition] = max(shown.get(channel.partition, ZERO), bucket.floors[channel])
 
     def _cover_shown(self) -> None:
-        """Have all that a log partition may touch wait, instead of one scope after the other."""
+        """Make every query wait that a log partition may touch, instead of remembering each scope."""
         deadline = asyncio.get_running_loop().time() + self._settings.own_write_timeout
         for versions in self._shown.values():
             for partition, version in versions.items():
@@ -557,14 +564,15 @@ class LiveScopes:
         self._shown.clear()
 
     def on_layout(self) -> None:
-        """The log was laid out anew: on the channels so far nothing comes any more."""
+        """The log was repartitioned: nothing comes on the old channels any more."""
         for opening in self._openings.values():
             opening.cancelled = True
         self._applied.clear()
         self.listener.forget()
 
     def on_epoch(self) -> None:
-        """Redis may have lost what was shown. What is left of it in the log is committed yet, and not to be missing."""
+        """Redis may have lost events that were shown. Those that the log still has will be committed, and must be
+        waited for."""
         for opening in self._openings.values():
             opening.cancelled = True
         self._applied.clear()
@@ -574,9 +582,9 @@ class LiveScopes:
     # What was shown
 
     async def committed(self, plan: Plan, reachable: bool) -> bool:
-        """Wait until what was shown live of a query's scope is committed and fanned out; False if that takes too long,
-        or can't be asked. At once for a query that is never answered live."""
-        # Of a memory it may be forgotten where it was, not that it was shown.
+        """Wait until all that was shown live of a query's scope is committed and fanned out. False if that takes too
+        long, or if Redis can't be asked. Returns at once for a query that is never answered live."""
+        # A memory's dimensions may be forgotten. That it was shown is not.
         if plan.kind.name != GET and not self._may_tell(plan):
             return True
         deadline = clock() + self._settings.own_write_timeout
@@ -587,7 +595,7 @@ class LiveScopes:
             try:
                 await self._ask_what_is_applied(self._shown_of(plan))
             except (*AWAY, RedisError, SettingsError) as error:
-                logger.debug("can't ask what is applied: %s", error)
+                logger.debug("can't ask which events are applied: %s", error)
                 await asyncio.sleep(pause)
             else:
                 if not self._is_applied(self._shown_of(plan)):
@@ -597,14 +605,14 @@ class LiveScopes:
         return True
 
     def _shown_of(self, plan: Plan) -> dict[int, Version]:
-        """Up to where what a query's scope showed live goes, by log partition."""
+        """The last version that a query's scope has shown live, by log partition."""
         bucket = self._local.live(plan.name)
         if bucket is None:
             return self._shown.get(plan.scope, {})
         return {channel.partition: bucket.floors[channel] for channel in bucket.channels}
 
     def _is_applied(self, shown: dict[int, Version]) -> bool:
-        """Whether all up to these versions is known to be applied."""
+        """Whether all events up to these versions are known to be applied."""
         for partition, version in shown.items():
             state = self._applied.get(partition)
             if version != ZERO and (state is None or not state.passed(version)):
@@ -617,7 +625,8 @@ class LiveScopes:
         self._applied.update(zip(asked, await self._marks.state(asked), strict=True))
 
     async def _look_for_shown(self, partitions: Sequence[int]) -> None:
-        """After a new epoch: what was shown beyond the end of the log is lost, and will never be committed."""
+        """After a new epoch: events that were shown beyond the end of the log are lost, and will never be
+        committed."""
         if not partitions:
             return
         epoch, keys = self._link.epoch, self._link.keys
@@ -638,7 +647,7 @@ class LiveScopes:
     # The heartbeat
 
     async def verify(self) -> None:
-        """Part of the heartbeat. Raises if it can't be known that nothing is missing."""
+        """This is part of the heartbeat. Raises if it can't prove that nothing is missing."""
         await self.listener.verify()
         partitions = {channel.partition for channel in self._held}
         partitions.update(partition for shown in self._shown.values() for partition in shown)
@@ -656,5 +665,5 @@ class LiveScopes:
 
 
 def _is_in(window: Window, place: Query) -> bool:
-    """Whether a memory is there, and in that room."""
+    """Whether the window has a memory, in that room."""
     return any(row.dimensions[:2] == (place.table, place.room) for row in window.rows)

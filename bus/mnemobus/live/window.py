@@ -1,12 +1,11 @@
 """A window: the newest memories of a scope, kept current by the events that touch it.
 
-Events of one log partition come in the order of the log, each once, or all of them again from some point on (when a
-window is opened), and a memory has all of its events in the partition of its room. So the state of a memory in a room
-is what its last events made of it: nothing has to be compared, and no version is kept but the one that a memory shows
-anyway.
+Events of one log partition come in the order of the log. Each comes once, or all come again from some point on (when
+a window is opened). All events of a memory are in the partition of its room. So its last events give the state of a
+memory in a room: the window compares nothing, and keeps no version but the one that a memory shows anyway.
 
-A window may be *complete*: then it has all of the scope. One that is not says nothing of what is older than its oldest
-memory, and takes nothing that is. A query that reaches beyond what is left can't be answered from it.
+A window may be *complete*: then it has all of the scope. One that is not knows nothing of memories that are older
+than its oldest one, and takes none of them in. It can't answer a query that reaches beyond its oldest memory.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ class Window:
     """The newest memories of a scope, oldest first.
 
     complete  whether there are no others
-    lost      memories that went since it was opened: then more may be found below than it knows
+    lost      memories that were removed since it was opened: then there may be older ones that it does not know
     bytes     of their records
     """
 
@@ -41,7 +40,8 @@ class Window:
         self._max_bytes = max_bytes
 
     def merge(self, events: Iterable[Event]) -> None:
-        """Take several events, in order, as one: what one of them pushes out another may need."""
+        """Take several events, in order, as one step: a later event may need a memory that an earlier one would push
+        out."""
         for event in events:
             self._take(event)
         self._fit()
@@ -57,7 +57,7 @@ class Window:
         return wanted if self.complete or len(wanted) == limit else None
 
     def last(self, limit: int) -> list[Memory] | None:
-        """The newest so many, newest first; None if the window can't tell."""
+        """The ``limit`` newest memories, newest first; None if the window can't tell."""
         wanted = self.rows[: -limit - 1 : -1]
         return wanted if self.complete or len(wanted) == limit else None
 
@@ -71,7 +71,7 @@ class Window:
             for row in [row for row in self.rows if row.dimensions[:2] == room]:
                 self._remove(row)
             return
-        # By its room as well: one that was deleted may have been made again in another, whose events may be ahead.
+        # Compare its room as well: a deleted one may have been made again in another, whose events may come first.
         known = None
         if event.id in map(_id, self.rows):  # as few puts are
             room = event.dimensions[:2]
@@ -102,7 +102,7 @@ class Window:
         while at and place_of(self.rows[at - 1]) > place:
             at -= 1
         if at == 0 and not self.complete:
-            return  # it is older than all that is known here: others between the two may be missing
+            return  # it is older than all others here: some between them may be missing
         self.rows.insert(at, memory)
         self.bytes += size_of(memory)
 
@@ -125,7 +125,7 @@ def _matches(row: Memory, query: Query) -> bool:
 
 
 def _memory(event: Event) -> Memory:
-    """What a put makes."""
+    """The memory that a put makes."""
     assert event.content is not None and event.metadata is not None, "checked where it was decoded"
     return Row(
         event.id,

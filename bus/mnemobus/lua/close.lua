@@ -1,4 +1,4 @@
--- Have the log take no new calls for a while, or take them again: before it is laid out anew.
+-- Close the log to new calls for a while, before it gets a new layout; or open it again.
 --
 -- KEYS[1]  layout: a hash, first and count as in layout.lua, and closing: who has closed the log, since when and until when,
 --          "<token> <ms> <ms>", by the server's clock
@@ -6,7 +6,7 @@
 -- ARGV[1]  token of the caller
 -- ARGV[2]  ms for which the log is to be closed from now on; 0 opens it
 -- ARGV[3]  first, as the caller knows it
--- ARGV[4]  count, likewise
+-- ARGV[4]  count, as the caller knows it
 -- Returns  1
 -- Errors   BUSY n     another has closed the log, for n ms more at most; nothing has changed
 --          LAYOUT     the log is laid out differently by now; nothing has changed

@@ -10,7 +10,7 @@
 -- ARGV[4]  the consumer group
 -- ARGV[5..] how many messages, for each: its payload (see feed/messages.py), how many buckets; how many log
 --          partitions, for each: how many IDs of entries, these; then fields and values for the identity
--- Returns  {epoch, how many entries were pending until now, a log that is none...}. Where that is another epoch than
+-- Returns  {epoch, how many entries were pending until now, keys that hold no log...}. If that is another epoch than
 --          ARGV[1], nothing was done. It is empty where there is none: a new epoch begins with what is committed.
 --
 -- A feed is a stream, and a channel of the same name. Of a message: prev, the ID of the one before it; m, the payload;

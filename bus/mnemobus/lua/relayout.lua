@@ -1,4 +1,4 @@
--- Lay the log out anew, in one step, once all that is in it is applied.
+-- Give the log its new layout, in one step, once all of its events are applied.
 --
 -- KEYS[1]  layout: a hash, as in layout.lua and close.lua
 -- KEYS[2..] of each log partition that is written to: log, meter; then of each new one, which has a number that no partition
@@ -6,7 +6,7 @@
 -- ARGV[1]  token of the caller, which has closed the log
 -- ARGV[2]  the consumer group that applies events
 -- ARGV[3]  first, as the caller knows it
--- ARGV[4]  count, likewise
+-- ARGV[4]  count, as the caller knows it
 -- ARGV[5]  how many partitions there are to be
 -- ARGV[6]  by how much the backlog of those that end is to look larger: an older mnemobus writes nothing there any more
 -- Returns  0 if it is done; else the number of partitions that have something left to apply: nothing has changed

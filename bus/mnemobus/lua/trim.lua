@@ -8,7 +8,7 @@
 -- Returns  {how many entries were removed, at most some thousands at a time; the ID that was last delivered}
 --
 -- IDs are by Redis's clock. Where it was ahead once and is right again, they lie in the future, and by them alone
--- nothing would be removed until the clock has come there: hence ARGV[3].
+-- nothing would be removed until the clock has come there: so there is ARGV[3].
 --
 -- Nothing is removed at or above a group's low-water mark: the lowest pending ID, or the last delivered where
 -- nothing pends. A log without the group that applies events is not trimmed.

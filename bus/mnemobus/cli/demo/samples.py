@@ -414,7 +414,7 @@ _SCENARIOS = (
 
 
 def conversations(writes: int) -> list[Conversation]:
-    """Conversations that take at least so many writes together; always the same ones."""
+    """Conversations that take at least this many writes together; always the same ones."""
     out: list[Conversation] = []
     total = 0
     for conversation in _endless():
