@@ -172,7 +172,8 @@ class Agent:
         if name == "get":
             await self.get(id)
         elif name == "recent":
-            await self.recent(room)
+            # All that there are, or the newest few: what one query has cached must not outlive what another has shown.
+            await self.recent(room, rng.choice((None, 3)))
         elif name == "count":
             await self.count(room)
         elif name == "hot":
@@ -229,8 +230,8 @@ class Agent:
     async def get(self, id: str) -> list[list[str]]:
         return await self._read(id_scope(id), 0, lambda: self.bus.get(id))
 
-    async def recent(self, room: Room) -> list[list[str]]:
-        limit = 2 * len(room.ids)
+    async def recent(self, room: Room, limit: int | None = None) -> list[list[str]]:
+        limit = limit or 2 * len(room.ids)
         return await self._read(
             room.scope, limit, lambda: self.bus.recent(room.table, room=room.name, limit=limit)
         )
