@@ -19,7 +19,7 @@ from ..connection.server_errors import PASSING, Unfit, code_of, meaning
 from ..errors import BacklogFull, LogClosed, LogFull, Overtaken, PartitionEnded, Unready, WriteFailed
 from ..keys import SLOTS, Dimensions, Version, slot_of, slots_of
 from .events import DELETE_ROOM
-from .room import give_way
+from .full_redis import give_way
 
 CALL_EVENTS = 1_000
 
