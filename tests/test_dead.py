@@ -87,7 +87,7 @@ def put(
     log: Log, text: str, partition: int = 0, id: str | None = None, embedding: bytes | None = None
 ) -> Event:
     content = json.dumps({"text": text}).encode()
-    dimensions = Dimensions("messages", log.full_redis(partition), entity="alice")
+    dimensions = Dimensions("messages", log.room(partition), entity="alice")
     return Event(PUT, dimensions, id or new_id(), content, b"{}", embedding, created_us=1)
 
 
@@ -130,7 +130,7 @@ def test_dead_letters_are_listed_and_shown(settings: Settings, log: Log, command
             "at": "2023-11-14T22:13:20.000Z",
             "op": "put",
             "table": "messages",
-            "room": log.full_redis(0),
+            "room": log.room(0),
             "id": event.id,
             "reason": "an embedding of 2 floats",
         },
@@ -147,7 +147,7 @@ def test_dead_letters_are_listed_and_shown(settings: Settings, log: Log, command
     ]
     first, second = plain.out.splitlines()
     assert first == (
-        f"1700000000000-5  2023-11-14T22:13:20.000Z  put messages {log.full_redis(0)}  {event.id}  an embedding of 2 floats"
+        f"1700000000000-5  2023-11-14T22:13:20.000Z  put messages {log.room(0)}  {event.id}  an embedding of 2 floats"
     )
     assert second.endswith("x  -  unknown [op] 'x'\\nline 2")
     assert plain.err == "2 dead letters\n"
@@ -157,7 +157,7 @@ def test_dead_letters_are_listed_and_shown(settings: Settings, log: Log, command
     assert shown.json["fields"] == {
         "op": "put",
         "table": "messages",
-        "room": log.full_redis(0),
+        "room": log.room(0),
         "id": event.id,
         "entity": "alice",
         "at": "1",
@@ -270,7 +270,7 @@ async def test_what_fails_again_is_a_dead_letter_again_under_its_version_and_onc
         # Given two that can't be applied: refused by the store, and unreadable
         log.write(put(log, "short", embedding=SHORT))
         refused = log.write(put(log, "long", embedding=LONG))
-        unreadable = log.add(0, "op", "x", "table", "messages", "room", log.full_redis(0))
+        unreadable = log.add(0, "op", "x", "table", "messages", "room", log.room(0))
         await eventually(lambda: len(log.letters()) == 2)
         before = letters(log)
         assert list(before) == [refused, unreadable]

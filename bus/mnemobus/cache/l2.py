@@ -8,8 +8,8 @@ in Nishtala et al., NSDI 2013). Eviction and expiry do the same as an invalidati
 The lease also holds back the herd: others wait a moment for the fill, then read the store without filling.
 
 The log comes first. Where Redis has a limit and evicts nothing (``noeviction``), results are shared only as long as it
-is filled to no more than `SHARE` percent; and where it is full all the same, what L2 holds goes (log/full_redis.py) before a
-write is refused.
+is filled to no more than `SHARE` percent; and where it is full all the same, what L2 holds goes (log/full_redis.py)
+before a write is refused.
 """
 
 from __future__ import annotations
