@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import re
 import subprocess
 import tomllib
@@ -15,11 +16,13 @@ from packaging.utils import canonicalize_name
 from pydantic import AliasChoices
 
 import mnemobus
-from mnemobus import Settings
+from mnemobus import Settings, errors
 
 ROOT = Path(__file__).parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-SCRIPTS = sorted((ROOT / "bus" / "mnemobus" / "lua").glob("*.lua"))
+BUS = ROOT / "bus" / "mnemobus"
+WORKERS = ROOT / "workers" / "mnemobus_workers"
+SCRIPTS = sorted((BUS / "lua").glob("*.lua"))
 
 
 # Settings
@@ -342,3 +345,34 @@ def test_each_decision_is_listed_and_says_why_and_what_was_refused() -> None:
         assert f"[{title[1]}]({path.name})" in index
         assert {"**Decided.**", "**Why.**", "**Refused.**"} <= set(re.findall(r"^\*\*[^*]+\*\*", text, re.M))
         assert len(text.splitlines()) <= 45, f"{path.name}: half a page is enough"
+
+
+# Errors
+
+
+def raisers(name: str) -> set[str]:
+    """The files in which an error is made."""
+    found = set()
+    for package, before in ((BUS, ""), (WORKERS, "workers/")):
+        for path in package.rglob("*.py"):
+            calls = (
+                node.func for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call)
+            )
+            if any(isinstance(function, ast.Name) and function.id == name for function in calls):
+                found.add(before + path.relative_to(package).as_posix())
+    return found - {"errors.py"}
+
+
+def test_errors_say_in_which_files_each_of_them_is_worded() -> None:
+    _, _, table = (errors.__doc__ or "").partition("Each error is worded")
+    told: dict[str, set[str]] = {}
+    name = ""
+    for line in table.splitlines()[2:]:
+        files = line.replace(",", "").split()
+        if not line.startswith(" " * 5):  # else the one before goes on
+            name = files.pop(0)
+        told.setdefault(name, set()).update(files)
+    public = [
+        name for name, kind in vars(errors).items() if isinstance(kind, type) and name != "MnemobusError"
+    ]
+    assert told == {name: found for name in public if (found := raisers(name))}

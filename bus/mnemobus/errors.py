@@ -36,6 +36,47 @@
      ├─ EmbeddedServerError      no server binary for the embedded Redis, or it did not start
      ├─ WrongLoop                the bus was used in another event loop, thread or process than it was opened in
      └─ BusClosed                the bus was used before it was opened or after it was closed
+
+Each error is worded where its facts are known (``workers/`` is the package of the workers):
+
+    SettingsError          cli/adopt.py, cli/dead.py, cli/lines.py, cli/moments.py, cli/replay.py, cli/worker.py,
+                           connection/link.py, identity.py, settings.py, store/__init__.py, store/postgres/server.py,
+                           store/sqlite/file.py, workers/replay.py
+    UnsafeRedis            connection/link.py
+    AccessDenied           connection/link.py
+    IdentityMismatch       identity.py, lifecycle.py, workers/standing.py
+    InvalidMemory          cli/lines.py, memory.py, records.py, values.py, writes.py
+    MemoryTooLarge         records.py
+    DimensionChanged       writes.py
+    InvalidQuery           cache/query.py, context.py, reads.py, tokens.py, writes.py
+    MemoryNotFound         writes.py
+    WriteFailed            log/append.py
+    LogUnavailable         cli/adopt.py, cli/dead.py, cli/repartition.py, cli/replay.py, cli/verify.py,
+                           log/publisher.py, writes.py
+    Unready                log/append.py, log/publisher.py
+    LogClosed              log/append.py
+    PartitionEnded         log/append.py
+    LogFull                cli/dead.py, log/append.py
+    BacklogFull            log/append.py
+    OutboxError            log/outbox.py, log/outbox_file.py
+    OutboxInUse            log/outbox_file.py
+    OutboxFull             log/outbox_file.py
+    Overtaken              log/append.py, log/outbox.py
+    DurabilityUnavailable  log/syncer.py, writes.py
+    WriteRejected          log/pending.py
+    NotCommitted           cli/importing.py, log/pending.py, tokens.py, writes.py
+    StoreUnavailable       cli/importing.py, lifecycle.py, store/postgres/connections.py, store/postgres/reader.py,
+                           store/postgres/server.py, store/postgres/writer.py, store/sqlite/file.py,
+                           store/sqlite/reader.py, store/sqlite/writer.py
+    StoreTooSlow           store/postgres/server.py, store/postgres/writer.py, store/sqlite/writer.py
+    SchemaError            store/layout.py, store/migrations.py, store/postgres/schema.py, store/postgres/server.py,
+                           store/postgres/writer.py, store/sqlite/file.py
+    Rejected               store/postgres/server.py, store/sqlite/writer.py
+    BadEvent               log/events.py
+    LogTrimmed             workers/replay.py
+    EmbeddedServerError    embedded/__init__.py, embedded/binary.py, embedded/processes.py, embedded/server.py
+    BusClosed              feed/heartbeat.py, lifecycle.py, log/pending.py, writes.py
+    WrongLoop              lifecycle.py
 """
 
 from __future__ import annotations
