@@ -137,7 +137,7 @@ class Feed:
                     await work()
                     return
                 except Exception:
-                    if asyncio._get_running_loop() is None:  # the task is being collected together with its loop
+                    if asyncio._get_running_loop() is None:  # the loop is gone, and the task with it
                         return
                     self.restarted_tasks += 1
                     logger.exception("%s died; starting it again", name)

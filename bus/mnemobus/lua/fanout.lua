@@ -14,7 +14,7 @@
 --          nothing was done. It is empty if there is none: a new epoch begins with what is committed.
 --
 -- A feed is a stream, and a channel of the same name. Fields of a message: prev, the ID of the message before it; m,
--- the payload; c, bytes of payloads up to here. Another worker may have confirmed the entries that were no longer pending.
+-- the payload; c, bytes of payloads up to here. Another worker may have confirmed the entries that were not pending.
 
 local current = redis.call('HGET', KEYS[1], 'epoch') or ''
 if current ~= '' and current ~= ARGV[1] then
