@@ -37,7 +37,7 @@ class Record:
     own      the context after the agent's own message
     both     that message and that context together
     reads    the number of contexts
-    lacking  how many of them lacked an own write; ``back`` likewise: see the module
+    lacking  how many of them lacked an own write; ``back``: how many went back; see the module
     """
 
     turns: list[float] = field(default_factory=list)
