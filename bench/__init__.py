@@ -1,1 +1,1 @@
-"""What mnemobus costs, beside what a user would take instead: ``make bench``. See docs/benchmarks.md."""
+"""What mnemobus costs, compared with its alternatives: ``make bench``. See docs/benchmarks.md."""

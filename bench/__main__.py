@@ -1,4 +1,4 @@
-"""``make bench``: runs the tasks, prints a table, writes bench/results/, draws the plots of docs/benchmarks.md."""
+"""``make bench``: run the tasks, print a table, write bench/results/, draw the plots of docs/benchmarks.md."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from .world import World, postgres_server, redis_server
 
 RESULTS = Path(__file__).with_name("results")
 PATIENCE = 400.0
-"""Seconds that a task may take, before it is given up."""
+"""Seconds until a task is cancelled."""
 PACKAGES = (
     "redis",
     "psycopg",
@@ -44,7 +44,7 @@ PACKAGES = (
 
 
 async def run(names: list[str], quick: bool) -> tuple[list[Result], dict[str, str], dict[str, str]]:
-    """The results; the servers' versions; and what became of the tasks that failed."""
+    """The results; the servers' versions; and the failed tasks, with their errors."""
     every = tasks()
     with tempfile.TemporaryDirectory(prefix="mnemobus-bench-", ignore_cleanup_errors=True) as made:
         folder = Path(made)
@@ -64,7 +64,7 @@ async def run(names: list[str], quick: bool) -> tuple[list[Result], dict[str, st
 async def each(
     names: list[str], one: Callable[[str], Awaitable[list[Result]]]
 ) -> tuple[list[Result], dict[str, str]]:
-    """Run tasks, one after the other: the results of those that end well, and what became of the others."""
+    """Run tasks, one after the other: the results of those that succeed, and the errors of the others."""
     results: list[Result] = []
     failed: dict[str, str] = {}
     for number, name in enumerate(names, 1):
@@ -84,7 +84,7 @@ async def each(
 
 
 def machine(servers: dict[str, str], seconds: float) -> dict[str, str]:
-    """What the figures were taken on."""
+    """The machine on which the figures were measured."""
     found = {"processors": str(os.cpu_count()), "memory": _memory(), "system": platform.system()}
     found |= servers | {"Python": platform.python_version(), "mnemobus": mnemobus.__version__}
     for package in PACKAGES:
@@ -123,7 +123,7 @@ def show(results: list[Result]) -> None:
 
 
 def keep(results: list[Result], about: dict[str, str], failed: dict[str, str], quick: bool) -> None:
-    """Write the results down; of a full run, draw the plots and fill docs/benchmarks.md as well."""
+    """Write the results to a file; for a full run, also draw the plots and fill docs/benchmarks.md."""
     record: dict[str, Any] = {"machine": about, "results": [r.to_json() for r in results], "failed": failed}
     if not quick:
         from . import plots  # matplotlib takes a second to load
@@ -152,7 +152,7 @@ def main() -> int:
     if unknown:
         parser.error(f"there is no task {sorted(unknown)[0]!r}; there are {', '.join(every)}")
     began = time.monotonic()
-    # SIGTERM ends it as Ctrl-C does, in the background too, where a shell has SIGINT ignored: all is stopped.
+    # SIGTERM ends it as Ctrl-C does, also in the background, where a shell ignores SIGINT: all is stopped.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
     try:

@@ -1,6 +1,6 @@
-"""A process with any number of agents, each a bus of its own: what the tasks with several processes run.
+"""A process with any number of agents, each with its own bus: for the tasks with several processes.
 
-`python -m bench.agents`, with the settings in the environment; asked through party.py.
+`python -m bench.agents`, with the settings in the environment; called through party.py.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ from .party import moment, serve, tell
 from .world import message
 
 _TICK = 0.005
-"""Seconds between the writes of a load that is given by its rate."""
+"""Seconds between the writes of a load with a given rate."""
 _MADE = 5_000
 T = TypeVar("T")
 _TCP_BYTES_RECEIVED = 128
-"""Where in Linux's ``struct tcp_info``."""
+"""The offset in Linux's ``struct tcp_info``."""
 
 
 class Agents:
@@ -48,15 +48,15 @@ class Agents:
         """How many of the agents hold a scope; 0 again once all of them have dropped it."""
         self._drops: dict[str, list[int]] = {}
         self._seen: dict[str, list[int]] = {}
-        """By version of a write: when each of the agents that watch its room had it."""
+        """By version of a write: when each agent that watches its room had it."""
         self._load: asyncio.Task[None] | None = None
         self._unloading = False
         self._written = 0
         self._before = 0
-        """What earlier loads wrote."""
+        """The number of writes of earlier loads."""
 
     async def open(self, count: int) -> None:
-        """So many agents more."""
+        """Start this many more agents."""
         for _ in range(count):
             bus = await self._stack.enter_async_context(mnemobus.connect())
             bus.on_drop = self._dropped
@@ -73,10 +73,10 @@ class Agents:
             tell([scope, drops])
 
     async def hold(self, first: int, last: int, rooms: list[str]) -> list[list[int]]:
-        """Have agents, to which `MNEMOBUS_LIVE` allows nothing, read rooms until they have them; for each room the
-        numbers of the newest message they got.
+        """Have agents, to which `MNEMOBUS_LIVE` allows nothing, read rooms until they have them; return for each room
+        the numbers of the newest message they got.
 
-        All of them having dropped a room is told: [scope, moments].
+        Once all of them have dropped a room, the parent is told: [scope, moments].
         """
         newest: list[list[int]] = []
         for room in rooms:
@@ -97,7 +97,7 @@ class Agents:
         return newest
 
     async def watch(self, first: int, last: int, table: str, room: str) -> None:
-        """Have agents hold a room live. All of them having an event in their window is told: [version, moments]."""
+        """Have agents hold a room live. Once all of them have an event in their window, tell: [version, moments]."""
         scope = room_scope(table, room)
 
         def watched(bus: mnemobus.Bus) -> None:
@@ -143,7 +143,7 @@ class Agents:
         return [int(each[0].content["n"]) for each in found]
 
     async def figures(self) -> dict[str, float]:
-        """Of all agents of this process, so far: bytes that came from Redis, the process's CPU seconds, counters."""
+        """Totals of all agents of this process: bytes received from Redis, the process's CPU seconds, counters."""
         usage = resource.getrusage(resource.RUSAGE_SELF)
         stats = [bus.stats() for bus in self._buses]
         return {
@@ -164,7 +164,7 @@ class Agents:
     # Load
 
     async def flood(self, rooms: list[str], backlog: int) -> None:
-        """Write so fast that the pool always has about so many events before it."""
+        """Write so fast that about this many events always wait for the pool."""
         bus = self._buses[0]
         memories = _made(tuple(rooms))
 
@@ -220,7 +220,7 @@ class Agents:
         self._load = asyncio.create_task(write())
 
     async def load_published(self, channel: str, payload: str, rate: float) -> None:
-        """PUBLISH at a rate, where nobody listens."""
+        """PUBLISH at a rate, without listeners."""
         client: Redis = Redis.from_url(self._settings.redis_url)
         self._stack.push_async_callback(client.aclose)
 
@@ -239,7 +239,7 @@ class Agents:
         self._load = asyncio.create_task(write())
 
     async def unload(self) -> int:
-        """End the load; how many writes it has made."""
+        """End the load; return how many writes it has made."""
         assert self._load is not None
         self._unloading = True  # not by cancelling: a call under way could swallow that
         await self._load
@@ -250,7 +250,7 @@ class Agents:
 
 @lru_cache
 def _made(rooms: tuple[str, ...]) -> list[Memory]:
-    """What a load writes, over and over: made ahead, so that the load takes little of the machine."""
+    """The writes of a load, made in advance and repeated, so that the load takes little of the machine."""
     return [message(rooms[n % len(rooms)], n) for n in range(_MADE)]
 
 
@@ -284,7 +284,7 @@ async def main() -> None:
 
 
 def started(settings: Settings) -> dict[str, Any]:
-    """What a `Party` of such a process is made with."""
+    """The arguments of a `Party` for such a process."""
     return {"module": "bench.agents", "environment": settings.environment()}
 
 

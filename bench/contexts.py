@@ -1,10 +1,10 @@
-"""Ways to keep a conversation for agents: mnemobus and its alternatives, each at its best.
+"""Ways to keep a conversation for agents: mnemobus and its alternatives, each used in its best way.
 
-All are asked for the same: the context of a turn (the room's newest messages and the newest facts about somebody, in
-one call and, where the library can, one round trip), a message, a fact. An answer stays in the library's own form;
-`ids` tells what is in it, newest first, outside of what is timed.
+All do the same: read the context of a turn (the room's newest messages and the newest facts about a person, in one
+call and, if the library can, in one round trip), write a message, write a fact. An answer stays in the library's own
+form; `ids` extracts its content, newest first, and is not timed.
 
-| | keeps the conversation in | before it |
+| | keeps the conversation in | cache in front of it |
 |---|---|---|
 | mnemobus | the log and PostgreSQL | copies in the process, kept current from the log |
 | psycopg | PostgreSQL | nothing: a pool of connections, prepared statements, one statement a context |
@@ -32,23 +32,23 @@ from mnemobus import Memory
 from .measure import OURS
 
 MESSAGES, FACTS = 5, 6
-"""How many of each a context has: what `Bus.context` takes by itself."""
+"""How many of each a context has: the defaults of `Bus.context`."""
 KEPT = 64
-"""Entries that a list in Redis keeps: as many as a window of mnemobus."""
+"""Entries of a list in Redis: as many as a window of mnemobus has."""
 POOL = 8
-"""Connections to PostgreSQL that a process has at most: what mnemobus allows itself."""
+"""Most connections of a process to PostgreSQL: the default of mnemobus."""
 
 Found = tuple[Sequence[str], Sequence[str]]
 """Ids of messages and of facts, newest first."""
 
 
 class Keeper(Protocol):
-    """Where the agents of one process keep a conversation."""
+    """The way in which the agents of one process keep a conversation."""
 
     title: ClassVar[str]
 
     def __init__(self, place: Mapping[str, str]) -> None:
-        """place: ``redis_url``, ``database_url`` and ``prefix``, by which it is told from others."""
+        """place: ``redis_url``, ``database_url`` and ``prefix``, which separates it from others."""
 
     async def open(self, stack: AsyncExitStack) -> None: ...
     async def context(self, room: str, entity: str) -> Any: ...
@@ -63,7 +63,7 @@ class Mnemobus:
     title: ClassVar[str] = OURS
 
     def __init__(self, place: Mapping[str, str]) -> None:
-        """Of the place it needs nothing."""
+        """It needs nothing from the place."""
 
     async def open(self, stack: AsyncExitStack) -> None:
         self.bus = await stack.enter_async_context(mnemobus.connect())
@@ -151,7 +151,7 @@ class Psycopg:
 
 
 class Cashews:
-    """Before the same table: what is not in the cache is loaded by psycopg; the writer deletes the listing. See
+    """A cache in front of the same table: psycopg loads what is not in it; the writer deletes the listing. See
     alternatives/cashews.py for ``protocol``."""
 
     title: ClassVar[str] = "cashews, client side, before psycopg"
@@ -252,7 +252,7 @@ def _listed(entries: Sequence[bytes]) -> list[str]:
 
 class RedisPy:
     """The same lists through redis-py's client-side caching, which only its synchronous client has; see
-    alternatives/redis_py.py. It holds up the event loop for as long as a call takes: a hop to a thread takes longer."""
+    alternatives/redis_py.py. A call blocks the event loop while it runs: a hop to a thread would take longer."""
 
     title: ClassVar[str] = "redis-py client-side caching"
 
@@ -301,7 +301,7 @@ class RedisPy:
 
 
 class LangGraph:
-    """AsyncPostgresStore on a pool: a room and an entity are namespaces. It gathers calls made at once into batches."""
+    """AsyncPostgresStore on a pool: a room and an entity are namespaces. It batches simultaneous calls."""
 
     title: ClassVar[str] = "LangGraph AsyncPostgresStore"
 

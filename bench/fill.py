@@ -1,4 +1,4 @@
-"""A log filled fast: events as `write` makes them, added by the server itself, a million in seconds."""
+"""Fills a log fast: with events as `write` makes them, added by the server itself, a million in seconds."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from .world import message, vector
 
 ROOMS = 200
 TEMPLATES = 1_000
-"""Different messages; the events repeat them, each under an id of its own."""
+"""Number of different messages; the events repeat them, each under its own id."""
 _AT_ONCE = 10_000
 
 # Adds events to one log partition, made from templates in turn: every event has another id and date.
@@ -44,7 +44,7 @@ redis.call('HINCRBY', KEYS[2], 'added', count)
 
 
 class Log:
-    """The log of one bus, from the server's side."""
+    """The log of one bus, as the server sees it."""
 
     def __init__(self, settings: Settings, group: str = APPLY_GROUP) -> None:
         self._settings = settings
@@ -66,7 +66,7 @@ class Log:
         return [self._keys.log(partition) for partition in range(self._settings.log_partitions)]
 
     def fill(self, events: int, embeddings: bool = False) -> None:
-        """Prepare a log of so many events, spread evenly over its partitions. Nobody reads it yet."""
+        """Prepare a log of this many events, spread evenly over its partitions. No worker reads it yet."""
         partitions = self._settings.log_partitions
         if embeddings not in self._templates:
             self._templates[embeddings] = self._make(embeddings)
@@ -82,7 +82,7 @@ class Log:
         return self._sum("applied")
 
     def begin(self) -> None:
-        """Put it in the place of the log, at once, with the consumer group before it."""
+        """Put it in the place of the log, in one step, with the consumer group at its beginning."""
         with self._client.pipeline() as pipe:
             for partition, name in enumerate(self.names):
                 pipe.xgroup_create(self._next(partition), self._group, id="0")
@@ -90,7 +90,7 @@ class Log:
             pipe.execute()
 
     def drop(self) -> None:
-        """Remove the log, whatever is left of it."""
+        """Remove what is left of the log."""
         self._client.delete(*self.names)
 
     def _next(self, partition: int) -> str:

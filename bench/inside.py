@@ -1,4 +1,4 @@
-"""What the benchmarks of one process do with the inside of a bus: fill a store ahead, empty tiers between rounds."""
+"""How the benchmarks of one process use the inside of a bus: fill a store in advance, empty tiers between rounds."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ TABLE = "messages"
 
 
 def fill(settings: Settings, memories: Sequence[Memory]) -> None:
-    """Put memories into the store as a worker would, without one."""
+    """Put memories into the store as a worker does, without a worker."""
     writer = open_writer(settings)
     writer.open()
     try:
@@ -37,20 +37,20 @@ def fill(settings: Settings, memories: Sequence[Memory]) -> None:
 
 
 async def fresh(bus: Bus, seconds: float = 0.7) -> None:
-    """Wait until L1 may be served for so long yet: a contestant that held up the loop has held up the heartbeat."""
+    """Wait until L1 may be served for this long: a contestant that blocked the loop has delayed the heartbeat."""
     while bus._local.fresh_until - clock() < seconds:
         await asyncio.sleep(0.01)
 
 
 async def all_of(calls: Iterable[Any], at_once: int = 32) -> None:
-    """Await all of these, some at once: for what is not timed."""
+    """Await all of these, some at a time: for work that is not timed."""
     calls = iter(calls)
     while some := list(islice(calls, at_once)):
         await asyncio.gather(*some)
 
 
 def forget_locally(bus: Bus, scopes: Iterable[str]) -> None:
-    """Empty L1 of these scopes, as if this process had never read them: it would hold one live that it reads again."""
+    """Empty L1 of these scopes, as if this process had never read them: else a second read would make them live."""
     for scope in scopes:
         bus._local.drop_live(scope)
         bus._local.drop(scope)
@@ -73,7 +73,7 @@ def rooms_of(rooms: Iterable[str]) -> list[str]:
 
 
 class Rolling(Generic[T]):
-    """Some of many, each time the next ones: who is slow has fewer at a time, and comes round in the end, too."""
+    """Some of many, each time the next ones: a slow contestant takes fewer at a time, and comes to the end, too."""
 
     def __init__(self, values: Sequence[T]) -> None:
         self._values = values
@@ -84,21 +84,21 @@ class Rolling(Generic[T]):
 
 
 def item(memory: Memory) -> Item:
-    """A memory as an alternative takes it."""
+    """A memory in the form for an alternative."""
     embedding = None if memory.embedding is None else list(memory.embedding)
     return Item(memory.room, memory.id, dict(memory.content), embedding)
 
 
 async def alternative(world: World, name: str, task: Task, results: Sequence[Result], **place: Any) -> Any:
-    """An alternative, opened; or None, if it can't do the task or does not work with this server: then the results
-    have its own words for that."""
+    """An alternative, opened. None if it can't do the task or does not work with this server: then the results have
+    its own explanation."""
     cls = load(name)
     if task in cls.cannot:
         why = cls.cannot[task]
     else:
         if name.startswith("postgres"):
             place["database_url"] = world.database()
-        # A prefix of its own: redis-py would hear of what the others write, and walk through its cache each time.
+        # Its own prefix: redis-py would hear of the others' writes, and search its cache each time.
         made = cls(Place(redis_url=world.redis_url, prefix=f"bench-{name}", **place))
         try:
             await call(made.open)
@@ -111,7 +111,7 @@ async def alternative(world: World, name: str, task: Task, results: Sequence[Res
 
 
 async def timed(alternative: Any, function: Callable[[Any], Any], arguments: Sequence[Any]) -> float:
-    """Microseconds that a call of an alternative takes, with asyncio or without, as it is made."""
+    """Microseconds that a call of an alternative takes, with or without asyncio, whichever it uses."""
     if alternative.sync:
         return per_sync_call(function, arguments)
     return await per_call(function, arguments)

@@ -1,9 +1,9 @@
-"""Figures that hold on a noisy machine.
+"""Figures that are reliable on a noisy machine.
 
-Everything that is compared is measured in rounds: in each round every contestant has its turn, in an order that
-changes, so that what disturbs the machine for a while disturbs all of them. A figure is the median of its rounds. A
-ratio is taken within each round, and the median of those is what counts; its spread is from the lower to the upper
-quartile. No time by itself is a target.
+All comparisons are measured in rounds: in each round every contestant has its turn, in a changing order, so that a
+disturbance of the machine affects all of them. A figure is the median of its rounds. A ratio is computed within each
+round, and the median of the ratios counts; its spread is from the lower to the upper quartile. No absolute time is a
+target.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import Any, Literal, TypeVar
 T = TypeVar("T")
 
 OURS = "mnemobus"
-"""What our own contestant is called in every task."""
+"""The name of our own contestant in every task."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +42,7 @@ class Spread:
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """What a task has to reach: a figure, and the bound that it must keep."""
+    """A goal of a task: a figure, and its bound."""
 
     what: str
     figure: Spread
@@ -61,13 +61,13 @@ class Target:
 
 @dataclass(slots=True)
 class Result:
-    """What one task came to.
+    """The result of one task.
 
     samples  a figure of each round, by contestant
     unit     of those figures: "us" a call, "1/s", "bytes", ...
-    targets  what was to be reached
+    targets  the goals
     absent   contestants that can't do the task, and why
-    notes    what a reader has to know to believe the figures
+    notes    what a reader has to know to interpret the figures
     curves   for plots: name -> x and y of each point
     """
 
@@ -84,34 +84,34 @@ class Result:
         return Spread.of(self.samples[name])
 
     def ratio(self, over: str, under: str) -> Spread:
-        """How many times ``under`` goes into ``over``, round by round."""
+        """``over`` divided by ``under``, round by round."""
         pairs = zip(self.samples[over], self.samples[under], strict=True)
         return Spread.of([a / b for a, b in pairs])
 
     def at_most(self, bound: float, other: str, name: str = OURS) -> None:
-        """Our figure is to be at most so many times the other's."""
+        """Our figure must be at most this many times the other's."""
         if other in self.samples:
             self.targets.append(Target(f"{name} / {other}", self.ratio(name, other), bound))
 
     def at_most_ever(self, bound: float, other: str, name: str = OURS) -> None:
-        """The same in every round, not only in most of them."""
+        """The same, in every round, not only in most of them."""
         if other in self.samples:
             pairs = zip(self.samples[name], self.samples[other], strict=True)
             worst = Spread.of([max(a / b for a, b in pairs)])
             self.targets.append(Target(f"{name} / {other}, at its worst", worst, bound))
 
     def at_least(self, bound: float, other: str, name: str = OURS) -> None:
-        """Our figure is to be at least so many times the other's: for rates, where more is better."""
+        """Our figure must be at least this many times the other's: for rates, where more is better."""
         if other in self.samples:
             self.targets.append(Target(f"{name} / {other}", self.ratio(name, other), bound, "at least"))
 
     def faster(self, times: float, other: str, name: str = OURS) -> None:
-        """The other's time is to be at least so many times ours."""
+        """The other's time must be at least this many times ours."""
         if other in self.samples:
             self.targets.append(Target(f"{other} / {name}", self.ratio(other, name), times, "at least"))
 
     def within(self, bound: float, name: str = OURS) -> None:
-        """Our figure itself is to be at most this: for what does not depend on the machine."""
+        """Our figure itself must be at most this: for figures that do not depend on the machine."""
         self.targets.append(Target(f"{name}, {self.unit}", self.spread(name), bound))
 
     def to_json(self) -> dict[str, Any]:
@@ -135,15 +135,15 @@ Turn = Callable[[], Awaitable[float]]
 async def interleave(
     turns: Mapping[str, Callable[[], Awaitable[T]]], rounds: int, *, warm: bool = True
 ) -> dict[str, list[T]]:
-    """The figures of every contestant: each has one turn a round, and each round another is first.
+    """The figures of every contestant: each has one turn a round, and another one is first in each round.
 
-    warm: whether each has a turn before that does not count, for connections, caches, the interpreter's own
+    warm: whether each has a turn first that does not count, to warm up connections, caches and the interpreter
     """
     samples: dict[str, list[T]] = {name: [] for name in turns}
     names = list(turns)
     for name in names if warm else ():
         await turns[name]()
-    # What was made ahead stays for all rounds: it is not looked through before each turn.
+    # The prepared objects live for all rounds: the garbage collector need not scan them before each turn.
     gc.collect()
     gc.freeze()
     try:
@@ -157,7 +157,7 @@ async def interleave(
 
 
 async def per_call(call: Callable[[Any], Awaitable[Any]], arguments: Sequence[Any]) -> float:
-    """Microseconds that a call takes, one after the other, with each of these arguments."""
+    """Microseconds per call, one call after the other, with each of these arguments."""
     gc.collect()
     gc.disable()
     try:
@@ -170,7 +170,7 @@ async def per_call(call: Callable[[Any], Awaitable[Any]], arguments: Sequence[An
 
 
 def per_sync_call(call: Callable[[Any], Any], arguments: Sequence[Any]) -> float:
-    """The same for what is no coroutine."""
+    """The same, for a function that is not a coroutine function."""
     gc.collect()
     gc.disable()
     try:
@@ -183,7 +183,7 @@ def per_sync_call(call: Callable[[Any], Any], arguments: Sequence[Any]) -> float
 
 
 def percentile(values: Iterable[float], share: float) -> float:
-    """The value below which this share of them lies."""
+    """The value below which this share of the values lies."""
     ordered = sorted(values)
     if not ordered:
         raise ValueError("no values")
@@ -191,7 +191,7 @@ def percentile(values: Iterable[float], share: float) -> float:
 
 
 def short(number: float) -> str:
-    """A number with three digits that count."""
+    """A number with three significant digits."""
     if number == 0:
         return "0"
     if abs(number) >= 1000:

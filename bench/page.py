@@ -1,6 +1,6 @@
 """The generated part of docs/benchmarks.md: every figure of bench/results/full.json, between two comments.
 
-`python -m bench.page` writes it anew from that file, and draws the plots.
+`python -m bench.page` generates it again from that file, and draws the plots.
 """
 
 from __future__ import annotations
@@ -27,16 +27,16 @@ CAPTIONS = {
     "propagation": "From a write's acknowledgement to another process that has it (live), or has dropped its copy.",
     "agents": "The same, and what Redis pays for a write, as agents are added.",
 }
-"""What is said of each plot."""
+"""The caption of each plot."""
 
 
 class Figure(NamedTuple):
-    """One of the figures that matter most: which targets of the tasks it is.
+    """One of the most important figures: it names the targets that show it.
 
     what    in words
     task    that measures it
-    title   a pattern for the results of the task; where there is one, what its group matches tells them apart
-    target  how its targets begin
+    title   a pattern for the results of the task; if it has a group, its match distinguishes them
+    target  the beginning of its targets
     """
 
     what: str
@@ -110,7 +110,7 @@ def results(record: Mapping[str, Any]) -> list[Result]:
 
 
 def text(record: Mapping[str, Any]) -> str:
-    """What stands between the two comments."""
+    """The text between the two comments."""
     found = results(record)
     targets = [target for result in found for target in result.targets]
     met = sum(target.met for target in targets)
@@ -168,7 +168,7 @@ def _of_most_interest(found: list[Result]) -> list[tuple[str, ...]]:
 
 
 def places(figure: Figure, found: list[Result]) -> Iterator[tuple[str, Target]]:
-    """The targets that a figure is, each with what tells it from the others."""
+    """The targets of a figure, each with what distinguishes it from the others."""
     for result in found:
         match = re.fullmatch(figure.title, result.title) if result.task == figure.task else None
         for target in result.targets:
@@ -221,7 +221,7 @@ def _absent(found: list[Result]) -> list[tuple[str, ...]]:
 
 
 def notes(found: list[Result]) -> dict[str, list[str]]:
-    """What is to be known, each once, and the tasks that it is about."""
+    """The notes, each once, and the tasks that they are about."""
     said: dict[str, list[str]] = {}
     for result in found:
         for note in result.notes:
@@ -254,7 +254,7 @@ def written(page: str) -> str:
 
 
 def write(record: Mapping[str, Any]) -> None:
-    """Put the figures into the page; what people wrote around them stays."""
+    """Put the figures into the page; the text around them stays."""
     page = PAGE.read_text()
     head, _, rest = page.partition(BEGIN)
     tail = rest.partition(END)[2]

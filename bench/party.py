@@ -1,10 +1,10 @@
-"""Programs in processes of their own, asked line by line.
+"""Programs in their own processes, called line by line.
 
-The parent's side is a `Party`. A program answers with the methods of an object (`serve`), as many calls at once as it
-is asked, and may tell the parent something that it was not asked (`tell`). It ends when its input does: with the
-parent, however that ends.
+The parent's side is a `Party`. A program answers with the methods of an object (`serve`), any number of calls at the
+same time, and may send the parent messages without a call (`tell`). It ends when its input ends: so it ends with the
+parent, even if that is killed.
 
-Moments are nanoseconds of CLOCK_MONOTONIC, which the processes of a machine share.
+Moments are nanoseconds of CLOCK_MONOTONIC, which all processes of a machine share.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import Any, Self
 import orjson
 
 _LINE = 1 << 26
-"""Bytes that a line may have."""
+"""Most bytes of a line."""
 
 moment = time.monotonic_ns
 
@@ -37,7 +37,7 @@ class Party:
         self._asked: dict[int, asyncio.Future[Any]] = {}
         self._calls = 0
         self.on_told: Callable[[Any], None] | None = None
-        """Called with what the process tells without being asked."""
+        """Called with each message that the process sends without a call."""
 
     async def __aenter__(self) -> Self:
         self._process = await asyncio.create_subprocess_exec(
@@ -86,7 +86,7 @@ class Party:
                 asked.set_exception(PartyFailed(f"{' '.join(self._command[1:])} is gone"))
 
     async def ask(self, call: str, *arguments: Any) -> Any:
-        """Have the process call a method; its answer."""
+        """Have the process call a method; return its answer."""
         assert self._process.stdin is not None
         if self._listening.done():
             raise PartyFailed(f"{' '.join(self._command[1:])} is gone")
@@ -102,12 +102,12 @@ def _send(number: int, answer: Any, error: str = "") -> None:
 
 
 def tell(what: Any) -> None:
-    """Tell the parent something."""
+    """Send the parent a message."""
     _send(0, what)
 
 
 async def serve(program: Any) -> None:
-    """Answer with the methods of an object, until the input ends."""
+    """Answer calls with the methods of an object, until the input ends."""
     reader = asyncio.StreamReader(_LINE)
     await asyncio.get_running_loop().connect_read_pipe(
         lambda: asyncio.StreamReaderProtocol(reader), sys.stdin

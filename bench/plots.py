@@ -1,6 +1,6 @@
-"""The plots of docs/benchmarks.md: PNG for the page, SVG beside it; from the same results, the same bytes.
+"""The plots of docs/benchmarks.md: PNG for the page, SVG beside it; the same results give the same bytes.
 
-A colour never says something alone: what is ours, what is a floor and what was missed have markers and words, too.
+No information is in a colour alone: our own figures, floors and missed targets have markers and words, too.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLoca
 
 from .measure import OURS, Result, Target, short
 
-# Okabe and Ito's: told apart whatever one sees of colours.
+# Okabe and Ito's palette: colour-blind readers can distinguish these, too.
 BLUE, ORANGE, GREEN, PURPLE, GREY, INK = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#8A8A8A", "#333333"
 MARKERS = "osD^v<>"
 COLOURS = (BLUE, ORANGE, GREEN, PURPLE, GREY, INK)
@@ -58,7 +58,7 @@ STYLE = {
 
 
 def draw(results: Sequence[Result], folder: Path) -> list[Path]:
-    """Draw all plots that these results have figures for; the files."""
+    """Draw all plots for which these results have figures; return the files."""
     folder.mkdir(parents=True, exist_ok=True)
     written = []
     for name, plot in PLOTS.items():
@@ -83,7 +83,7 @@ def _upper(text: str) -> str:
 
 
 def _plain(axis: Any) -> None:
-    """Numbers rather than powers of ten, on an axis that goes by powers of ten."""
+    """Plain numbers, not powers of ten, as labels of a logarithmic axis."""
     axis.set_major_locator(LogLocator(10, subs=(1.0,)))
     axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}" if value >= 1 else f"{value:g}"))
     axis.set_minor_formatter(NullFormatter())
@@ -91,7 +91,7 @@ def _plain(axis: Any) -> None:
 
 
 def _steps(axes: Axes) -> None:
-    """Ticks at 1, 2 and 5 where that leaves room, else at powers of ten, on a horizontal axis by powers of ten."""
+    """Ticks of a horizontal logarithmic axis: at 1, 2 and 5 if there is space, else at powers of ten."""
     low, high = axes.get_xlim()
     decades = range(_floor(low), _floor(high) + 1)
     steps = (1, 2, 5) if len(decades) <= 3 else (1,)
@@ -105,7 +105,7 @@ def _steps(axes: Axes) -> None:
 
 
 def overview(results: Sequence[Result]) -> Figure | None:
-    """How much of its bound each target takes up: left of the line it is met."""
+    """The share of its bound that each target uses: left of the line it is met."""
     rows = [(result, target) for result in results for target in result.targets if _taken(target)]
     if not rows:
         return None
@@ -149,7 +149,7 @@ def _taken(target: Target) -> tuple[float, float, float] | None:
 
 
 def _against(target: Target) -> str:
-    """In few words what the bound is on."""
+    """A short description of the bound."""
     over, slash, under = target.what.partition(" / ")
     bound = f"{target.sense} {target.bound:g}"
     if not slash:
@@ -202,7 +202,7 @@ def propagation(results: Sequence[Result]) -> Figure | None:
 
 
 def drain(results: Sequence[Result]) -> Figure | None:
-    """Events a second by processes, for each store; and what else was compared."""
+    """Events a second by number of processes, for each store; and the alternatives."""
     found = _of(results, "drain")
     curves = [result for result in found if result.curves]
     if not curves:
@@ -285,7 +285,7 @@ def _dots(found: Sequence[Result], label: str) -> Figure | None:
                 continue
             spread = result.spread(name)
             if spread.low <= 0:
-                continue  # it has no place on such an axis; the table has it
+                continue  # a logarithmic axis can't show it; the table has it
             at = y + 0.24 * ((number + 0.5) / len(names) - 0.5)
             colour = COLOURS[number % len(COLOURS)]
             axes.plot([spread.low, spread.high], [at, at], color=colour, linewidth=1.4, alpha=0.5)

@@ -1,10 +1,11 @@
-"""A process in which agents take turns in conversations: with mnemobus, or with what one would take instead.
+"""A process in which agents take turns in conversations: with mnemobus, or with an alternative.
 
-`python -m bench.speaker <who> <arguments>`, asked through party.py. A turn of the conversation is a read of the context
-(the room's newest messages, the newest facts about the speaker) and the write of a message; a fact is only written.
+`python -m bench.speaker <who> <arguments>`, called through party.py. A turn of the conversation is a read of the
+context (the room's newest messages, the newest facts about the speaker) and the write of a message; a fact is only
+written.
 
-What is recorded of a read and of a write is enough to tell stale answers by version: the version of a listing is the
-number of its newest memory, and numbers rise in the order in which a room's memories are written.
+The records of reads and writes are enough to find stale answers by version: the version of a listing is the number of
+its newest memory, and numbers rise in the order in which a room's memories are written.
 """
 
 from __future__ import annotations
@@ -39,12 +40,12 @@ class Line(NamedTuple):
 
     @property
     def listing(self) -> str:
-        """What a read of it depends on: the messages of a room, the facts about one entity."""
+        """The scope of its reads: the messages of a room, or the facts about one entity."""
         return f"m:{self.room}" if self.table == "messages" else f"f:{self.entity}"
 
 
 class Read(NamedTuple):
-    """version: of the answer, -1 for an empty one; source: "local", or farther; marked: it was said to be stale."""
+    """version: of the answer, -1 for an empty one; source: "local", or farther; marked: the answer said "stale"."""
 
     listing: str
     began: int
@@ -55,7 +56,7 @@ class Read(NamedTuple):
 
 @dataclass
 class Write:
-    """acknowledged: `write` returned; committed: it was known that everyone may see it."""
+    """acknowledged: when `write` returned; committed: when it was known that every agent may see it."""
 
     listing: str
     number: int
@@ -68,7 +69,7 @@ class Speaker(Protocol):
     async def read(self, line: Line) -> list[Read]: ...
     async def write(self, line: Line) -> Write: ...
     async def settle(self) -> None:
-        """All that can be learnt of the writes so far is in what `write` returned."""
+        """Nothing to do: the results of `write` say everything about the writes so far."""
 
 
 class Mnemobus:
@@ -122,7 +123,7 @@ class Mnemobus:
 
 
 class Alternative:
-    """One turn at a time: what it does not find in this process is counted before and after a read."""
+    """One turn at a time: its misses in this process are counted before and after a read."""
 
     def __init__(self, name: str, redis_url: str, prefix: str, size: int) -> None:
         from .alternatives import Place, load
@@ -135,7 +136,7 @@ class Alternative:
         stack.push_async_callback(_call, self._it.close)
 
     def _misses(self) -> int:
-        """A listing that nobody has yet counts where it is loaded from."""
+        """The source of a listing that no cache has yet is where it is loaded from."""
         source = getattr(self._it, "_source", None)
         return int(self._it.loads) + (0 if source is None else int(source.loads))
 

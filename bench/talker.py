@@ -1,10 +1,10 @@
 """A process whose agents take turns: a context, a message, two contexts more, and every fifth time a fact.
 
-`python -m bench.talker <who> <place>`, asked through party.py; ``who`` is one of `contexts.KEEPERS`. Two such
-processes share the rooms. What answers lack or take back is counted, for everyone alike:
+`python -m bench.talker <who> <place>`, called through party.py; ``who`` is one of `contexts.KEEPERS`. Two such
+processes share the rooms. Wrong answers are counted, by the same rules for all contestants:
 
-lacking  the answer has not what the same agent wrote before it
-back     it has not what an earlier answer to the same agent had, though it has what is older than that
+lacking  the answer lacks an earlier write of the same agent
+back     it lacks a memory that an earlier answer to the same agent had, and has an older one than that
 """
 
 from __future__ import annotations
@@ -26,18 +26,18 @@ from .contexts import FACTS, KEEPERS, MESSAGES, Found, Keeper
 from .party import moment, serve
 
 TEXT = "nobody said so when the soup was served in the kitchen, but it was as salty as on the day before; who made it?"
-"""What is said: as long as messages of people are."""
+"""The text of a message: as long as people's messages are."""
 
 
 @dataclass
 class Record:
-    """What came of some turns; times in microseconds.
+    """The results of some turns; times in microseconds.
 
     turns    a whole turn, without the time to think
     own      the context after the agent's own message
-    both     the message before it, and that context
-    reads    how many contexts there were
-    lacking  of them, and ``back``: see the module
+    both     that message and that context together
+    reads    the number of contexts
+    lacking  how many of them lacked an own write; ``back``: how many went back; see the module
     """
 
     turns: list[float] = field(default_factory=list)
@@ -58,18 +58,18 @@ def made_id() -> str:
 
 
 def lacks(found: Sequence[str], own: str, limit: int) -> bool:
-    """Whether a listing should have an own memory, and has not: others may have pushed it out, all of them newer."""
+    """Whether a listing lacks an own memory that it should have: only newer memories may have pushed it out."""
     return bool(own) and own not in found and (len(found) < limit or min(found) < own)
 
 
 def goes_back(before: Sequence[str], now: Sequence[str]) -> bool:
-    """Whether a listing, newest first, lacks something of an earlier one, and has what was older there."""
+    """Whether a listing, newest first, lacks a memory of an earlier one, and has an older one of it."""
     there = [id in now for id in before]
     return True in there and False in there[: len(there) - there[::-1].index(True)]
 
 
 class Agent:
-    """One agent, in one room: what it wrote last, and was shown last, it knows itself."""
+    """One agent, in one room. It remembers what it wrote last, and what it read last."""
 
     def __init__(self, keeper: Keeper, room: str, name: str) -> None:
         self._keeper = keeper
@@ -135,8 +135,8 @@ class Talkers:
     async def talk(
         self, places: list[tuple[str, str]], warm: float, seconds: float, think: float
     ) -> dict[str, Any]:
-        """Have agents, each given by its room and its name, take turns for so long. How long those take that end in the
-        first ``warm`` seconds does not count, what they are answered does."""
+        """Have agents, each given by its room and its name, take turns for some time. For turns that end in the first
+        ``warm`` seconds, the times do not count, but the answers do."""
         record = Record()
         counts = time.perf_counter() + warm
         ends = counts + seconds

@@ -1,6 +1,6 @@
-"""Ways to bring a batch into PostgreSQL, side by side: `python -m bench.upserts`, a minute.
+"""Compares ways to write a batch to PostgreSQL: `python -m bench.upserts`, takes a minute.
 
-All of them merge the same deltas by the same statement, each batch in one transaction, with fsync; new rows only:
+All of them merge the same deltas by the same statement, each batch in one transaction, with fsync; only new rows:
 
 unnest       an array for each column, binary: what store/postgres/ does
 COPY         binary, into a temporary table; the statement reads from there
@@ -35,7 +35,7 @@ from .world import World, message, postgres_server, vector
 SIZES = (50, 500, 2_000)
 ROUNDS = 9
 _TYPES = ["uuid", *["text"] * 5, "bigint", "json", "json", *["bytea"] * 6]
-"""Of the statement's source, column by column."""
+"""The columns of the statement's source."""
 _ARRAYS = b"unnest(" + b", ".join([b"%s"] * len(_TYPES)) + b")"
 _NAMES = [
     *("id", "tbl", "room", "agent", "entity", "world", "created_us", "content", "metadata", "embedding"),

@@ -1,8 +1,8 @@
-"""From a write's acknowledgement to its being visible in another process that holds the room live, beside one bare hop.
+"""The time from a write's acknowledgement until another process that holds the room live sees it, beside one bare hop.
 
-Redis hands the announcement on before it answers the writer. So the other process often has the write first: that
-counts as no time at all. A hop is counted from the call of PUBLISH until the message is heard; from its answer it would
-be nothing, too. Both are also shown from the other moment: ours from the call of `write`, the hop from its answer.
+Redis sends the announcement before it answers the writer. So the other process often has the write first: that counts
+as 0. A hop is counted from the call of PUBLISH until the message is received; from its answer it would often be 0, too.
+Both are also shown from the other moment: ours from the call of `write`, the hop from its answer.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from .world import World, message
 
 ROOM = "kitchen"
 OTHERS = [f"room-{n}" for n in range(100)]
-"""Where the load goes; spread over all partitions of the log."""
+"""The rooms of the load; they are spread over all partitions of the log."""
 RATE = 1_000
 """Writes a second of the load."""
 HOP = "a bare PUBLISH hop"
@@ -34,7 +34,7 @@ _PATIENCE = 60
 
 
 class Delays(NamedTuple):
-    """Milliseconds of one turn: as a figure counts them, and from the other moment."""
+    """Milliseconds of one turn: as the figure counts them, and from the other moment."""
 
     counted: list[float]
     other: list[float]
@@ -56,7 +56,7 @@ class Watched:
         self._changed.set()
 
     async def delays(self, count: int) -> Delays:
-        """One write after the other; from its acknowledgement, and from its call."""
+        """The delays of one write after the other; from its acknowledgement, and from its call."""
         delays = Delays([], [])
         for _ in range(count):
             self._number += 1

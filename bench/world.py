@@ -1,4 +1,4 @@
-"""What every task works in: servers, settings, memories."""
+"""The environment of every task: servers, settings, memories."""
 
 from __future__ import annotations
 
@@ -33,12 +33,12 @@ from servers import (
 from servers import end as end_process
 
 EMBEDDING = 384
-"""Floats of an embedding, as small models of sentences have them."""
+"""Floats of an embedding, as many as small sentence models give."""
 
 
 @dataclass(slots=True)
 class World:
-    """The servers, a folder, and how much is to be measured."""
+    """The servers, a folder, and how much to measure."""
 
     redis_url: str
     redis_version: str
@@ -51,11 +51,11 @@ class World:
         return quick if self.quick else full
 
     def some(self, full: int, quick: int) -> int:
-        """How many of a thing."""
+        """The number of items for a full run, or for a quick one."""
         return quick if self.quick else full
 
     def settings(self, store: str = "sqlite", **overrides: Any) -> Settings:
-        """Those of a bus that nobody has used before; the defaults, but for the servers."""
+        """The settings of a new bus: the defaults, except for the servers."""
         name = f"bench-{secrets.token_hex(4)}"
         url = f"sqlite:///{self.folder}/{name}.db" if store == "sqlite" else self.database(name)
         return Settings.load(
@@ -81,7 +81,7 @@ class World:
 
     @contextlib.contextmanager
     def workers(self, settings: Settings, processes: int = 1, threads: int = 0) -> Iterator[Workers]:
-        """The worker pool as it is run for real."""
+        """The worker pool, as in production."""
         pool = Workers(settings, self.folder, processes, threads or settings.worker_threads)
         try:
             yield pool
@@ -112,7 +112,7 @@ WORDS = (
 
 
 def message(room: str, number: int, *, embedding: Sequence[float] | None = None, **more: Any) -> Memory:
-    """A message as people write them: some dozens of words, who said it, when."""
+    """A message as people write it: some dozens of words, a speaker, a time."""
     say = random.Random(number)
     text = " ".join(say.choice(WORDS) for _ in range(say.randint(8, 32)))
     return Memory(
@@ -132,7 +132,7 @@ def vector(number: int) -> list[float]:
     return [draw.uniform(-1, 1) for _ in range(EMBEDDING)]
 
 
-# Servers: containers share the network of the machine, so that nothing stands between. fsync is on.
+# Servers: containers share the network of the machine, so that no proxy is between. fsync is on.
 
 
 @contextlib.contextmanager
@@ -154,7 +154,7 @@ def _container(image: str, command: Sequence[str], **environment: str) -> Iterat
 
 @contextlib.contextmanager
 def redis_server(folder: Path) -> Iterator[tuple[str, str]]:
-    """URL and version of a Redis with an append-only file: given, in a container, or a binary of this machine."""
+    """URL and version of a Redis with an append-only file: a given one, one in a container, or a local binary."""
     with contextlib.ExitStack() as stack:
         url = os.environ.get("BENCH_REDIS_URL", "")
         if not url:

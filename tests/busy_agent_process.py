@@ -1,7 +1,7 @@
-"""An agent that writes and reads all the time, and keeps a record of it; told what to do as agent_process.py is.
+"""An agent that writes and reads all the time, and keeps a record of it; it takes orders as agent_process.py does.
 
-In each of some rooms that it shares with others it makes memories, changes one of its own again and again, and reads
-what is newest. ``stop`` ends that, and answers with what it was told: see `Record`. ``shown`` answers what it reads.
+In some rooms that it shares with others, it makes memories, changes one of its own again and again, and reads the
+newest. ``stop`` ends that, and answers with the answers that it got: see `Record`. ``shown`` answers what it reads.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ ROOMS = 6
 
 @dataclass
 class Record:
-    """What the agent was told.
+    """The answers that the agent got.
 
     writes   room, id, text and version of each acknowledged write, in the order in which it was made in that room
     refused  what writes failed with

@@ -1,4 +1,4 @@
-"""The command line as people run it: `mnemobus` in processes of its own, with or without a terminal."""
+"""The command line as people run it: `mnemobus` in its own process, with or without a terminal."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ COLUMNS = 160
 
 
 class Command:
-    """A command that runs, or has run. What it says goes to files, so that it never waits for its reader.
+    """A command that runs, or has run. Its output goes to files, so that it never waits for a reader.
 
     pid     of the process
     out     what it has said on standard output, or on the terminal, so far
@@ -106,7 +106,7 @@ class Command:
         return [json.loads(line) for line in self.out.splitlines(keepends=True) if line.endswith("\n")]
 
     def says(self, text: str, timeout: float = 30.0) -> str:
-        """Wait until it says something; all of its output then."""
+        """Wait for a text in its output; return all of the output."""
         wait_until(
             lambda: text in self.out + self.err or self.process.poll() is not None,
             timeout,
@@ -137,13 +137,13 @@ class Command:
 
 
 def descendants(pid: int) -> list[int]:
-    """All the processes that a process has started, and those that these have started."""
+    """All processes that a process has started, directly or indirectly."""
     found = children(pid)
     return found + [each for child in found for each in descendants(child)]
 
 
 def wait_until_gone(pids: list[int], timeout: float = 10.0) -> None:
-    """Wait until none of these processes is there any more; what is left then, is ended, and fails the test."""
+    """Wait until all of these processes have ended. Those left at the deadline are ended, and fail the test."""
     try:
         wait_until(
             lambda: not any(map(alive, pids)),

@@ -1,4 +1,4 @@
-"""Fixtures. Servers are real (see servers.py); each test has a key prefix and a database of its own."""
+"""Fixtures. Servers are real (see servers.py); each test has its own key prefix and database."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def session_redis(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 
 @pytest.fixture
 def prefix(session_redis: str) -> Iterator[str]:
-    """A key prefix that nobody else has; its keys are removed afterwards."""
+    """A key prefix for one test; its keys are removed afterwards."""
     prefix = f"test-{secrets.token_hex(6)}"
     yield prefix
     with redis.Redis.from_url(session_redis) as client:
@@ -71,7 +71,7 @@ def session_postgres() -> Iterator[str]:
 
 @pytest.fixture
 def postgres_url(session_postgres: str) -> Iterator[str]:
-    """A database that nobody else has; dropped afterwards."""
+    """A database for one test; it is dropped afterwards."""
     import psycopg
     from psycopg import sql
 
@@ -115,7 +115,7 @@ def connect(settings: Settings) -> Connect:
 
 @pytest.fixture
 def pool_of() -> Callable[[Settings], contextlib.AbstractContextManager[Settings]]:
-    """Workers as threads, on settings of the test's choice, for as long as it likes: ``with pool_of(settings):``."""
+    """Workers as threads, with settings that the test chooses, within ``with pool_of(settings):``."""
     return worker_threads
 
 
@@ -197,7 +197,7 @@ def own_redis(tmp_path: Path) -> Iterator[Callable[..., RedisServer]]:
 
 @pytest.fixture
 def wall_clock(tmp_path: Path) -> WallClock:
-    """A wall clock for a Redis of the test's own: ``own_redis(environment=wall_clock.environment)``."""
+    """A wall clock for the test's own Redis: ``own_redis(environment=wall_clock.environment)``."""
     try:
         return WallClock(tmp_path)
     except NoWallClock as error:
@@ -224,7 +224,7 @@ _SERVERS = [
 
 @pytest.fixture(scope="session")
 def every_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str], str]]:
-    """Starts each Redis and Valkey that this machine has, binaries and images, once; its URL by its name."""
+    """Starts each Redis and Valkey that this machine has, binaries and images, once; returns the URL for a name."""
     urls: dict[str, str] = {}
     with contextlib.ExitStack() as stack:
 

@@ -1,4 +1,4 @@
-"""The log, the feed and the store from outside, past every cache; and data that a store refuses."""
+"""The log, the feed and the store from outside, without any cache; and data that a store refuses."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from mnemobus.store import Query, open_reader
 
 
 async def stored(settings: Settings, room: str = "r1") -> list[str]:
-    """The texts that the store has of a room, sorted; past every cache."""
+    """The texts that the store has of a room, sorted; without any cache."""
     reader = open_reader(settings)
     await reader.open()
     try:
@@ -29,14 +29,14 @@ async def stored(settings: Settings, room: str = "r1") -> list[str]:
 
 
 class Log:
-    """What is to be seen of the log and the feed from outside."""
+    """The log and the feed, seen from outside."""
 
     def __init__(self, settings: Settings) -> None:
         self.client = redis.Redis.from_url(settings.redis_url)
         self.keys = Keyspace(settings.redis_key_prefix, settings.log_partitions, settings.feed_partitions)
 
     def pending(self) -> dict[str, tuple[str, int, int]]:
-        """Of each pending entry: whose it is, for how many ms it has been idle, how often it was delivered."""
+        """For each pending entry: its consumer, its idle time in ms, the number of its deliveries."""
         with suppress(redis.ResponseError):  # there is no group yet
             return {
                 e["message_id"].decode(): (
@@ -49,7 +49,7 @@ class Log:
         return {}
 
     def forsake(self, *ids: str, deliveries: int) -> None:
-        """As if nobody had renewed these entries for long, after so many deliveries."""
+        """Make these entries idle for long, as if no worker had renewed them, after this many deliveries."""
         pending = self.pending()
         for id in ids:
             self.client.xclaim(
@@ -89,7 +89,7 @@ class Log:
 
 
 def refuse_poison(settings: Settings) -> str:
-    """Have the database refuse what has "poison" in it; what it will say then."""
+    """Have the database refuse rows that contain "poison"; return the text of its error."""
     url = settings.database_url
     if url.startswith("sqlite"):
         connection: Any = sqlite3.connect(url.removeprefix("sqlite:///"))

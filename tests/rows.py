@@ -1,4 +1,4 @@
-"""All that a database holds, the same for the same events whichever store it is: what two stores are compared by."""
+"""The whole content of a database, in a form that is the same for both stores, so that tests can compare two stores."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ _REST = ("SELECT tbl, room, version FROM room_tombstones", "SELECT tbl, embeddin
 
 
 def named(url: str, statement: str) -> str:
-    """A statement with the bare names of the store's tables, as that store has it."""
+    """A statement, given with bare table names, in the form for the store."""
     return prefixed(statement, "mnemobus_" if url.startswith("sqlite") else "mnemobus.")
 
 
 def rows(url: str) -> list[tuple[Any, ...]]:
-    """Every row with every column, of memories that are there and of those that are gone, in one order."""
+    """Every row with every column, of present and of deleted memories, in a fixed order."""
     if url.startswith("sqlite"):
         with closing(sqlite3.connect(url.removeprefix("sqlite:///"))) as connection:
             return _all(url, connection, "lower(hex(id))", "content, metadata")
@@ -41,5 +41,5 @@ def _all(url: str, connection: Any, id: str, values: str) -> list[tuple[Any, ...
 
 
 def texts(url: str) -> dict[str, str]:
-    """The content of each memory that is there, by its id in hex."""
+    """The content of each present memory, by its id in hex."""
     return {row[0]: row[7] for row in rows(url) if len(row) > 3 and row[10] > row[14]}

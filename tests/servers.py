@@ -1,4 +1,4 @@
-"""Real servers for the tests: where they are found, and how they are started, stopped, killed and paused.
+"""Real servers for the tests: how they are found, started, stopped, killed and paused.
 
 Redis and PostgreSQL are looked for in this order: an address in the environment (TEST_REDIS_URL,
 TEST_DATABASE_URL); a container, where a Docker engine answers and has (or gets) the image (TEST_REDIS_IMAGE,
@@ -41,18 +41,18 @@ REDIS_IMAGE = os.environ.get("TEST_REDIS_IMAGE", "redis:8")
 POSTGRES_IMAGE = os.environ.get("TEST_POSTGRES_IMAGE", "pgvector/pgvector:pg17")
 PULL_SECONDS = 60
 PATIENCE = float(os.environ.get("TEST_PATIENCE", "1"))
-"""What the time that conditions are waited for is multiplied with."""
+"""The factor of all times that tests wait for conditions."""
 
 
 class NoServer(Exception):
-    """There is no server of this kind, and this is why."""
+    """There is no server of this kind; the text says why."""
 
 
 # Waiting
 
 
 async def eventually(condition: Callable[[], Any], timeout: float = 10.0) -> Any:
-    """Wait until a condition, which may be a coroutine function, holds; what it answered then."""
+    """Wait until a condition, which may be a coroutine function, holds; return its result."""
     timeout *= PATIENCE
     deadline = time.monotonic() + timeout
     while True:
@@ -82,18 +82,18 @@ def wait_until(condition: Callable[[], Any], timeout: float = 10.0, what: str = 
 
 
 def _die_with_parent() -> None:
-    """Runs between fork and exec: the kernel kills this process once the tests are gone, however they went."""
+    """Runs between fork and exec: the kernel kills this process once the tests have ended, for whatever reason."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)
 
 
 def spawn(command: list[str], **options: Any) -> subprocess.Popen[Any]:
-    """A process in a group of its own, that does not outlive the tests."""
+    """A process in its own group, which ends with the tests."""
     return subprocess.Popen(command, start_new_session=True, preexec_fn=_die_with_parent, **options)
 
 
 def end(process: subprocess.Popen[Any], patience: float = 15.0) -> None:
-    """Ask a process to stop, then make sure that it and all it started are gone."""
+    """Ask a process to stop, then make sure that it and all its children are gone."""
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGCONT)
         process.terminate()
@@ -111,7 +111,7 @@ def free_port() -> int:
 
 
 def children(pid: int) -> list[int]:
-    """The processes that a process has started, and that are still there."""
+    """The processes that a process has started, and that still exist."""
     found = subprocess.run(
         ["ps", "-o", "pid=", "--ppid", str(pid)], capture_output=True, text=True, check=False
     )
@@ -119,7 +119,7 @@ def children(pid: int) -> list[int]:
 
 
 def alive(pid: int) -> bool:
-    """Whether there is such a process, and it is no zombie."""
+    """Whether there is such a process, and it is not a zombie."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except FileNotFoundError:
@@ -127,7 +127,7 @@ def alive(pid: int) -> bool:
 
 
 def is_paused(pid: int) -> bool:
-    """Whether a process stands still, until it is told to continue."""
+    """Whether a process is stopped, until SIGCONT."""
     return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "T"
 
 
@@ -211,7 +211,7 @@ def redis_images() -> list[str]:
 
 
 class RedisServer:
-    """A Redis of a test's own: on a port that stays the same, with an append-only file, in a folder of its own."""
+    """A Redis for one test: on a port that stays the same, with an append-only file, in its own folder."""
 
     def __init__(
         self,
@@ -244,7 +244,7 @@ class RedisServer:
             )
 
     def stop(self) -> None:
-        """SIGTERM: it saves what it has."""
+        """SIGTERM: it saves its data."""
         if self._process is not None:
             end(self._process)
             self._process = None
@@ -325,7 +325,7 @@ def _pings(url: str) -> bool:
 
 
 def postgres_folder() -> Path:
-    """Where the server's programs are; NoServer if nowhere."""
+    """The folder of the server's programs; NoServer if there is none."""
     folders = sorted(glob.glob("/usr/lib/postgresql/*/bin"), reverse=True)
     on_path = shutil.which("postgres")
     if on_path:
@@ -337,7 +337,7 @@ def postgres_folder() -> Path:
 
 
 class PostgresServer:
-    """A PostgreSQL of a test's own, on a port that stays the same, in a folder of its own."""
+    """A PostgreSQL for one test, on a port that stays the same, in its own folder."""
 
     def __init__(self, *, fsync: bool = False) -> None:
         self._programs = postgres_folder()
@@ -519,7 +519,7 @@ def worker_threads(settings: Settings) -> Iterator[Settings]:
 
 
 class Workers:
-    """The worker pool as it is run for real: Dramatiq's command line, in processes of its own."""
+    """The worker pool as in production: Dramatiq's command line, in its own processes."""
 
     def __init__(self, settings: Settings, folder: Path, processes: int, threads: int) -> None:
         self.log = folder / f"workers-{secrets.token_hex(3)}.log"
@@ -558,7 +558,7 @@ class Workers:
         self._process.wait()
 
     def stop(self) -> int:
-        """SIGTERM, as a deployment does it; the exit status."""
+        """SIGTERM, as in a deployment; return the exit status."""
         end(self._process)
         return int(self._process.returncode)
 
@@ -614,7 +614,7 @@ class AgentProcess:
         return self._read()
 
     async def do(self, call: str, **arguments: Any) -> Any:
-        """Have the agent call a method of its bus; the answer as JSON values."""
+        """Have the agent call a method of its bus; return the answer as JSON values."""
         async with self._lock:
             return await asyncio.to_thread(self._do, call, arguments)
 

@@ -1,4 +1,4 @@
-"""An agent as agent_process.py is one, but its cache is broken: it drops nothing, and serves what it has for ever."""
+"""An agent like agent_process.py, but its cache is broken: it drops nothing, and serves its copies for ever."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""What mnemobus is measured beside does what it is measured for: the alternatives, where their extra is installed, and
-the hand-written floors."""
+"""The programs with which mnemobus is compared do what the benchmarks assume: the alternatives, if their extra is
+installed, and the hand-written floors."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The benchmarks' own parts: what is written down is what was measured, and no task loses another's figures."""
+"""The parts of the benchmarks: the written figures are the measured ones, and no task loses another's figures."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """The broker: how batches of the log come to workers, stay theirs, come back, and what upkeep removes.
 
-Here the test is the worker: it takes batches from consumers, and confirms them or doesn't. The whole pool is tested in
-test_workers.py.
+Here the test plays the worker: it takes batches from consumers, and confirms them or not. test_workers.py tests the
+whole pool.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""The bus as its users meet it: writes, reads, paging, own writes, tokens, durability, errors.
+"""The bus as users see it: writes, reads, paging, own writes, tokens, durability, errors.
 
-Every test runs on every server version that this machine has, under RESP2 and RESP3, and on both stores. Workers run as
-threads of the test's process (`pool`), on the same broker that Dramatiq's command line would use; what is promised
-between processes is tested in test_processes.py.
+Every test runs on every server version that this machine has, with RESP2 and RESP3, and on both stores. Workers run as
+threads of the test's process (`pool`), on the same broker that Dramatiq's command line would use. test_processes.py
+tests the promises between processes.
 """
 
 from __future__ import annotations

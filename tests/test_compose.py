@@ -1,4 +1,4 @@
-"""compose/: what can be told from the files; and, with TEST_COMPOSE=1, the stack for real."""
+"""compose/: checks of the files; and, with TEST_COMPOSE=1, of the running stack."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""Nothing but mnemobus's own errors comes out of it: every public call, and every command, in every condition in
-which a server or a disk can be.
+"""mnemobus raises only its own errors: from every public call, and every command, in every condition of a server or
+a disk.
 
-Each condition is brought about on real servers. Of each it is told what becomes of a bus that opens in it, and of a
-write when it comes over a bus that is open: kept in the outbox, or refused; and with which status commands end.
+Each condition is produced on real servers. The table says for each what happens to a bus that opens in it, what happens
+to a write on a bus that is open (kept in the outbox, or refused), and the exit status of commands.
 """
 
 from __future__ import annotations

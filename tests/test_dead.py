@@ -1,4 +1,4 @@
-"""`mnemobus dead`: what no worker could apply is seen, tried again under its own version, or given up."""
+"""`mnemobus dead`: events that no worker could apply are shown, retried under their own version, or dropped."""
 
 from __future__ import annotations
 

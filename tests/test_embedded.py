@@ -1,4 +1,4 @@
-"""The embedded system: which server it runs and how, that nothing is lost, and that nothing is left behind."""
+"""The embedded system: the choice of its server, nothing is lost, and nothing is left behind."""
 
 from __future__ import annotations
 

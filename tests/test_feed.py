@@ -1,4 +1,4 @@
-"""Staying in step: lost, repeated, spoiled and forged messages, reconnects, restarts, flushes; late fills."""
+"""Coherence by the feed: lost, repeated, damaged and forged messages, reconnects, restarts, flushes; late fills."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A full Redis refuses writes (test_log.py), but reads, and commands that make room, still work."""
+"""A full Redis refuses writes (test_log.py), but reads, and commands that free space, still work."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What `bus.health()` and `mnemobus doctor` say where something is wrong: one table, each condition for real."""
+"""What `bus.health()` and `mnemobus doctor` report in each failure: one table, each failure on real servers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`mnemobus import`: exactly the file's memories, however often, and every bad line by its number."""
+"""`mnemobus import`: exactly the file's memories, even if repeated, and every bad line is reported with its number."""
 
 from __future__ import annotations
 

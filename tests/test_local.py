@@ -1,4 +1,4 @@
-"""L1 by itself: late fills, freshness, bounds, and what eviction spares."""
+"""L1 alone: late fills, freshness, bounds, and what eviction keeps."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The log: once, in order, bounded, and as durable as was asked for."""
+"""The log: each write once, in order, bounded, and as durable as requested."""
 
 from __future__ import annotations
 

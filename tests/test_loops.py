@@ -1,6 +1,6 @@
-"""One bus belongs to one event loop: what a fork, another loop, another thread and a forgotten close() come to.
+"""One bus belongs to one event loop: the effects of a fork, another loop, another thread and a forgotten close().
 
-Also what reads cost that may not be cached: they share their loads.
+Also the cost of reads that may not be cached: they share their loads.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Memories: what `write` refuses, by field; that what is handed out can't be changed; how results travel."""
+"""Memories: what `write` refuses, by field; results are immutable; the encoding of results."""
 
 from __future__ import annotations
 

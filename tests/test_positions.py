@@ -1,4 +1,4 @@
-"""Positions in the feed, without Redis: what each message does to them, in whatever order messages come."""
+"""Positions in the feed, without Redis: the effect of each message on them, in any order of messages."""
 
 from __future__ import annotations
 

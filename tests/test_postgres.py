@@ -1,4 +1,4 @@
-"""PostgreSQL as others run it: behind a pooler, with other defaults, and with few connections."""
+"""PostgreSQL in other setups: behind a pooler, with other defaults, and with few connections."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""What is promised between processes: agents and workers each in one of their own, on both stores, killed and paused.
+"""The promises between processes: each agent and worker has its own process, on both stores, and is killed or paused.
 
-Agents are told what to do line by line (agent_process.py); workers run under Dramatiq's own command line.
+Agents get their orders line by line (agent_process.py); workers run under Dramatiq's own command line.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""MNEMOBUS_COMMIT=relaxed: PostgreSQL need not have a commit on its disk, and yet nothing acknowledged is lost."""
+"""MNEMOBUS_COMMIT=relaxed: a commit may not be on PostgreSQL's disk yet, but no acknowledged write is lost."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The rooms of the code: what is where, and that imports run one way."""
+"""The folders of the code: what belongs where, and that imports run one way."""
 
 from __future__ import annotations
 

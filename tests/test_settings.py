@@ -1,6 +1,6 @@
-"""Settings: read from the environment, refused by name, and each with the effect that env.template says.
+"""Settings: read from the environment, errors name the setting, and each has the effect that env.template says.
 
-Effects that need workers or the embedded server are shown in test_broker.py, test_workers.py, test_embedded.py and
+Effects that need workers or the embedded server are tested in test_broker.py, test_workers.py, test_embedded.py and
 test_cli.py.
 """
 

@@ -1,4 +1,4 @@
-"""Shadow reads: copies that are really stale are found, in either tier; races, dead workers and outages are no breach.
+"""Shadow reads find copies that are really stale, in either tier; races, dead workers and outages are not breaches.
 
 A stale copy is planted by changing the row in the database behind the bus's back: through the store's own Writer, with
 a newer version, and with no fan-out.

@@ -1,4 +1,4 @@
-"""A bus tells the truth about its own writes: for any number of them, after any failure, and after manual changes."""
+"""A bus reports the truth about its own writes: for any number of them, after any failure, and after manual changes."""
 
 from __future__ import annotations
 

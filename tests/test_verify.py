@@ -1,4 +1,4 @@
-"""`mnemobus verify`: agents that are consistent, paused, or stuck with an older copy; how their answers are judged."""
+"""`mnemobus verify`: agents that are consistent, paused, or keep an older copy; how their answers are judged."""
 
 from __future__ import annotations
 

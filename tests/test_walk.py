@@ -1,4 +1,4 @@
-"""docs/walk.md: what it names is there, and each file is opened once."""
+"""docs/walk.md: all names in it exist, and each file is opened once."""
 
 from __future__ import annotations
 

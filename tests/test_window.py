@@ -1,4 +1,4 @@
-"""A window is what the store would answer, whatever of its tail the store has merged already."""
+"""A window equals the store's later answer, whichever part of its tail the store has merged already."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Wires and their pool, against a real Redis: replies reach who asked for them, whatever is cancelled or breaks."""
+"""Wires and their pool, with a real Redis: each reply reaches its caller, whatever is cancelled or breaks."""
 
 from __future__ import annotations
 

@@ -1,15 +1,14 @@
-"""What a user would take instead of mnemobus: each in a file of its own, used as its own documentation says.
+"""The alternatives to mnemobus: each in its own file, used as its own documentation says.
 
-All are driven the same way. An alternative addresses a memory in a way of its own (`address`), which is made ahead of
-what is timed, and answers in a form of its own: `get` is the library's own method where it has one of that shape, so
-that nothing of ours is charged to a hot read. `value` turns an answer into the content that was put; it stays out of
-what is timed.
+All have the same interface. An alternative has its own addresses of memories (`address`), which are made before the
+timing, and its own form of answers: `get` is the library's own method if it has one of that shape, so that a hot read
+is charged nothing of ours. `value` turns an answer into the content that was put; it is not timed.
 
 `cannot` names what an alternative can't do, with a sentence for the table. A library without an asyncio client is
-driven synchronously (`sync`): a hop to a thread would be charged to it otherwise.
+called synchronously (`sync`): else it would be charged a hop to a thread.
 
-What is cached stands in front of something. The libraries that are stores hold the memories themselves; those that
-are caches stand in front of the same memories and listings that plain_redis.py keeps.
+The libraries that are stores hold the memories themselves. Those that are caches are in front of the same memories and
+listings, which plain_redis.py keeps.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ Value = dict[str, Any]
 """The content of a memory: a JSON object with a ``text``."""
 
 Task = Literal["get", "recent", "put", "write_many", "embeddings", "processes", "hosts", "durable", "bounded"]
-"""What may be asked of an alternative. Beyond the methods of the same names:
+"""The abilities that a task may need from an alternative. Beyond the methods of the same names:
 
 embeddings  keep a vector with each memory
 processes   be used by several processes that see each other's writes, without waiting for an expiry
@@ -50,11 +49,11 @@ class Item(NamedTuple):
 
 @dataclass(frozen=True)
 class Place:
-    """Where an alternative works, and with how much.
+    """The place and the bounds of an alternative.
 
-    prefix   begins every key, and names every namespace
-    size     memories that a process may hold
-    ttl      seconds that a cached copy lives, where nothing takes it away before
+    prefix   the beginning of every key and namespace
+    size     most memories that a process may hold
+    ttl      seconds that a cached copy lives, if nothing removes it earlier
     vectors  length of the embeddings; 0 for none
     """
 
@@ -68,12 +67,12 @@ class Place:
 
 class _Common(Protocol):
     name: ClassVar[str]
-    """As the table calls it."""
+    """Its name in the table."""
     package: ClassVar[str]
     """The distribution that is measured."""
     cannot: ClassVar[Cannot]
     loads: int
-    """How many answers of `get` and `recent` were not found in this process."""
+    """How many results of `get` and `recent` were not found in this process."""
 
     def __init__(self, place: Place) -> None: ...
     def address(self, room: str, id: str) -> Any:
@@ -97,13 +96,13 @@ class Alternative(_Common, Protocol):
         """The memories of a room, newest first."""
 
     async def put(self, item: Item) -> None:
-        """Write a memory, new or not; everyone may see it once this returns."""
+        """Write a memory, new or not; every process may see it once this returns."""
 
     async def write_many(self, items: Sequence[Item]) -> None:
-        """Write many at once, in the library's own way of doing so."""
+        """Write many at once, in the library's own way."""
 
     async def forget(self, address: Any) -> None:
-        """What the library does in this process when it hears that a memory has changed."""
+        """Do what the library does in this process when it hears that a memory has changed."""
 
 
 class SyncAlternative(_Common, Protocol):

@@ -1,6 +1,6 @@
-"""`PYTHONPATH=.:tests python -m bench.alternatives`: each alternative tried against real servers, and what it can't do.
+"""`PYTHONPATH=.:tests python -m bench.alternatives`: try each alternative on real servers, and show what it can't do.
 
-The servers are found as the tests find them (CONTRIBUTING.md).
+The servers are found in the same way as in the tests (CONTRIBUTING.md).
 """
 
 from __future__ import annotations

@@ -1,11 +1,11 @@
 """aiocache: its memory cache in each process, in front of its Redis cache, both with a time to live.
 
 As in https://aiocache.aio-libs.org/en/latest/ (``Cache(Cache.MEMORY)``, `get` and `set` with ``ttl``) and
-https://aiocache.aio-libs.org/en/latest/caches.html. Nothing tells a process that another one has written: a copy is
-served until its time is up, and a listing too, though a writer into the room deletes its own. That staleness is
-what is counted.
+https://aiocache.aio-libs.org/en/latest/caches.html. A process does not learn that another one has written: it serves a
+copy until the copy expires, and a listing, too, though a process that writes into the room deletes its own listing.
+This staleness is counted.
 
-A room's listing is loaded from what plain_redis.py keeps.
+A room's listing is loaded from the data of plain_redis.py.
 """
 
 from __future__ import annotations

@@ -4,11 +4,11 @@ As in https://github.com/Krukov/cashews#redis (``client_side=True``), with `get`
 https://github.com/Krukov/cashews#low-level-api (its decorator makes a key out of the call's arguments first, and
 costs more).
 
-``protocol=2`` is needed: redis-py speaks RESP3 by default since version 8, invalidations then arrive as pushes, which
-cashews does not look for, and it misses every single one, without a word. tests/test_bench.py shows it.
+``protocol=2`` is needed: redis-py speaks RESP3 by default since version 8. Then invalidations arrive as pushes, which
+cashews does not read, and it misses all of them without an error. tests/test_bench.py shows it.
 
-cashews keeps the memories, in Redis. A room's listing is what one caches in front of a query: it is loaded from what
-plain_redis.py keeps, and a writer into the room deletes it.
+cashews keeps the memories, in Redis. A room's listing is cached in front of a query: it is loaded from the data of
+plain_redis.py, and a process that writes into the room deletes it.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from .plain_redis import PlainRedis
 
 
 class _Counting(Memory):
-    """Its local cache, and a count of what was put there. A hit passes here as in the original."""
+    """Its local cache, with a count of the entries that were put there. A hit costs the same as in the original."""
 
     fills = 0
 

@@ -1,12 +1,13 @@
 """agent-coherence's CCSStore: a LangGraph store in memory whose agents each have a cache, kept coherent by MESI states.
 
 As in https://github.com/Cohexa-ai/agent-coherence#readme (``CCSStore(strategy="lazy")``) and its guide: the first
-element of a namespace is the agent, the rest what the agents share. All of it, the "coordinator" included, is objects
-of one process: two processes share nothing, and what was written goes with the process. (Its guarantees beyond that,
-of CoherentVolume, are for files on one host.) `search` goes by the whole namespace, agent included, and gives what it
-finds in no order.
+element of a namespace is the agent, the rest is what the agents share. Everything, including the "coordinator", is
+objects of one process: two processes share nothing, and what was written is lost with the process. (Its further
+guarantees, of CoherentVolume, are for files on one host.) `search` uses the whole namespace, including the agent, and
+returns results in no order.
 
-Its search for crashed agents, which is on by default, is half or more of what a hit costs, and grows with what is held.
+Its search for crashed agents, which is on by default, is at least half of the cost of a hit, and grows with the number
+of memories.
 """
 
 from __future__ import annotations
@@ -43,11 +44,11 @@ class CcsStore:
         self._agent = agent
         self.store = store
         self.loads = 0
-        """Not counted: it tells only through a callback that would be charged to every read."""
+        """Not counted: it reports them only to a callback, which would be charged to every read."""
 
     def open(self) -> None:
         if self.store is None:
-            logging.getLogger("ccs").setLevel(logging.ERROR)  # it tells of the crashed agents that it finds
+            logging.getLogger("ccs").setLevel(logging.ERROR)  # it warns of each crashed agent that it finds
             with warnings.catch_warnings():  # that a default has changed since its version 0.8
                 warnings.simplefilter("ignore", RuntimeWarning)
                 self.store = CCSStore(strategy="lazy")

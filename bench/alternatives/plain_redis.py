@@ -2,9 +2,9 @@
 
 As in https://redis.readthedocs.io/en/stable/examples/asyncio_examples.html and, for `write_many`,
 https://redis.readthedocs.io/en/stable/advanced_features.html#pipelines. A memory is a string of JSON; a room is a
-sorted set of ids, the newest first, in which a memory that changes keeps its place. `get` gives the bytes.
+sorted set of ids, the newest first, in which a changed memory keeps its place. `get` returns the bytes.
 
-It is also what the caches stand in front of.
+The caches are in front of this one.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ class PlainRedis:
 
 
 def queue(pipe: Any, names: Any, items: Sequence[Item]) -> None:
-    """The commands that write memories, onto a pipeline of either client; ``names`` has `address` and `room`."""
+    """Add the commands that write memories to a pipeline of either client; ``names`` has `address` and `room`."""
     now = time.time()
     for n, item in enumerate(items):
         pipe.set(names.address(item.room, item.id), orjson.dumps(item.value))

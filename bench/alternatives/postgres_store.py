@@ -1,12 +1,12 @@
 """LangGraph's store in PostgreSQL, without a cache: every call asks the database.
 
 As in https://reference.langchain.com/python/langgraph.store.postgres/aio/AsyncPostgresStore: `from_conn_string`,
-`setup`, a room is a namespace, `search` without a query gives what was written to it, the latest first, and many
+`setup`, a room is a namespace, `search` without a query returns its memories, the latest first, and many
 writes are one `batch` of ``PutOp``. Once with asyncio, once without: their `batch` is the same.
 
-With vectors, ``index`` names a function that embeds a ``text``. Here it looks the vector up that comes with the
-memory, so no time goes into a model. The index is ``flat``: vectors are stored and not indexed, as mnemobus does;
-``ann`` says otherwise (``hnsw`` is what LangGraph takes when asked for nothing).
+With vectors, ``index`` names a function that embeds a ``text``. Here it looks up the vector that comes with the
+memory, so no model takes any time. The index is ``flat``: vectors are stored and not indexed, as in mnemobus;
+``ann`` chooses another index (``hnsw`` is LangGraph's default).
 """
 
 from __future__ import annotations
@@ -89,7 +89,7 @@ class AsyncStore(_Common):
 
     async def close(self) -> None:
         await self._stack.aclose()
-        # Its task, which gathers single calls into batches, ends only with the object.
+        # Its task, which collects single calls into batches, ends only with the object.
         del self._store
         await asyncio.sleep(0)
 

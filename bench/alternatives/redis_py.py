@@ -1,13 +1,13 @@
-"""redis-py's own client-side caching: a connection that remembers answers until Redis says that a key has changed.
+"""redis-py's own client-side caching: a connection caches answers until Redis says that a key has changed.
 
 As in https://redis.readthedocs.io/en/stable/resp3_features.html#client-side-caching and
 https://redis.io/docs/latest/develop/clients/redis-py/connect#connect-using-client-side-caching: ``protocol=3`` and a
-``CacheConfig``. It needs Redis 7.4 or later (no Valkey). redis-py 8.1 has it in its synchronous client alone: the
-asyncio client takes no ``cache_config``. Every hit looks at the socket for invalidations, and each of those walks
-through the whole cache.
+``CacheConfig``. It needs Redis 7.4 or later (not Valkey). redis-py 8.1 has it only in its synchronous client: the
+asyncio client takes no ``cache_config``. Every hit checks the socket for invalidations, and each of those searches
+the whole cache.
 
-Data and commands are those of plain_redis.py. A listing is two answers, each cached by itself. (ZREVRANGE would not
-do: its answers are filed under the single letters of the key's name, in 8.1, where no invalidation ever finds them.)
+Data and commands are those of plain_redis.py. A listing is two answers, each cached by itself. (ZREVRANGE does not
+work: in 8.1 its answers are stored under the single letters of the key's name, where no invalidation finds them.)
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ from .plain_redis import queue
 
 
 class _Counting(DefaultCache):
-    """The default cache, and a count of what was not in it. A hit passes here as in the original."""
+    """The default cache, with a count of the misses. A hit costs the same as in the original."""
 
     asked = 0
 
     def set(self, entry: CacheEntry) -> bool:
-        if entry.status is CacheEntryStatus.IN_PROGRESS:  # a placeholder, made when the answer is asked for
+        if entry.status is CacheEntryStatus.IN_PROGRESS:  # a placeholder, made when the question is sent
             self.asked += 1
         return super().set(entry)
 

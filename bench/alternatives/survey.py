@@ -1,4 +1,4 @@
-"""What each alternative does and does not do: found out by doing it, on real servers, with two instances of each."""
+"""What each alternative can and can't do: found by experiment, on real servers, with two instances of each."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ PATIENCE = 2.0
 
 @dataclass(frozen=True)
 class Findings:
-    """What was seen of an alternative with two instances, A and B.
+    """What two instances of an alternative, A and B, do.
 
-    reads      A reads what it wrote, new and changed, by itself and in a listing, newest first
+    reads      A reads what it wrote, new and changed, as single memories and in a listing, newest first
     many       all of `write_many` can be read
     across     seconds until B, which had a copy, gets what A changed; None if it did not within PATIENCE
     listing    the same for a listing that B had, and a memory that A added
-    hits       B's first read asked somebody, its second of the same did not
+    hits       B's first read asked a server, its second of the same did not
     """
 
     reads: bool
@@ -39,7 +39,7 @@ class Findings:
 
 @contextmanager
 def database(url: str) -> Iterator[str]:
-    """A database of its own on a server, in UTF-8: in any other encoding LangGraph's store finds no key again."""
+    """A new database on a server, in UTF-8: with any other encoding LangGraph's store finds no key again."""
     name = f"bench_{secrets.token_hex(4)}"
     with psycopg.connect(url, autocommit=True) as connection:
         connection.execute(f"CREATE DATABASE {name} ENCODING 'UTF8' TEMPLATE template0".encode())

@@ -1,7 +1,8 @@
-"""Hand-written floors: the shortest program that does only the naked operation, on the same client libraries or less.
+"""Hand-written floors: the shortest programs that do only the bare operation, on the same client libraries or less.
 
-None keeps a promise: no version is compared, nothing is repeated, no cache is guarded. What mnemobus takes beyond
-them is what its promises cost. They read and write what mnemobus does: the entries of its log, the rows of its table.
+They keep no promises: no version is compared, nothing is repeated, no cache is protected. The difference to mnemobus
+is the cost of its promises. They read and write the same data as mnemobus: the entries of its log, the rows of its
+table.
 
 | | |
 |---|---|

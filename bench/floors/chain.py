@@ -1,13 +1,13 @@
-"""The way of an invalidation by hand: XADD; a worker that reads, commits and publishes; a process that hears of it.
+"""The path of an invalidation by hand: XADD; a worker that reads, commits and publishes; a process that listens.
 
     async with Chain(redis_url, database_url) as chain:
         for memory in memories:
             await chain.write(memory)
         delays = await chain.delays()
 
-A delay runs from the moment at which the writer has its answer to the one at which the reader has the message. Both
-are read from CLOCK_MONOTONIC, which all processes of a machine share. One may be negative, where the message
-overtakes the answer.
+A delay is the time from the moment when the writer has its answer to the moment when the reader has the message. Both
+are read from CLOCK_MONOTONIC, which all processes of a machine share. A delay is negative if the message overtakes the
+answer.
 """
 
 from __future__ import annotations
@@ -86,7 +86,7 @@ class Chain:
         self._heard.clear()
 
     async def delays(self, timeout: float = 30.0) -> list[float]:
-        """Seconds, in the order of the writes, once all of them were heard of; TimeoutError if they are not."""
+        """Seconds, in the order of the writes, once all messages have come; TimeoutError if they don't."""
         async with asyncio.timeout(timeout):
             while self._acknowledged.keys() - self._heard.keys():
                 await asyncio.sleep(0.01)

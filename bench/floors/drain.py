@@ -20,12 +20,12 @@ from mnemobus import Settings
 from .store import sink
 
 COUNT: int = Settings.model_fields["batch_size"].default
-"""Entries of a batch: as many as ours may have."""
+"""Entries of a batch: the same limit as ours."""
 
 
 @dataclass(frozen=True)
 class Drained:
-    """events and batches: how many this process moved; seconds: until there was nothing left."""
+    """events and batches: how many this process moved; seconds: until nothing was left."""
 
     events: int
     batches: int
@@ -33,13 +33,13 @@ class Drained:
 
 
 def group(client: Redis, name: str, logs: Iterable[str]) -> None:
-    """A consumer group that has all of these streams before it."""
+    """Make a consumer group at the beginning of all these streams."""
     for log in logs:
         client.xgroup_create(log, name, id="0", mkstream=True)
 
 
 def command(redis_url: str, database_url: str, group: str, logs: Sequence[str]) -> list[str]:
-    """What to run for such a process."""
+    """The command line of such a process."""
     return [sys.executable, "-m", "bench.floors.drain", redis_url, database_url, group, *logs]
 
 

@@ -1,4 +1,4 @@
-"""One hop through Redis, by hand: PUBLISH over a raw socket, and a process that hears it on another.
+"""One hop through Redis, by hand: PUBLISH over a raw socket, and a process that receives it on another.
 
     async with Hop(redis_url) as hop:
         times = await hop.publish(payload)
@@ -18,8 +18,8 @@ from .writes import Blocking, Wire
 
 
 class Times(NamedTuple):
-    """Nanoseconds from a call of PUBLISH until it was heard, and from its answer. The message may overtake that: then
-    they are negative."""
+    """Nanoseconds until the message was received: from the call of PUBLISH, and from its answer. The second is negative
+    if the message overtakes the answer."""
 
     sent: int
     answered: int
@@ -48,7 +48,7 @@ class Hop:
         self._wire.close()
 
     async def publish(self, payload: bytes) -> Times:
-        """Publish, and wait until it is heard."""
+        """Publish, and wait until the message is received."""
         assert self._process.stdout is not None
         sent = time.monotonic_ns()
         await self._wire.call("PUBLISH", self._channel, payload)

@@ -20,7 +20,7 @@ V = TypeVar("V")
 
 
 def held(values: Mapping[K, V]) -> Callable[[K], Awaitable[V]]:
-    """A coroutine function that looks a key up in a dict: what awaiting anything costs."""
+    """A coroutine function that looks up a key in a dict: the least cost of any await."""
 
     async def get(key: K) -> V:
         return values[key]
@@ -29,7 +29,7 @@ def held(values: Mapping[K, V]) -> Callable[[K], Awaitable[V]]:
 
 
 class Hash:
-    """Hashes in Redis, as L2 is one, with nothing around HGET."""
+    """Hashes in Redis, as in L2, read by a bare HGET."""
 
     async def open(self, redis_url: str) -> None:
         self.client: Redis = Redis.from_url(redis_url)
@@ -73,7 +73,7 @@ class _Cold:
         return await self._read(f"{self._prefix}:room:{table}:{room}", self._many, (table, room, limit))
 
     async def _read(self, key: str, query: str, parameters: tuple[Any, ...]) -> Rows:
-        # Whatever an earlier read left there, this one goes on to the store.
+        # Even if an earlier read left an answer there, this one asks the store.
         await self._redis.hget(key, "none")
         rows = await self._fetch(query, parameters)
         await self._redis.hset(key, "q", b"\n".join(row[6] for row in rows))

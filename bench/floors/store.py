@@ -1,6 +1,6 @@
-"""The plainest upsert into mnemobus's own table: no version is compared, no tombstone looked at.
+"""The simplest upsert into mnemobus's own table: it compares no version, and reads no tombstone.
 
-Only puts: an entry of any other op is an error here.
+Only for puts: an entry with another op is an error here.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from mnemobus.keys import Version
 from mnemobus.store import open_writer
 
 Entry = tuple[bytes, Mapping[bytes, bytes]]
-"""An entry of the log, as redis-py gives it: its ID, its fields."""
+"""An entry of the log, as redis-py returns it: its ID, its fields."""
 
 
 class Sink(Protocol):
     def commit(self, entries: Iterable[Entry]) -> None:
-        """One transaction with the rows of all these entries; where an id is there twice, the last counts."""
+        """One transaction with the rows of all these entries; if an id occurs twice, the last one counts."""
 
     def close(self) -> None: ...
 

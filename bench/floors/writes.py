@@ -20,7 +20,7 @@ Fields = dict[str | bytes | int, str | bytes | int]
 
 
 def fields(memory: Memory) -> Fields:
-    """The entry of the log that writing this memory makes."""
+    """The log entry of a write of this memory."""
     flat = Event.put(encode(memory, 1 << 30)).fields()
     return dict(zip(flat[::2], flat[1::2], strict=True))
 
@@ -32,7 +32,7 @@ async def one(client: Redis, key: str, entry: Fields) -> bytes:
 
 
 async def pipelined(client: Redis, key: str, entries: Sequence[Fields], size: int = 100) -> float:
-    """All entries in pipelines of ``size`` XADDs, one pipeline after the other; the seconds that took."""
+    """All entries in pipelines of ``size`` XADDs, one pipeline after the other; returns the seconds."""
     start = time.perf_counter()
     for at in range(0, len(entries), size):
         async with client.pipeline(transaction=False) as pipe:
@@ -43,8 +43,8 @@ async def pipelined(client: Redis, key: str, entries: Sequence[Fields], size: in
 
 
 class Wire(asyncio.Protocol):
-    """A connection to Redis and nothing else: one command at a time, written at once, its answer parsed by hiredis. No
-    pool, no timeout, no login."""
+    """Only a connection to Redis: one command at a time, written at once, its answer parsed by hiredis. No pool, no
+    timeout, no login."""
 
     _transport: asyncio.Transport
     _answer: asyncio.Future[Any]

@@ -1,4 +1,4 @@
-"""One module for each task: what it measures is in its first sentence, what it must reach in its ``result.at_most``."""
+"""One module for each task. Its first sentence says what it measures; its ``result.at_most`` has the bounds."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Agents 1, 10, 100, 500 beside one write stream: propagation, and what a write costs Redis; classic and live."""
+"""1, 10, 100 and 500 agents beside one stream of writes: propagation, and Redis's cost of a write; classic and live."""
 
 from __future__ import annotations
 
@@ -30,9 +30,9 @@ TALK = "talk"
 
 @dataclass
 class Variant:
-    """Rooms of one feed partition, and a message of each that lies there too: what is written, over and over.
+    """Rooms of one feed partition, and a message of each that belongs there, too. These are written again and again.
 
-    version  the number that the messages have now
+    version  the present number of the messages
     watched  how many agents hold the first room live
     """
 
@@ -47,12 +47,12 @@ class Variant:
 
 @dataclass
 class Crowd:
-    """Processes with agents."""
+    """The processes with agents."""
 
     parties: list[Party]
     sizes: list[int]
     heard: dict[str, list[int]] = field(default_factory=dict)
-    """By scope that was dropped, or by version of a write that is in a window: when."""
+    """When a scope was dropped, by scope; or when a write was in a window, by version."""
     changed: asyncio.Event = field(default_factory=asyncio.Event)
 
     def __post_init__(self) -> None:
@@ -65,14 +65,14 @@ class Crowd:
         self.changed.set()
 
     async def grow(self, count: int) -> None:
-        """Agents spread over the processes as evenly as can be."""
+        """Start agents, spread over the processes as evenly as possible."""
         wanted = _spread(count, len(self.parties))
         more = zip(self.parties, wanted, self.sizes, strict=True)
         await asyncio.gather(*(party.ask("open", now - before) for party, now, before in more))
         self.sizes = wanted
 
     async def hold(self, variant: Variant, count: int) -> None:
-        """Have so many agents read the rooms."""
+        """Have this many agents read the rooms."""
         self.heard.clear()
         wanted = _spread(count, len(self.parties))
         found = await asyncio.gather(
@@ -87,7 +87,7 @@ class Crowd:
         variant.stale += sum(number < variant.version for number in read)
 
     async def watch(self, room: str, count: int) -> None:
-        """Have so many agents hold a room live."""
+        """Have this many agents hold a room live."""
         self.heard.clear()
         wanted = zip(self.parties, _spread(count, len(self.parties)), strict=True)
         await asyncio.gather(*(party.ask("watch", 0, n, TALK, room) for party, n in wanted if n))
@@ -96,7 +96,7 @@ class Crowd:
         await asyncio.gather(*(party.ask("unwatch") for party in self.parties))
 
     async def moments(self, what: str, count: int) -> list[int]:
-        """When each of so many agents dropped a scope, or had a write in its window."""
+        """When each of this many agents dropped a scope, or had a write in its window."""
         async with asyncio.timeout(30):
             while len(self.heard.get(what, ())) < count:
                 self.changed.clear()
@@ -199,7 +199,7 @@ async def _round(
 async def _live_round(
     bus: Bus, server: redis.asyncio.Redis, crowd: Crowd, variant: Variant, listeners: int, quiet: float
 ) -> tuple[float, float]:
-    """The same for one room that is held live: nobody has to read it again after each write."""
+    """The same for one room that is held live: no agent has to read it again after each write."""
     if variant.version < 0 or variant.watched != listeners:
         variant.watched = listeners
         await crowd.watch(variant.rooms[0], listeners)

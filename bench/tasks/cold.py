@@ -1,4 +1,4 @@
-"""Cold reads: what only the store has, in PostgreSQL and in SQLite."""
+"""Cold reads: of memories that only the store has, in PostgreSQL and in SQLite."""
 
 from __future__ import annotations
 

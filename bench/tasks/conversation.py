@@ -1,7 +1,7 @@
-"""Ten rooms of conversing agents in three processes: how much a process answers itself, and how much of that is stale.
+"""Agents converse in ten rooms, in three processes: how much a process answers itself, and how much of that is stale.
 
-For everyone alike, an answer is stale if it lacks a write that was made before the read began. Two bounds are counted:
-whether the write was acknowledged by then, and whether it was known to be visible for more than MAX_STALENESS, which is
+For all contestants, an answer is stale if it lacks a write from before the read began. Two bounds are counted: whether
+the write was acknowledged by then, and whether it was known to be visible for more than MAX_STALENESS, which is
 mnemobus's promise (G5). A listing's version is the number of its newest memory; see speaker.py.
 """
 
@@ -24,16 +24,16 @@ from ..speaker import FACTS, MESSAGES, Line, Read, Write
 from ..world import WORDS, World
 
 FILE = Path(__file__).parents[2].parent / "shared" / "data" / "locomo10.jsonl"
-"""Beside the checkout; BENCH_CONVERSATIONS names another."""
+"""A file beside the checkout; BENCH_CONVERSATIONS names another."""
 PROCESSES = 3
 PAUSE = 0.02
 """Seconds between a turn and the next one in its room. Agents that ask a model take seconds."""
 MANY, FEW = 100, 20
-"""Entries that each process may keep."""
+"""Numbers of entries that each process may keep."""
 COMMITTED = "mnemobus, writes await the commit"
 ALTERNATIVES = ("cashews", "redis-py", "aiocache", "plain-redis")
 BOUNDED = ALTERNATIVES[:2]
-"""Those that can be told how much to keep."""
+"""The contestants whose caches can be bounded."""
 
 
 @dataclass
@@ -42,9 +42,9 @@ class Tally:
 
     stale      lacked a write that was acknowledged before the read began
     behind     lacked one that was known to be visible to all before the read began
-    beyond     lacked one that had been for longer than the promise
+    beyond     lacked one that had been visible to all for longer than the promise
     own        lacked one of the same process
-    marked     were said to be stale
+    marked     were marked stale
     """
 
     reads: int = 0
@@ -71,7 +71,7 @@ class Contestant:
         self.rounds: list[Tally] = []
 
     async def replay(self, rooms: list[list[Line]]) -> None:
-        """Take these turns: those of a room one after the other, the rooms side by side."""
+        """Take these turns: within a room one after the other, all rooms at the same time."""
 
         async def converse(first: int, lines: list[Line]) -> None:
             for turn, line in enumerate(lines, first):
@@ -159,7 +159,7 @@ async def run(world: World) -> list[Result]:
 
 
 def _above(result: Result, other: str) -> None:
-    """Our share is to be no lower than the other's, in points."""
+    """Our share must not be lower than the other's, in points."""
     pairs = zip(result.samples[OURS], result.samples[other], strict=True)
     points = Spread.of([ours - theirs for ours, theirs in pairs])
     result.targets.append(Target(f"{OURS} - {other}, in points", points, 0, "at least"))
@@ -174,7 +174,7 @@ async def _replay(
     count: int,
     absent: dict[str, str],
 ) -> list[Contestant]:
-    """Have contestants replay the beginning of the conversations, in turns, so many lines of each room a round."""
+    """Have contestants replay the beginning of the conversations, in turns, some lines of each room per round."""
     from ..alternatives import load
 
     settings = world.settings("postgres", local_max_entries=entries)
@@ -233,7 +233,7 @@ def _words(contestant: Contestant) -> str:
 
 
 def conversations() -> tuple[list[list[Line]], str]:
-    """The lines of ten rooms in their order, and which they are."""
+    """The lines of ten rooms in their order, and a description of them."""
     path = Path(os.environ.get("BENCH_CONVERSATIONS") or FILE)
     rooms: dict[str, list[Line]] = defaultdict(list)
     if path.exists():

@@ -1,8 +1,7 @@
-"""The worker pool draining a log that has gathered: events a second, beside the same by hand; and with a long backlog.
+"""The worker pool drains a backlog: events a second, beside a hand-written loop; and with a long backlog.
 
-A log is filled under another name, then put in its place, so that what is timed is draining and nothing else. The
-pool's rate is that of what it has confirmed. The hand-written loop is a process of its own, with one connection to each
-server.
+A log is filled under another name, then renamed, so that only the draining is timed. The pool's rate counts confirmed
+events. The hand-written loop runs in its own process, with one connection to each server.
 """
 
 from __future__ import annotations
@@ -31,7 +30,7 @@ STORES = {"postgres": "PostgreSQL", "sqlite": "SQLite"}
 
 
 class Pool:
-    """The worker pool, and a log of its own."""
+    """The worker pool, and its own log."""
 
     def __init__(self, log: Log) -> None:
         self._log = log
@@ -44,7 +43,7 @@ class Pool:
             yield cls(log)
 
     async def drain(self, events: int, embeddings: bool = False, *, first: int = 0) -> float:
-        """Events a second, over all of so many, or the first of them; the rest is dropped then."""
+        """Events a second: over all of the events, or over the first of them, and the rest is dropped."""
         self._log.fill(events, embeddings)
         before = self._log.applied()
         began = time.perf_counter()
@@ -57,7 +56,7 @@ class Pool:
 
 
 class Hand:
-    """The hand-written loop, a new process each turn."""
+    """The hand-written loop, in a new process each turn."""
 
     def __init__(self, settings: Settings, log: Log) -> None:
         self._settings = settings
@@ -156,14 +155,14 @@ async def _backlog(world: World) -> Result:
         for _ in range(2):
             result.samples[few].append(await pool.drain(short, first=first))
             result.samples[many].append(await pool.drain(long, first=first))
-    # Noise alone takes a tenth now and then.
+    # Noise alone costs a tenth from time to time.
     result.targets.append(Target(f"{many} / {few}", result.ratio(many, few), 0.9, "at least"))
     return result
 
 
 @contextlib.contextmanager
 def _no_rewrites(world: World) -> Iterator[None]:
-    """Redis rewrites its file when that has doubled, on a CPU that would be missed here."""
+    """Redis rewrites its file when that has doubled. Prevent it: the rewrite would take a CPU from the benchmark."""
     name = "auto-aof-rewrite-percentage"
     with redis.Redis.from_url(world.redis_url) as client:
         before = client.config_get(name)[name]

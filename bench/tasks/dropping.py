@@ -21,7 +21,7 @@ PARTITIONS = 64
 
 
 class Local:
-    """Our L1, filled through its own methods: a result for each of so many scopes."""
+    """Our L1, filled through its own methods, with a result for each scope."""
 
     def __init__(self, size: int) -> None:
         self.size = size
@@ -36,7 +36,7 @@ class Local:
 
 
 class RedisPy:
-    """The cache of redis-py, filled through its own methods: an answer to a GET of each of so many keys."""
+    """The cache of redis-py, filled through its own methods, with an answer to a GET of each key."""
 
     def __init__(self, size: int) -> None:
         self.size = size
@@ -45,7 +45,7 @@ class RedisPy:
             self.put(n)
 
     def drop(self, key: str) -> None:
-        """What it does with an invalidation."""
+        """Handle an invalidation."""
         self.cache.delete_by_redis_keys([key])
 
     def put(self, n: int) -> None:
@@ -94,7 +94,7 @@ async def run(world: World) -> list[Result]:
 
 
 def _turn(draw: random.Random, caches: Sequence[Local | RedisPy], count: int) -> float:
-    """Microseconds to drop a scope, of some at random; they are put back afterwards."""
+    """Microseconds to drop a scope, for some random ones; they are put back afterwards."""
     size = caches[0].size
     places = {(draw.randrange(len(caches)), draw.randrange(size)) for _ in range(count)}
     work = [(caches[at].drop, scope(n)) for at, n in places]

@@ -1,4 +1,4 @@
-"""What a memory takes in the process that has it cached, beyond the record's own content."""
+"""The bytes that a memory takes in a process that has it cached, beyond the record's own content."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def small_message(room: str, number: int) -> Memory:
 
 
 async def _window(world: World, memories: Sequence[Memory], live: str) -> float:
-    """Bytes by which this process grows for each room, when its newest are read until they stay."""
+    """Bytes by which this process grows per room, when the room's newest are read until they are cached."""
     settings = world.settings(live=live)
     warm = [small_message(f"warm-{n}", n) for n in range(300)]
     fill(settings, [*memories, *warm])
@@ -105,7 +105,7 @@ async def _window(world: World, memories: Sequence[Memory], live: str) -> float:
 
 
 def content(memory: Memory) -> int:
-    """Bytes of what the record says."""
+    """Bytes of the record's content."""
     names = (memory.table, memory.room, memory.agent, memory.entity, memory.world)
     return (
         len(memory.id)
@@ -117,20 +117,20 @@ def content(memory: Memory) -> int:
 
 
 def value(memory: Memory) -> dict[str, Any]:
-    """The record without its vector, for an alternative: the names that mnemobus keeps apart are in it."""
+    """The record without its vector, for an alternative: it includes the names that mnemobus stores separately."""
     return {name: part for name, part in memory.to_dict().items() if name not in ("embedding", "id")}
 
 
 def copy(text: str) -> str:
-    """The same as a string of its own, as it is when it comes from elsewhere."""
+    """A copy of the string, as when it comes from another process."""
     return text.encode().decode()
 
 
 async def grown(
     memories: Sequence[Memory], read: Callable[[str], Awaitable[Any]], keys: Sequence[str]
 ) -> float:
-    """Bytes beyond its content by which this process grows per memory, when all of them are read; for no memories, all
-    of it."""
+    """Bytes beyond its content by which this process grows per memory, when all of them are read; for no memories, the
+    total."""
     gc.collect()
     tracemalloc.start()
     try:
@@ -140,7 +140,7 @@ async def grown(
         snapshot = tracemalloc.take_snapshot()
     finally:
         tracemalloc.stop()
-    # Timeouts of what is long answered stay in the event loop's heap until their time has come: nobody's cache.
+    # Timeouts of finished calls stay in the event loop's heap until they expire: they belong to no cache.
     left = snapshot.filter_traces([tracemalloc.Filter(False, asyncio.base_events.__file__), _TIMERS])
     size = sum(trace.size for trace in left.traces)
     return (size - sum(content(memory) for memory in memories)) / (len(memories) or 1)

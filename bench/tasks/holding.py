@@ -1,4 +1,4 @@
-"""Holding scopes live: what an announcement costs Redis where nobody listens; an agent that holds 10,000 rooms."""
+"""Holding scopes live: Redis's cost of an announcement without listeners; an agent that holds 10,000 rooms."""
 
 from __future__ import annotations
 
@@ -111,7 +111,7 @@ async def _figures(parties: list[Party]) -> list[dict[str, float]]:
 
 
 async def _write(bus: Bus, rooms: list[str], seconds: float) -> int:
-    """So many writes, spread over some seconds."""
+    """This many writes, spread over some seconds."""
     ends, number = time.monotonic() + seconds, 0
     for step in range(steps := WRITES // len(rooms)):
         await bus.write_many([message(room, number + n) for n, room in enumerate(rooms)])

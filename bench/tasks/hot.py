@@ -1,4 +1,4 @@
-"""Hot reads: what an agent has in its own process, with 10,000 memories and 1,000 rooms cached."""
+"""Hot reads: of copies in the agent's own process, with 10,000 memories and 1,000 rooms cached."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ async def run(world: World) -> list[Result]:
             await fresh(bus)
             return await per_call(newest, rooms * 5)
 
-        # Until it listens to a feed partition, it keeps nothing of it.
+        # A bus caches nothing of a feed partition before it listens to it.
         while bus.stats().entries < scopes + len(rooms):
             await all_of(bus.get(id) for id in ids)
             await all_of(newest(room) for room in rooms)
@@ -83,7 +83,7 @@ async def run(world: World) -> list[Result]:
         after = bus.stats()
         if (after.misses, after.hits_shared) != (before.misses, before.hits_shared):
             raise RuntimeError("some of the reads that were to be hits in the process were none")
-    # What they took when this was set down: a hit may not become slower.
+    # What they took when these bounds were set: a hit must not become slower.
     get.at_most(2.5, DICT)
     recent.at_most(3, DICT)
     for result in (get, recent):

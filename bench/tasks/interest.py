@@ -1,4 +1,4 @@
-"""Interest: what an invalidation costs 195 agents that hold something else, while 5 hold what it names."""
+"""Interest: the cost of an invalidation for 195 agents that hold other scopes, while 5 hold the scope that it names."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ async def run(world: World) -> list[Result]:
             await asyncio.gather(*(party.ask("hold", 0, EACH, elsewhere) for party in far))
 
             async def window(write: bool) -> tuple[dict[str, float], dict[str, float], int]:
-                """What both kinds of agents did for some seconds, and how many writes there were."""
+                """The costs of both kinds of agents during some seconds, and the number of writes."""
                 before = await _figures([near]), await _figures(far)
                 ends, writes = time.monotonic() + seconds, 0
                 nonlocal number

@@ -1,6 +1,7 @@
-"""An own message, then the context: how long until it is read again, while another process writes there, too.
+"""A context after an own message: the time until the message is read again, while another process writes there, too.
 
-As `turn`, with one agent in each of two processes, in one room, that hardly think: so there are enough to see the tail.
+As `turn`, with one agent in each of two processes, in one room, with almost no time to think: this gives enough samples
+for the tail.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""Propagation: from a write's acknowledgement to another process that has it (live scopes), or has dropped its copy.
+"""Propagation: from a write's acknowledgement until another process has it (live scopes), or has dropped its copy.
 
-What is live is in visible.py. Here are classic scopes, which are dropped after the commit: idle, and at half load.
+Live scopes are in visible.py. Here are classic scopes, which are dropped after the commit: idle, and at half load.
 """
 
 from __future__ import annotations
@@ -30,15 +30,15 @@ if TYPE_CHECKING:
     from ..floors.chain import Chain
 
 BACKLOG = 4_000
-"""Events that the pool has before it while it is saturated."""
+"""Events that wait for the pool while it is saturated."""
 _PATIENCE = 60
-"""Seconds that a turn may take: who can't follow the load fails instead of taking for ever."""
+"""Seconds that a turn may take: a contestant that can't follow the load fails, and does not run for ever."""
 BY_HAND = "the chain by hand"
 PROCESSES: int = Settings.model_fields["worker_processes"].default
 
 
 class Listener:
-    """An agent in a process of its own that holds the room, and says when it dropped it."""
+    """An agent in its own process that holds the room, and reports when it dropped it."""
 
     def __init__(self, party: Party) -> None:
         self._party = party
@@ -50,7 +50,7 @@ class Listener:
             self._dropped.set_result(what[1][0])
 
     async def hold(self) -> int:
-        """Read the room; the number of the newest message in the answer."""
+        """Read the room; return the number of the newest message in the answer."""
         self._dropped = asyncio.get_running_loop().create_future()
         [[newest]] = await self._party.ask("hold", 0, 1, [ROOM])
         return int(newest)
@@ -85,7 +85,7 @@ async def run(world: World) -> list[Result]:
 
 @asynccontextmanager
 async def parties(world: World, processes: int = PROCESSES) -> AsyncIterator[Parties]:
-    """Both sides anew. Nothing is held live: that is measured by itself."""
+    """Start both sides again. Nothing is held live: that is measured separately."""
     from ..floors.chain import Chain
     from ..floors.store import prepare
 
@@ -106,7 +106,7 @@ async def parties(world: World, processes: int = PROCESSES) -> AsyncIterator[Par
 
 @dataclass
 class Parties:
-    """Who measures: a bus, another process that loads it, and both ways to drop a copy."""
+    """The parts of a measurement: a bus, another process that loads it, and both ways to drop a copy."""
 
     settings: Settings
     bus: Bus
@@ -156,8 +156,8 @@ async def _idle(world: World) -> list[Result]:
 
 
 async def _half(world: World) -> list[Result]:
-    """At half load: with as many worker processes as there are by default, and with one; all anew for each repetition,
-    for one pool may run in another way than the next."""
+    """At half load: with the default number of worker processes, and with one. All are started again for each
+    repetition, because one pool may behave differently from the next."""
     probes, repetitions = world.some(100, 15), world.some(3, 1)
     results: list[Result] = []
     for processes in (PROCESSES,) if world.quick else (PROCESSES, 1):
@@ -193,7 +193,7 @@ async def _patiently(probe: Callable[[], Awaitable[list[float]]]) -> list[float]
 
 
 def _results(when: str, found: dict[str, list[list[float]]], *, worst: bool = False) -> list[Result]:
-    """``worst``: the bound is to be kept in each repetition, not only in most of them."""
+    """``worst``: the bound must be kept in each repetition, not only in most of them."""
     results = []
     for share, name, bound in ((0.5, "p50", 2.0), (0.99, "p99", 3.0)):
         result = Result("propagation", f"acknowledged to dropped elsewhere, {when}, {name}", "ms")
@@ -209,7 +209,7 @@ def _results(when: str, found: dict[str, list[list[float]]], *, worst: bool = Fa
 
 
 async def _saturate(parties: Parties, seconds: float) -> float:
-    """Events that the pool applies a second, with always some before it."""
+    """Events that the pool applies a second, while some always wait."""
     settings, loading = parties.settings, parties.loading
     keys = Keyspace(settings.redis_key_prefix, settings.log_partitions, settings.feed_partitions)
     async with redis.asyncio.Redis.from_url(settings.redis_url) as client:
@@ -236,7 +236,7 @@ async def drained(bus: Bus) -> None:
 
 
 async def _caught_up(url: str, log: str) -> None:
-    """The chain has nothing before it any more."""
+    """Wait until the chain has nothing left to do."""
     async with redis.asyncio.Redis.from_url(url) as client:
 
         async def caught_up() -> bool:

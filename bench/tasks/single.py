@@ -1,8 +1,8 @@
-"""The CPU time of a batch of one: what a worker process spends on an event that comes alone, beside the chain by hand.
+"""The CPU time of a batch of one: what a worker process spends on a single event, beside the chain by hand.
 
-Events come at a rate at which the worker is done with each before the next. What counts is the processor time of the
-process, in user and kernel mode, over all of its threads; waiting costs nothing. It is what the system's clock ticks
-told, so a round has to be long enough to make a tick small.
+Events come so slowly that the worker finishes each before the next. The processor time of the process counts, in user
+and kernel mode, over all of its threads; waiting costs nothing. It is measured in ticks of the system's clock, so a
+round has to be long compared with a tick.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ async def run(world: World) -> list[Result]:
 
 
 async def _spent(pid: int, events: int, write: Callable[[int], Awaitable[object]]) -> float:
-    """Microseconds that a process spent while so many events were written, one after the other."""
+    """Microseconds that a process spent while these events were written, one after the other."""
     loop = asyncio.get_running_loop()
     before, due = cpu(pid), loop.time()
     for n in range(events):
@@ -80,7 +80,7 @@ async def _spent(pid: int, events: int, write: Callable[[int], Awaitable[object]
 
 
 async def _batches(bus: Bus) -> int:
-    """How many the workers have confirmed, once nothing is left to apply."""
+    """How many events the workers have confirmed, once nothing is left to apply."""
     keys, link = bus._link.keys, bus._link
     while True:
         meters = await link.pipeline(

@@ -1,7 +1,7 @@
-"""Sustained writes: how many a second while what is written is dropped elsewhere within 100 ms, on one machine.
+"""Sustained writes: how many a second, if old copies are dropped elsewhere within 100 ms, on one machine.
 
-The rate is found by halving: offered for some seconds, it is kept if the 99th percentile of the propagation stays below
-the bound, and all that was offered was logged. Who writes, Redis, the workers and PostgreSQL share the machine.
+The rate is found by bisection. A rate is offered for some seconds. It is kept if the 99th percentile of the propagation
+stays below the bound, and all offered writes were logged. Writer, Redis, workers and PostgreSQL share the machine.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from .propagation import OTHERS, Parties, drained, parties
 BOUND = 100.0
 """Milliseconds."""
 LOW, HIGH = 2_500.0, 20_000.0
-"""Writes a second: about where it can't be missed, and where it can't be kept."""
+"""Writes a second: a rate that is surely kept, and one that is surely not."""
 STEPS = 4
 REACHED = 0.95
-"""Share of the offered writes that have to be made: else the machine can't offer more."""
+"""Share of the offered writes that have to be made; below it, the machine can't offer that rate."""
 
 
 async def run(world: World) -> list[Result]:

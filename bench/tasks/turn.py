@@ -1,7 +1,7 @@
 """A turn of an agent: a context, a message, two contexts more, and every fifth time a fact; two processes share rooms.
 
-The conversation that everybody reads is the one that is written: no hit rate helps against that. What is counted of
-every answer is in talker.py; who takes part, and how, in contexts.py.
+The agents read the same conversation that they write, so a high hit rate of unchanged data does not help. talker.py
+says what is counted of every answer; contexts.py has the contestants.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from ..world import World
 
 PROCESSES = 2
 AGENTS = (1, 4, 16, 64)
-"""In each process."""
+"""Agents in each process."""
 THINK = 0.1
 """Seconds between an agent's turns, on average."""
 WARM = 0.3
 SOME = ("mnemobus", "psycopg", "plain-redis")
-"""Who takes part in a quick run."""
+"""The contestants of a quick run."""
 
 
 class Team:
@@ -38,7 +38,7 @@ class Team:
         self._parties = parties
 
     async def talk(self, agents: int, seconds: float, think: float) -> Record:
-        """Have so many agents of each process take turns, two in a room: one of each process."""
+        """Have this many agents of each process take turns, two in a room: one of each process."""
         found = await asyncio.gather(
             *(
                 party.ask(
@@ -130,7 +130,7 @@ async def _of(world: World, teams: dict[str, Team], agents: int) -> list[Result]
 async def taken(
     teams: dict[str, Team], agents: int, seconds: float, think: float, rounds: int
 ) -> dict[str, list[Record]]:
-    """What came of the turns of every contestant, round by round."""
+    """The results of the turns of every contestant, round by round."""
     turns = {team.title: partial(team.talk, agents, seconds, think) for team in teams.values()}
     return await interleave(turns, rounds, warm=False)
 
@@ -140,7 +140,7 @@ def fill(result: Result, records: dict[str, list[Record]], figure: Callable[[Rec
 
 
 def kept(task: str, teams: dict[str, Team]) -> Result:
-    """What all answers of a task together lacked or took back; nothing of it is allowed to us."""
+    """How many answers of a task lacked an own write or went back; ours must have none."""
     result = Result(task, "contexts that lack an own write, or go back", "contexts")
     for team in teams.values():
         total = team.total

@@ -1,4 +1,4 @@
-"""What single steps cost Redis, in CPU and bytes: the unit costs of docs/scaling.md. Nothing is to be reached."""
+"""What single steps cost Redis, in CPU and bytes: the unit costs of docs/scaling.md. There are no targets."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from ..measure import Result
 from ..world import World, message, stored
 
 Step = Callable[[], Awaitable[int]]
-"""Does a step some times; how often."""
+"""Does a step some times; returns how often."""
 
 
 class Redis:
-    """CPU and bytes of the server, by its own account."""
+    """CPU and bytes of the server, as it reports them."""
 
     def __init__(self, client: redis.asyncio.Redis) -> None:
         self._client = client
@@ -97,7 +97,7 @@ async def run(world: World) -> list[Result]:
 async def _fan_out(
     server: Redis, client: redis.asyncio.Redis, feed: Feed, listeners: int, times: int
 ) -> tuple[float, float, float]:
-    """What one message of the feed costs with so many who listen: the stream, the channel, a bucket to drop."""
+    """The cost of one feed message with this many listeners: the stream, the channel, a bucket to drop."""
     keys = feed._link.keys
     key, bucket = keys.feed(0), keys.bucket(feed._link.epoch, "room:messages:room-1")
     payload = b'{"p":0,"e":"000000000000","v":["1700000000000-0"],"s":["room:messages:room-1"]}'

@@ -1,4 +1,4 @@
-"""Warm reads: what this process does not have, and Redis does."""
+"""Warm reads: of results that Redis has, and this process does not."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One write, awaited until it is logged."""
+"""One write, until it is logged."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A hundred memories at once, with embeddings and without: until they are logged, until PostgreSQL has them."""
+"""A hundred memories in one call, with and without embeddings: until they are logged, until PostgreSQL has them."""
 
 from __future__ import annotations
 

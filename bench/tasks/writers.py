@@ -1,4 +1,4 @@
-"""64 tasks of one process that write at once, each as fast as its writes are logged."""
+"""64 tasks of one process write at the same time, each as fast as its writes are logged."""
 
 from __future__ import annotations
 

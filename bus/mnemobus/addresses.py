@@ -1,8 +1,8 @@
-"""Addresses of servers, as people paste them: from a hoster's page, or out of another tool's configuration.
+"""Addresses of servers, as people paste them from a hosting provider's page or from another tool's configuration.
 
-Each becomes the form that mnemobus uses, or a ValueError that says what is wrong and shows no secret. Options that
-belong to another tool, and change nothing here, are left out with a warning. Whatever else is not known is refused: it
-may be a misspelled option that protects something.
+Each is converted to the form that mnemobus uses. An invalid one is a ValueError that says what is wrong and shows no
+secret. Options of other tools that change nothing here are ignored with a warning. All other unknown options are
+refused: one may be a misspelled option that protects something.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _ENCODE = "in a password, characters such as @ / : ? # % and spaces must be perc
 # Redis
 
 _REDIS_SCHEMES = {"valkey": "redis", "valkeys": "rediss", "redis+ssl": "rediss", "redis+socket": "unix"}
-"""What others call the schemes."""
+"""Other names of the schemes."""
 _REDIS_OPTIONS = frozenset(("db", "username", "password", "client_name", "socket_keepalive"))
 _TLS_OPTIONS = frozenset(
     f"ssl_{name}"
@@ -69,7 +69,7 @@ _YES = {
 
 
 def redis_address(url: str) -> str:
-    """The URL of a Redis server as redis-py takes it."""
+    """The URL of a Redis server, in the form that redis-py expects."""
     scheme, colon, rest = url.partition("://")
     scheme = _REDIS_SCHEMES.get(scheme.lower(), scheme.lower())
     if "sentinel" in scheme or "cluster" in scheme:
@@ -138,7 +138,7 @@ def _tls_option(name: str, value: str) -> str:
 
 
 def _shown(name: str) -> str:
-    """A name of an option for a message; part of a password that was not encoded may look like one."""
+    """The name of an option, for a message. Part of a password that was not encoded may look like a name."""
     return name if re.match(r"[A-Za-z][A-Za-z0-9_.\-]{0,40}\Z", name) else "..."
 
 
@@ -179,7 +179,7 @@ _SSLMODES = ("disable", "allow", "prefer", "require", "verify-ca", "verify-full"
 
 
 def database_address(url: str) -> str:
-    """The URL of a store: ``sqlite:///path``, or ``postgresql://...`` as libpq takes it."""
+    """The URL of a store: ``sqlite:///path``, or ``postgresql://...`` in the form that libpq expects."""
     scheme, colon, rest = url.partition("://")
     dialect, _, driver = scheme.lower().partition("+")
     if url.lower().startswith(("file:", ":memory:")) or "memory" in driver:
@@ -227,7 +227,7 @@ def _postgres_address(rest: str) -> str:
         raise ValueError(f"is not of the form postgresql://user:password@host:port/database; {_ENCODE}")
     if re.search(r"%(?![0-9A-Fa-f]{2})", f"{user}{place}{query}"):
         raise ValueError(f"has a % that is not followed by two hexadecimal digits; {_ENCODE}")
-    # libpq would take the first @ or / for the end of the password; only the last @ can be.
+    # libpq takes the first @ or / as the end of the password; but only the last @ can be the end.
     name, colon, password = user.partition(":")
     if "/" in user:
         name, password = quote(name, safe="%"), quote(password, safe="%")

@@ -1,11 +1,11 @@
-"""The campaign: agents and workers at work while everything that can go wrong does, and a judgement at the end.
+"""The campaign: agents and workers run while everything goes wrong that can, and the result is judged at the end.
 
     python -m chaos.campaign --seed 1 --minutes 10 --store postgres        (with tests/ on PYTHONPATH; or `make chaos`)
 
-Real processes on a Redis and a database of the run's own. Each agent and each pool of workers reaches Redis through a
-proxy of its own. What they do and what is done to them is drawn from the seed; when exactly it happens is up to the
-machine, so a seed gives the same faults in the same order, not the same run. All is recorded (history.py). In the end
-all faults are lifted, everything is let come to rest, and the checker decides from the records alone.
+Real processes use a Redis and a database that belong to the run. Each agent and each pool of workers reaches Redis
+through its own proxy. The seed decides what they do and which faults they get. The exact times depend on the machine:
+a seed gives the same faults in the same order, not the same run. Everything is recorded (history.py). At the end all
+faults are lifted, the campaign waits until nothing is under way, and the checker judges from the records alone.
 """
 
 from __future__ import annotations
@@ -56,15 +56,15 @@ ROOMS = 4
 MEMORIES = 5
 PLAYERS = 3
 FSYNC_SECONDS = 2.0
-"""Under appendfsync everysec Redis puts off a write to the file while an fsync is under way, for this long at most."""
+"""Under appendfsync everysec, Redis delays a write to its file while an fsync is under way, for at most this long."""
 QUIET_SECONDS = 60.0
-"""How long it may take, once all faults are lifted, until nothing is under way."""
+"""Seconds, after all faults are lifted, until nothing must be under way."""
 
 TRIES = 3
-"""A kind of fault that has no effect however often it is tried, this often at least, is none."""
+"""If a kind of fault is tried at least this often and never has an effect, it counts as not tried."""
 
 EQUAL_SECONDS = 5.0
-"""And until all agents see the same: several times what the bounds of a run allow."""
+"""Seconds after that until all agents must see the same: several times the bounds of a run."""
 
 
 @dataclass
@@ -82,7 +82,7 @@ class Options:
 
 @dataclass
 class Effect:
-    """Whether a fault was one: somebody could feel it."""
+    """Whether a fault had an effect on anything that runs."""
 
     felt: bool = True
 
@@ -99,23 +99,23 @@ class Campaign:
         file = self._stack.enter_context((self.history_folder / "faults.jsonl").open("w"))
         self._recorder = Recorder(file)
         self._chance = random.Random()
-        """For what the machine decides anyhow."""
+        """For choices that depend on the machine in any case."""
         self._everysec_kills: list[float] = []
         self._before: list[list[str]] = []
         """Events that were in the log when Redis was emptied."""
         self._unapplied: list[list[str]] = []
-        """Those of them that were not known to be applied."""
+        """The events among them that were not known to be applied."""
         self._fsync = "everysec"
         self._lost_log = False
         self.tried: Counter[str] = Counter()
-        """Faults that were to be injected, by kind; not all may be felt: `counts` has those that could be."""
+        """Faults that were tried, by kind; some may have no effect: `counts` has those that may have one."""
         self.counts: Counter[str] = Counter()
         self.agents: list[AgentParty] = []
         self.workers: list[WorkerParty] = []
         self.problems: list[str] = []
-        """What is wrong besides what the history shows."""
+        """Problems that the history does not show."""
         self.warnings: list[str] = []
-        """What was not tried though it was meant to be: no promise was broken by it."""
+        """Faults that were planned and not tried; this breaks no promise."""
         self.lost_by_everysec = 0
         self.converged: float | None = None
         self.redis: RedisServer
@@ -221,7 +221,7 @@ class Campaign:
         return proxy
 
     def _pass_on(self, agent: AgentParty, token: str, at: float) -> None:
-        """A token goes to another agent, as it would with a message between the two."""
+        """Pass a token to another agent, as a message between the two would."""
         others = [other for other in self.agents if other is not agent]
         if others:
             self._chance.choice(others).tell("observe", token=token, of=agent.current, of_at=at)
@@ -229,14 +229,14 @@ class Campaign:
     # Faults
 
     def injected(self, what: str, on: str) -> None:
-        """Record a fault that is a matter of a moment."""
+        """Record a fault that lasts only a moment."""
         at = time.monotonic()
         self._recorder.record(Fault(what, on, at, at))
         self.counts[what] += 1
 
     @contextlib.contextmanager
     def fault(self, what: str, on: str, *, loses_log: bool = False) -> Iterator[Effect]:
-        """Record a fault that lasts, unless it turns out to be none."""
+        """Record a fault that lasts, unless it turns out to have no effect."""
         began = time.monotonic()
         effect = Effect()
         try:
@@ -248,7 +248,7 @@ class Campaign:
                 self._lost_log |= loses_log
 
     def without_effect(self) -> list[str]:
-        """What a run did not do, though it says so."""
+        """The kinds of faults that a run claims, but that had no effect."""
         return [
             f"{kind} was tried {times} times, and had no effect"
             for kind, times in self.tried.items()
@@ -307,7 +307,7 @@ class Campaign:
         await self._client.connection_pool.disconnect()
 
     async def empty_redis(self) -> None:
-        """Kill it and start it without data. What was in its log, and what of that was not applied, is noted first."""
+        """Kill it and start it without data. First note what was in its log, and what of that was not applied."""
         await self.look_at_layout()
         await self._client.client_pause(60_000, all=False)  # what was not answered was not acknowledged
         async with self._client.pipeline(transaction=True) as pipe:
@@ -345,14 +345,14 @@ class Campaign:
             self._unapplied += [row for row in rows if Version.parse(row[0]) > last or row[0] in waiting]
 
     async def look_at_layout(self) -> None:
-        """How the log is laid out now. After a flush it is the first to connect that says so."""
+        """The present layout of the log. After a flush the first process to connect writes it."""
         with contextlib.suppress(*NOT_THERE):
             shape = Shape.read(await self._client.hmget(self.keys.layout, list(LAYOUT)))
             if shape is not None:
                 self.keys.shape = shape
 
     async def repartition(self, partitions: int, killed_after: float | None) -> bool:
-        """Run the command, and kill it after so many seconds; whether the log was laid out anew."""
+        """Run the command, and kill it after some seconds; return whether the log was repartitioned."""
         before = self.keys.shape
         process = await asyncio.create_subprocess_exec(
             sys.executable, "-m", "mnemobus", "repartition", str(partitions), "--timeout", "15",
@@ -369,7 +369,7 @@ class Campaign:
         return self.keys.shape[:2] != before[:2]
 
     async def trim_feed(self) -> int:
-        """Leave one message in each partition; how many went."""
+        """Leave one message in each partition; return how many were removed."""
         trimmed = 0
         for partition in range(self.settings.feed_partitions):
             with contextlib.suppress(*NOT_THERE):
@@ -383,12 +383,12 @@ class Campaign:
         return 0
 
     async def scripts_called(self) -> int:
-        """How many scripts parties have called since Redis started: all that they write, they write by scripts."""
+        """How many scripts parties have called since Redis started: they write only by scripts."""
         stats = await self._client.info("commandstats")
         return sum(int(stats.get(f"cmdstat_{name}", {}).get("calls", 0)) for name in ("eval", "evalsha"))
 
     async def refuses_for_memory(self) -> bool:
-        """Whether Redis refuses a write now. What it counts as such differs from version to version."""
+        """Whether Redis refuses a write now. The statistics of refusals differ from version to version."""
         try:
             await self._client.execute_command("SET", "chaos-probe", "x", "PX", 1)
         except redis.exceptions.OutOfMemoryError:
@@ -397,7 +397,7 @@ class Campaign:
 
     @contextlib.asynccontextmanager
     async def without_database(self, *, at_once: bool) -> AsyncIterator[bool]:
-        """Gives whether it is really away: SQLite may not have come free in time to be locked."""
+        """Yields whether the store is really away: it may have been impossible to lock SQLite in time."""
         if self.options.store == "postgres":
             stop = self._postgres.kill if at_once else self._postgres.stop
             await asyncio.to_thread(stop)
@@ -407,7 +407,7 @@ class Campaign:
                 await asyncio.to_thread(self._postgres.start)
             return
         path = self.folder / "memories.db"
-        # In a thread: the proxies must not stand still while it waits for the lock.
+        # In a thread: the proxies must go on while it waits for the lock.
         connection = sqlite3.connect(path, timeout=5, isolation_level=None, check_same_thread=False)
         try:
             locked = False
@@ -421,7 +421,7 @@ class Campaign:
     # The end
 
     async def settle(self) -> Final:
-        """Lift all faults, wait until nothing is under way, and look at everything."""
+        """Lift all faults, wait until nothing is under way, and read everything."""
         self.redis.resume()
         await self._client.execute_command("CLIENT", "UNPAUSE")
         await self._client.config_set("maxmemory", "0")
@@ -441,7 +441,7 @@ class Campaign:
         return final
 
     async def _ask(self, agent: AgentParty, what: str) -> dict[str, Any]:
-        """What an agent answers; or its next process, if this one was told to end before faults were lifted."""
+        """The answer of an agent; or of its next process, if this one was told to end before faults were lifted."""
         for _ in range(3):
             with contextlib.suppress(ConnectionError):
                 return await agent.ask(what)
@@ -487,7 +487,7 @@ class Campaign:
     async def _until_equal(
         self, stored: list[list[str]], deadline: float, lifted: float
     ) -> dict[str, dict[str, list[list[str]]]]:
-        """What every agent sees, once that is what is stored; or at the deadline."""
+        """What every agent sees, once it equals the store, or at the deadline."""
         wanted = _scopes(stored)
         while True:
             views, different = {}, []
@@ -523,7 +523,7 @@ class Campaign:
         return out
 
     async def finish(self) -> History:
-        """Come to rest, end everybody, and put the history together."""
+        """Wait until nothing is under way, end all processes, and collect the history."""
         final = await self.settle()
         await asyncio.gather(*(agent.close() for agent in self.agents))
         await asyncio.gather(*(pool.close() for pool in self.workers))

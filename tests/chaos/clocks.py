@@ -1,9 +1,9 @@
 """Clocks that disagree, on one machine.
 
-A wall clock (CLOCK_REALTIME) can't be another one for one process: Python's is replaced in that process instead. The
-clocks that count durations (CLOCK_MONOTONIC and CLOCK_BOOTTIME) can, in a time namespace, where the kernel has them and
-lets us. A server that asks for the time of day by gettimeofday, as Redis does, gets another answer from a library
-that is loaded before all others (wall_clock.c).
+One process can't have another wall clock (CLOCK_REALTIME), so Python's is replaced in that process. It can have other
+clocks for durations (CLOCK_MONOTONIC and CLOCK_BOOTTIME): in a time namespace, if the kernel has these and allows them.
+A server that reads the time of day by gettimeofday, as Redis does, gets another answer from a preloaded library
+(wall_clock.c).
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from pathlib import Path
 
 
 def set_ahead(seconds: float) -> None:
-    """Have this process's wall clock be ahead of everybody else's."""
+    """Set this process's wall clock ahead of all others."""
     now, now_ns = time.time, time.time_ns
     time.time = lambda: now() + seconds
     time.time_ns = lambda: now_ns() + int(seconds * 1e9)
 
 
 def in_the_future(seconds: int) -> list[str]:
-    """What to put before a command so that its other clocks are ahead, too; nothing where that can't be had."""
+    """The prefix of a command whose other clocks are ahead, too; empty if this is impossible here."""
     command = [
         "unshare", "--time", "--monotonic", str(seconds), "--boottime", str(seconds), "--fork", "--kill-child",
     ]  # fmt: skip
@@ -39,11 +39,11 @@ def _works(command: tuple[str, ...]) -> bool:
 
 
 class NoWallClock(Exception):
-    """A server can't have a wall clock of its own here, and this is why."""
+    """A server can't have its own wall clock here; the text says why."""
 
 
 class WallClock:
-    """The wall clock of servers that are started with ``environment``: right, until it is set."""
+    """The wall clock of servers that are started with ``environment``; it is right until it is set."""
 
     def __init__(self, folder: Path) -> None:
         compiler = shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
@@ -56,6 +56,6 @@ class WallClock:
         self.environment = {"LD_PRELOAD": str(library), "WALL_CLOCK": str(self._file)}
 
     def set_ahead(self, seconds: int) -> None:
-        """By how much it is ahead of ours; below 0: behind."""
+        """How far it is ahead of ours; negative if it is behind."""
         with self._file.open("r+b") as file:
             file.write(seconds.to_bytes(8, "little", signed=True))

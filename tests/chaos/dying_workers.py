@@ -1,12 +1,12 @@
-"""The worker pool, as `dramatiq chaos.dying_workers`; its processes kill themselves where the campaign chooses.
+"""The worker pool, as `dramatiq chaos.dying_workers`; its processes kill themselves where the campaign says so.
 
-The campaign makes a file, named after the point, in the folder CHAOS_DEATHS. The first process that comes by removes
-it, and kills itself with SIGKILL:
+The campaign makes a file, named after the point, in the folder CHAOS_DEATHS. The first process that reaches the point
+removes the file, and kills itself with SIGKILL:
 
 transaction  in a batch's transaction, before COMMIT
 commit       between commit and fan-out
 fan-out      when some of a batch's invalidations are sent, and some are not
-ack          when all are sent and the batch is confirmed, before the process lets go of it
+ack          when all are sent and the batch is confirmed, before the process forgets it
 
 CHAOS_AHEAD: seconds by which the wall clock of these processes is ahead.
 """
@@ -33,7 +33,7 @@ FOLDER = Path(os.environ["CHAOS_DEATHS"])
 
 
 def due(point: str) -> bool:
-    """Whether it is this process that shall die here; nobody else is told the same."""
+    """Whether this process has to die here; no other process gets the same answer."""
     try:
         (FOLDER / point).unlink()
     except FileNotFoundError:

@@ -1,7 +1,7 @@
-"""What is done to a run: a function for each kind of fault, which does it, waits, and undoes it.
+"""The faults of a run: a function for each kind of fault, which injects it, waits, and lifts it.
 
-Each belongs to a lane. Faults of one lane come one after the other; one of each lane may be on at the same time. Which
-comes next, on whom, and for how long, is drawn from the seed.
+Each belongs to a lane. Faults of one lane come one after the other; one fault of each lane may be active at the same
+time. The seed decides which comes next, its target and its duration.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def names() -> list[str]:
 
 @fault("workers")
 async def worker_killed(run: Campaign, rng: random.Random) -> None:
-    """SIGKILL of a worker process, whatever it is at."""
+    """SIGKILL of a worker process, at any moment."""
     pool = rng.choice(run.workers)
     await pool.ready.wait()
     if pool.kill_one():
@@ -89,7 +89,7 @@ async def worker_killed_before_ack(run: Campaign, rng: random.Random) -> None:
 
 @fault("workers")
 async def worker_paused(run: Campaign, rng: random.Random) -> None:
-    """SIGSTOP for longer than claim_idle: others claim what it holds, and it goes on with it later."""
+    """SIGSTOP for longer than claim_idle: others claim its batch, and later it continues with that batch."""
     pool = rng.choice(run.workers)
     await pool.ready.wait()
     pid = pool.pause_one()
@@ -118,7 +118,7 @@ async def worker_clock_ahead(run: Campaign, rng: random.Random) -> None:
 
 @fault("agents")
 async def agent_killed(run: Campaign, rng: random.Random) -> None:
-    """SIGKILL of an agent, whatever it is at."""
+    """SIGKILL of an agent, at any moment."""
     agent = rng.choice(run.agents)
     await agent.ready.wait()
     run.injected("agent-killed", agent.current)
@@ -127,7 +127,7 @@ async def agent_killed(run: Campaign, rng: random.Random) -> None:
 
 @fault("agents")
 async def agent_killed_unanswered(run: Campaign, rng: random.Random) -> None:
-    """SIGKILL of an agent whose write has reached the log, and that was not answered."""
+    """SIGKILL of an agent whose write has reached the log, before the answer has reached the agent."""
     agent = rng.choice(run.agents)
     await agent.ready.wait()
     caught = agent.proxy.trap(b"}:producers\r\n")
@@ -168,7 +168,7 @@ async def agent_clock_ahead(run: Campaign, rng: random.Random) -> None:
 
 @fault("agents")
 async def feed_trimmed(run: Campaign, rng: random.Random) -> None:
-    """An agent hears nothing for a while, and then the feed no longer reaches back to where it was."""
+    """An agent receives nothing for a while, and then the feed no longer reaches back to its position."""
     agent = rng.choice(run.agents)
     await agent.ready.wait()
     with run.fault("feed-trimmed", agent.current) as effect:
@@ -201,25 +201,25 @@ async def _held(run: Campaign, rng: random.Random, kind: str, *directions: str) 
 
 @fault("links")
 async def half_open(run: Campaign, rng: random.Random) -> None:
-    """Nothing arrives in either direction, and nobody is told."""
+    """Nothing arrives in either direction, without an error."""
     await _held(run, rng, "half-open")
 
 
 @fault("links")
 async def deaf(run: Campaign, rng: random.Random) -> None:
-    """What a party says arrives; what it is told does not."""
+    """What a party sends arrives; what is sent to it does not."""
     await _held(run, rng, "deaf", DOWN)
 
 
 @fault("links")
 async def mute(run: Campaign, rng: random.Random) -> None:
-    """What a party is told arrives; what it says does not, or late."""
+    """What is sent to a party arrives; what it sends does not, or late."""
     await _held(run, rng, "mute", UP)
 
 
 @fault("links")
 async def delayed(run: Campaign, rng: random.Random) -> None:
-    """All that a party says or is told is late, a little."""
+    """Everything to and from a party is a little late."""
     party = rng.choice(run.parties)
     with run.fault("delayed", party.name):
         party.proxy.delay = rng.uniform(0.005, 0.15)
@@ -229,7 +229,7 @@ async def delayed(run: Campaign, rng: random.Random) -> None:
 
 @fault("links")
 async def cut(run: Campaign, rng: random.Random) -> None:
-    """Connections are closed, and new ones too, for a while."""
+    """For a while, connections are closed, and new ones, too."""
     party = rng.choice(run.parties)
     with run.fault("cut", party.name):
         party.proxy.cut()
@@ -239,7 +239,7 @@ async def cut(run: Campaign, rng: random.Random) -> None:
 
 @fault("links")
 async def connections_reset(run: Campaign, rng: random.Random) -> None:
-    """Connections that are under way end with an RST."""
+    """Open connections end with an RST."""
     party = rng.choice(run.parties)
     for _ in range(rng.randint(1, 3)):
         if party.proxy.connections:
@@ -276,19 +276,19 @@ async def _redis_killed(run: Campaign, rng: random.Random, fsync: str) -> None:
 
 @fault("servers")
 async def redis_killed_always(run: Campaign, rng: random.Random) -> None:
-    """SIGKILL, and a start with its append-only file, which was written before each answer."""
+    """SIGKILL, and a restart with its append-only file, which was written before each answer."""
     await _redis_killed(run, rng, "always")
 
 
 @fault("servers")
 async def redis_killed_everysec(run: Campaign, rng: random.Random) -> None:
-    """SIGKILL, and a start with its append-only file."""
+    """SIGKILL, and a restart with its append-only file."""
     await _redis_killed(run, rng, "everysec")
 
 
 @fault("servers")
 async def redis_paused(run: Campaign, rng: random.Random) -> None:
-    """It hangs: connections stay, and nothing is answered."""
+    """Redis hangs: connections stay open, and it answers nothing."""
     with run.fault("redis-paused", "redis"):
         run.redis.pause()
         await asyncio.sleep(rng.uniform(0.2, 2.5))
@@ -297,21 +297,21 @@ async def redis_paused(run: Campaign, rng: random.Random) -> None:
 
 @fault("servers")
 async def redis_emptied(run: Campaign, rng: random.Random) -> None:
-    """SIGKILL, and a start without any data."""
+    """SIGKILL, and a restart without any data."""
     with run.fault("redis-emptied", "redis", loses_log=True):
         await run.empty_redis()
 
 
 @fault("servers")
 async def redis_flushed(run: Campaign, rng: random.Random) -> None:
-    """FLUSHALL: the same process goes on, with nothing."""
+    """FLUSHALL: the same process goes on, without data."""
     with run.fault("redis-flushed", "redis", loses_log=True):
         await run.flush_redis()
 
 
 @fault("servers")
 async def redis_full(run: Campaign, rng: random.Random) -> None:
-    """At maxmemory, with nothing that it may evict."""
+    """Redis at maxmemory, without keys that it may evict."""
     with run.fault("redis-full", "redis") as effect:
         await run.redis_config("maxmemory", "1")
         before = await run.scripts_called()
@@ -322,7 +322,7 @@ async def redis_full(run: Campaign, rng: random.Random) -> None:
 
 @fault("servers")
 async def repartition(run: Campaign, rng: random.Random) -> None:
-    """The log gets another number of partitions; sometimes the command is killed at it."""
+    """The log is repartitioned; sometimes the command is killed before it ends."""
     with run.fault("repartition", "redis") as effect:
         await run.look_at_layout()
         partitions = rng.choice([n for n in (1, 2, 3, 5) if n != run.keys.shape.size])
@@ -339,7 +339,7 @@ async def clients_killed(run: Campaign, rng: random.Random) -> None:
 
 @fault("servers")
 async def database_away(run: Campaign, rng: random.Random) -> None:
-    """PostgreSQL stopped, in order or not, and started again; SQLite locked against writing."""
+    """PostgreSQL stopped or killed, and started again; SQLite locked against writes."""
     with run.fault("database-away", "database") as effect:
         async with run.without_database(at_once=rng.random() < 0.5) as effect.felt:
             await asyncio.sleep(rng.uniform(0.3, 3))

@@ -1,8 +1,8 @@
-"""What happened in a run: its writes, put together with the versions that they turned out to have.
+"""What happened in a run: its writes, matched with their versions.
 
-An acknowledged write tells its version. One that was outboxed, or whose answer never came, may have happened or not: it
-did if its value is in the log, in the store, or in anybody's answer. A write of unknown outcome that is nowhere stays
-*loose*: what it would have done is allowed, and asked of nobody.
+The version of an acknowledged write is known. A write that was outboxed, or whose answer never came, may have happened
+or not: it did if its value is in the log, in the store, or in any answer. A write of unknown outcome that is nowhere
+stays *loose*: its effect is allowed, and not required.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ NEVER = -1
 
 @cache
 def number(version: str) -> int:
-    """A version as a number that compares as versions do."""
+    """A version as a number; numbers have the order of versions."""
     ms, _, seq = version.partition("-")
     return (int(ms) << 64) | int(seq)
 
@@ -34,9 +34,9 @@ def number(version: str) -> int:
 class Violation:
     """A promise that was not kept.
 
-    promise  G1 to G7; "history" if the records themselves make no sense, so that nothing can be said
-    records  the fewest that show it
-    times    how often the same was seen, by one agent about one write
+    promise  G1 to G7; "history" if the records contradict each other, so that no judgement is possible
+    records  the fewest records that show it
+    times    how often one agent saw the same about one write
     """
 
     promise: str
@@ -52,14 +52,14 @@ class Violation:
 
 
 def shown(record: Record, width: int = 600) -> str:
-    """A record on one line, without what says nothing."""
+    """A record on one line, without its empty fields."""
     fields = {name: value for name, value in asdict(record).items() if value not in (None, "", [], {}, False)}
     line = json.dumps({"kind": fields.pop("kind"), **fields})
     return line if len(line) <= width else line[: width - 4] + " ..."
 
 
 class Findings:
-    """Violations; of those that show the same, the first."""
+    """Violations; only the first of those that show the same."""
 
     def __init__(self) -> None:
         self._found: dict[object, tuple[str, str, tuple[Record, ...]]] = {}
@@ -80,13 +80,13 @@ class Findings:
 class Event:
     """A write with its version.
 
-    write      its record; None if nobody recorded it
-    proof      the record that tells the version
-    began      when it began at the earliest
-    in_log     whether the log has it in the end
-    committed  when, at the latest, the store had it, and the record that shows that
-    sure       whether the store must have it in the end
-    doubled    whether it should not be there at all, because its write has another version
+    write      its record; None if there is none
+    proof      the record that shows the version
+    began      the earliest possible begin
+    in_log     whether the log has it at the end
+    committed  the latest possible time of its commit, and the record that shows that
+    sure       whether the store must have it at the end
+    doubled    whether it should not exist, because its write has another version
     """
 
     version: int
@@ -109,14 +109,14 @@ class Event:
         return f"memory {self.id}" if self.id else f"room {self.table}:{self.room}"
 
     def touched(self, applied: Applied, scopes: set[str], unique: bool) -> list[str]:
-        """Those scopes of an invalidation that this event is about.
+        """The scopes of an invalidation that belong to this event.
 
         unique  whether no event of another log partition has the same version
         """
         own = [f"room:{self.table}:{self.room}"]
         if self.op != "delete_room":
             own.append(f"id:{self.id}")
-            if unique:  # who the memory is about is not recorded: any such scope may be meant
+            if unique:  # the memory's entity is not recorded: any such scope may belong to it
                 own += [scope for scope in applied.scopes if not scope.startswith(("id:", "room:"))]
         return [scope for scope in own if scope in scopes]
 
@@ -159,7 +159,7 @@ class Happened:
             dict
         )
         self._accounted: set[int] = set()
-        """Deletions that happened, though it is not known which of several in the log they are."""
+        """Deletions that happened; which of several in the log they are is not known."""
 
         self.never_logged = 0
         """Acknowledged writes that are nowhere."""
@@ -176,7 +176,7 @@ class Happened:
             events.sort(key=lambda event: event.version)
 
     def may_be_lost(self, write: Write, until: float = math.inf) -> bool:
-        """Whether Redis may have forgotten a write, or that it had it, before a moment."""
+        """Whether Redis may have lost a write, or the record of it, before a moment."""
         if not self.final.lost_log:
             return False
         return not self._losses or any(a <= until and b >= write.began for a, b in self._losses)
@@ -190,7 +190,7 @@ class Happened:
         return self._events.values()
 
     def end(self, log: Sequence[list[str]] = (), store: Sequence[list[str]] = ()) -> Final:
-        """The record of the end, without what does not matter."""
+        """The record of the end, without irrelevant parts."""
         return Final(self.final.at, log=list(log), store=list(store), lost_log=self.final.lost_log)
 
     def log_entry(self, event: Event) -> Final | None:
@@ -283,7 +283,7 @@ class Happened:
             self._take_deletes(target, list(found.values()), unresolved[target])
 
     def _take_unclaimed(self, entry: list[str], proof: Record, *, in_log: bool) -> None:
-        """An event whose version its writer was not told; of deletions, all are needed to say whose they are."""
+        """An event whose writer did not get its version. To match deletions with writers, all of them are needed."""
         version, _, table, room, memory, value = entry
         if value:
             write = self._by_value.get(value)
@@ -301,7 +301,7 @@ class Happened:
         found: list[tuple[list[str], Record, bool]],
         candidates: list[Write],
     ) -> None:
-        """Deletions don't tell whose they are; where they can be those of several, they are nobody's."""
+        """Deletions don't name their writers; if several writers are possible, a deletion is matched with none."""
         candidates = sorted(candidates, key=lambda write: (write.outcome != "acked", write.began))
         began = min((write.began for write in candidates), default=-math.inf)
         for entry, proof, in_log in found:
@@ -364,7 +364,7 @@ class Happened:
             self._met(memory, version, value, self.end(store=[entry]))
 
     def _met(self, memory: str, version: str, value: str, proof: Record) -> Event | None:
-        """Somebody saw a memory at a version: its event, if it makes sense."""
+        """A memory was seen at a version: return its event, if it is consistent."""
         write = self._by_value.get(value)
         mine = write is not None and write.id == memory
         room = write.room if write is not None and mine else self.home.get(memory, ("", ""))[1]
@@ -389,7 +389,7 @@ class Happened:
                         event.committed = (applied.at, applied)
 
     def _take_dead(self) -> None:
-        """Dead letters have no effect; nor need those have one that went with Redis."""
+        """Dead letters have no effect. Events that Redis lost need not have one."""
         poison = set(self.final.poison)
         for text in self.final.dead:
             events = self.by_version.pop(number(text), [])
@@ -424,7 +424,7 @@ class Happened:
                 )
                 self.findings.add("G1", ("lost", id(write)), sentence, write)
                 self.never_logged += 1
-        # A log that has everything has what happened of these, too.
+        # A log that has everything also has those of these that happened.
         return [] if self._whole and all(event.in_log for event in self._events.values()) else left
 
     def _check_doubled(self) -> None:
@@ -439,12 +439,12 @@ class Happened:
                         f"{what} was written once, and has two versions: {first.text} and {second.text}"
                     )
                     self.findings.add("G1", ("twice", id(write)), sentence, write, first.proof, second.proof)
-                    for event in events[1:]:  # found once is enough: nothing else is to be judged by it
+                    for event in events[1:]:  # one report is enough: nothing else is judged by it
                         event.doubled, event.sure = True, False
 
 
 def _like(entry: list[str]) -> Write:
-    """An entry of the log, as if it were a write of nobody."""
+    """An entry of the log, in the form of a write without a writer."""
     _, op, table, room, memory, value = entry
     return Write("", -math.inf, None, op, table, room, memory, value, "unknown")
 

@@ -1,8 +1,8 @@
-"""An imagined run in which every promise is kept: what the checker must find nothing in, and faults are planted in.
+"""A simulated run in which every promise is kept: the checker must find nothing in it. Tests plant faults in it.
 
-A log, workers that apply it in batches (out of order, late, sometimes with a long pause before the fan-out), a store, a
-shared cache, and agents with caches of their own whose invalidations are lost and repaired, who write, read, time
-out, use an outbox and observe each other. Time passes in ticks; nothing waits for anything.
+It has a log, workers that apply it in batches (out of order, late, sometimes with a long pause before the fan-out), a
+store, a shared cache, and agents. The agents have their own caches, whose invalidations are lost and repaired; they
+write, read, time out, use an outbox and observe each other. Time passes in ticks; nothing waits.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class _Agent:
     cache: dict[str, dict[str, Answer]] = field(default_factory=dict)
     inbox: list[tuple[float, str, list[str]]] = field(default_factory=list)
     marks: dict[str, dict[str, float]] = field(default_factory=lambda: defaultdict(dict))
-    """By scope: versions of own writes, or "<number>" in the outbox, and until when to wait for them."""
+    """By scope: versions of own writes, or "<number>" in the outbox, and the deadline to wait for them."""
     outbox: list[Write] = field(default_factory=list)
     back_at: float = 0.0
     last_known: dict[str, Answer] = field(default_factory=dict)
@@ -79,7 +79,7 @@ class Imagined:
         self._unsaid = 0
         """Events that are not fanned out."""
         self._said: dict[str, float] = {}
-        """Versions that are, and since when."""
+        """Versions that are fanned out, and since when."""
         self._shared: dict[str, dict[str, Answer]] = defaultdict(dict)
         end = self.now + seconds
         workers_back = 0.0

@@ -1,4 +1,4 @@
-"""Who takes part in a run, each a process (or a pool of them) behind a proxy of its own, and restarted when it dies."""
+"""The parties of a run: each is a process (or a pool) behind its own proxy, and is restarted when it dies."""
 
 from __future__ import annotations
 
@@ -22,24 +22,24 @@ from .proxy import Proxy
 
 TESTS = Path(__file__).parents[1]
 AHEAD = 5
-"""Seconds by which a clock is ahead, if one is."""
+"""Seconds by which a wrong clock is ahead."""
 _RESTART_AFTER = 0.2
 
 
 class Party:
-    """A process that is started again whenever it ends, until it is closed."""
+    """A process that is started again each time that it ends, until it is closed."""
 
     def __init__(self, name: str, settings: Settings, proxy: Proxy, folder: Path) -> None:
         self.name = name
         self.proxy = proxy
         self.folder = folder
         self.ahead = False
-        """Whether the next process's clocks shall be ahead."""
+        """Whether the next process's clocks will be ahead."""
         self.ready = asyncio.Event()
-        """Set while the process does what it is for."""
+        """Set while the process does its work."""
         self.starts = 0
         self.crashes: list[str] = []
-        """How it died, each time that nobody had killed it."""
+        """Its exit statuses, from each time that it died without being killed."""
         self._environment = settings.model_copy(update={"redis_url": proxy.url}).environment()
         self._process: asyncio.subprocess.Process | None = None
         self._killed = False
@@ -107,7 +107,7 @@ class Party:
             self.crashes.append(f"{self.name}, process {self.starts}, ended with {status}; see {self.log}")
 
     def signal(self, number: int) -> None:
-        """To the process and all that it has started."""
+        """Send a signal to the process and to all that it has started."""
         if self._process is not None:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(self._process.pid, number)
@@ -125,12 +125,12 @@ class Party:
         self.signal(signal.SIGCONT)
 
     def abandon(self) -> None:
-        """SIGKILL, and no other process; `close` still has to be awaited."""
+        """SIGKILL, without a restart; `close` still has to be awaited."""
         self._closing = self._killed = True
         self.signal(signal.SIGKILL)
 
     async def close(self, patience: float = 10.0) -> None:
-        """Ask it to end, see that it does, and don't start it again."""
+        """End it, by force if it does not end on request, and don't start it again."""
         self._closing = True
         if self._task is None:
             return
@@ -200,7 +200,7 @@ class AgentParty(Party):
                 self._process.stdin.write(json.dumps({"told": what, **more}).encode() + b"\n")
 
     async def ask(self, what: str, timeout: float = 30.0) -> dict[str, Any]:
-        """Tell it something that it answers; TimeoutError, or ConnectionError if it ended instead."""
+        """Send it a request and return the answer; TimeoutError, or ConnectionError if it ended."""
         async with self._asking, asyncio.timeout(timeout):
             await self.ready.wait()
             while not self._answers.empty():
@@ -259,7 +259,7 @@ class WorkerParty(Party):
         """Dramatiq's master ends whenever one of its processes is killed; that is no crash."""
 
     def kill_one(self) -> bool:
-        """SIGKILL for one of the processes that apply batches; whether there was one."""
+        """SIGKILL for one of the processes that apply batches; return whether there was one."""
         for pid in self._applying():
             os.kill(pid, signal.SIGKILL)
             return True
@@ -279,7 +279,7 @@ class WorkerParty(Party):
         return [pid for pid in found if b"resource_tracker" not in _command(pid)]
 
     def _masters(self) -> list[int]:
-        """Dramatiq's master: in a time namespace it is the child of what made that, which heeds no SIGTERM."""
+        """Dramatiq's master. In a time namespace it is the child of the process that made it, which ignores SIGTERM."""
         assert self._process is not None
         return children(self._process.pid) if self._in_future else [self._process.pid]
 
@@ -290,7 +290,7 @@ class WorkerParty(Party):
                     os.kill(pid, signal.SIGTERM)
 
     def die_at(self, point: str) -> Path:
-        """Have the next process that comes by there kill itself; the file that is gone once it does."""
+        """Have the next process that reaches the point kill itself; return the file that it removes then."""
         order = self.deaths / point
         order.touch()
         return order

@@ -1,21 +1,21 @@
-"""A party's way to Redis, and all that can happen on it.
+"""A party's connection to Redis, and the faults on it.
 
-Each party (an agent, a pool of workers) has a proxy of its own, whose port is in its REDIS_URL. A fault of the proxy
-hits every connection of that party, those under way and those to come, until it is lifted; and nobody else.
+Each party (an agent, a pool of workers) has its own proxy, whose port is in its REDIS_URL. A fault of the proxy affects
+every connection of that party, open ones and new ones, until it is lifted. It affects no other party.
 
     delay          each chunk is late, in either direction; order is kept
-    cut            connections are closed, and new ones too, as soon as they are accepted
-    reset          connections that are under way end with an RST
-    withhold       nothing arrives any more, and nobody is told: half open, in one direction or in both. What was held
-                   is delivered when it is lifted, however late
-    drop_pushes    single messages of feed and live channels are taken out of what the server sends, and nothing else
+    cut            connections are closed, and new ones, too, as soon as they are accepted
+    reset          open connections end with an RST
+    withhold       nothing arrives any more, without an error: half open, in one direction or in both. What was held
+                   is delivered when the fault is lifted, however late
+    drop_pushes    single messages of feed and live channels are removed from what the server sends, and nothing else
     repeat_pushes  single messages of these channels come twice
     swap_pushes    a message of these channels comes after the next one on that connection
     trap           the next request that contains some bytes is withheld, or only the answer to it, and all after it on
                    that connection
 
-To take out exactly one message the proxy has to know where it begins and ends: it reads the server's side frame by
-frame (RESP2 and RESP3), but never waits for a frame to be complete where nothing is to be dropped.
+To remove exactly one message, the proxy has to know where it begins and ends: it parses the server's side frame by
+frame (RESP2 and RESP3). But it never waits for a complete frame if it has nothing to drop.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ import socket
 import struct
 
 UP, DOWN = "up", "down"
-"""From the party to Redis, and back."""
+"""The directions: from the party to Redis, and back."""
 
 _CHUNK = 1 << 16
 _RST = struct.pack("ii", 1, 0)
@@ -36,7 +36,7 @@ _LIVE = b"heads:"
 
 
 def frame_end(data: bytes | bytearray, at: int = 0) -> int:
-    """Where the RESP frame that begins at ``at`` ends; -1 if it is not complete. ValueError if it is none."""
+    """The end of the RESP frame that begins at ``at``; -1 if it is not complete. ValueError if it is invalid."""
     pending = 1
     while pending:
         end = data.find(b"\r\n", at)
@@ -54,7 +54,7 @@ def frame_end(data: bytes | bytearray, at: int = 0) -> int:
             pending += max(0, int(text))
         elif kind == b"%":
             pending += 2 * int(text)
-        elif kind == b"|":  # attributes, and then what they are about
+        elif kind == b"|":  # attributes, and then the value that they describe
             pending += 2 * int(text) + 1
         elif kind not in (b"+", b"-", b":", b"_", b"#", b",", b"("):
             raise ValueError(f"no frame of RESP begins with {bytes(kind)!r}")
@@ -80,7 +80,7 @@ def _open_gates() -> dict[str, asyncio.Event]:
 
 
 class _Connection:
-    """One connection of the party, and the one to Redis that it stands for."""
+    """One connection of the party, and its counterpart to Redis."""
 
     def __init__(self, proxy: Proxy, client: asyncio.StreamWriter, server: asyncio.StreamWriter) -> None:
         self.proxy = proxy
@@ -95,7 +95,7 @@ class _Connection:
                 await asyncio.sleep(self.proxy.delay)
             if direction == UP:
                 self._look(chunk, UP)
-            # One after the other, and again: one may be shut while the other is waited for.
+            # One after the other, and again: one may be shut while this waits for the other.
             gates = (self.proxy.gates[direction], self.own[direction])
             while not all(gate.is_set() for gate in gates):
                 for gate in gates:
@@ -110,7 +110,7 @@ class _Connection:
                 await writer.drain()
 
     def _look(self, chunk: bytes, held: str) -> None:
-        """Whether a request springs a trap that withholds what goes in this direction."""
+        """Whether a request triggers a trap that withholds what goes in this direction."""
         for pattern, (direction, caught) in list(self.proxy.traps.items()):
             if direction == held and pattern in self._recent + chunk:
                 self.own[direction].clear()
@@ -123,7 +123,7 @@ class _Connection:
             if reset:
                 with contextlib.suppress(OSError):
                     writer.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RST)
-            # What is held is not for anybody any more.
+            # Nobody needs what is held any more.
             writer.transport.abort()
 
 
@@ -133,14 +133,14 @@ class _Frames:
     def __init__(self, proxy: Proxy) -> None:
         self._proxy = proxy
         self._held = bytearray()
-        """Of a frame that is not complete: what was not passed on."""
+        """The part of an incomplete frame that was not passed on."""
         self._passed = 0
-        """Of the same frame: how many bytes of `_held` were."""
+        """How many bytes of the same frame were passed on."""
         self._late = b""
         """A message that waits for the next one to overtake it."""
 
     def pass_on(self, chunk: bytes) -> bytes:
-        """What may go on of all that has come."""
+        """The bytes that may be passed on now."""
         held, out = self._held, bytearray()
         held += chunk
         at = 0
@@ -156,14 +156,14 @@ class _Frames:
             at = end
         del held[:at]
         proxy = self._proxy
-        # If nobody wants to see the rest of it first.
+        # Unless the rest of the frame has to be read first.
         if not (proxy.to_drop or proxy.to_repeat or proxy.to_swap or self._late):
             out += held[self._passed :]
             self._passed = len(held)
         return bytes(out)
 
     def _message(self, frame: bytes) -> bytes:
-        """What goes on in place of a message of the feed."""
+        """What is passed on in place of a message of the feed."""
         proxy = self._proxy
         if proxy.to_drop:
             proxy.to_drop -= 1
@@ -181,7 +181,7 @@ class _Frames:
 
 
 class Proxy:
-    """A party's way to Redis. Used from one event loop."""
+    """A party's proxy to Redis. Used from one event loop."""
 
     def __init__(self, host: str, port: int) -> None:
         self._target = (host, port)
@@ -196,7 +196,7 @@ class Proxy:
         self.traps: dict[bytes, tuple[str, asyncio.Future[None]]] = {}
         self.to_drop = self.to_repeat = self.to_swap = 0
         self.dropped = 0
-        """Messages of the feed that were taken out so far."""
+        """Messages of the feed that were dropped so far."""
 
     @property
     def url(self) -> str:
@@ -251,17 +251,17 @@ class Proxy:
     # What can happen
 
     def cut(self) -> None:
-        """Close what there is, and whatever comes, until `lift`."""
+        """Close all connections, and every new one, until `lift`."""
         self._cut = True
         for connection in list(self._connections):
             connection.close()
 
     def lead_to(self, host: str, port: int) -> None:
-        """Lead connections to come elsewhere; those that are open stay where they are."""
+        """Lead new connections to another server; open ones stay where they are."""
         self._target = (host, port)
 
     def reset(self) -> None:
-        """End with an RST what there is."""
+        """End all open connections with an RST."""
         for connection in list(self._connections):
             connection.close(reset=True)
 
@@ -274,15 +274,15 @@ class Proxy:
                 connection.own[direction].clear()
 
     def drop_pushes(self, count: int = 1) -> None:
-        """Take the next messages of feed channels out, whichever connections they are on."""
+        """Drop the next messages of feed channels, on any connection."""
         self.to_drop += count
 
     def repeat_pushes(self, count: int = 1) -> None:
-        """Have the next messages of feed channels come twice."""
+        """Send the next messages of feed channels twice."""
         self.to_repeat += count
 
     def swap_pushes(self, count: int = 1) -> None:
-        """Have the next message of a feed channel come after the one that follows it."""
+        """Send the next message of a feed channel after the one that follows it."""
         self.to_swap += count
 
     def trap(self, pattern: bytes, direction: str = DOWN) -> asyncio.Future[None]:
@@ -293,7 +293,7 @@ class Proxy:
         return self.traps.setdefault(pattern, (direction, asyncio.get_running_loop().create_future()))[1]
 
     def lift(self) -> None:
-        """End all of it; what was held is delivered."""
+        """End all faults; what was held is delivered."""
         self._cut = False
         self.delay = 0.0
         self.to_drop = self.to_repeat = self.to_swap = 0

@@ -1,23 +1,23 @@
-"""What was read, against what the reader, or anybody, was known to know when the read began.
+"""Judges the reads: compares each answer with what was known when the read began.
 
-Every scope is gone through once, in the order of time. On the way, four kinds of *floor* rise under its reads:
+The checker goes through every scope once, in the order of time. On the way, four kinds of *floor* rise under its reads:
 
-    own       what the reader had been acknowledged itself, or had observed of another               G6
-    applied   what an invalidation had named that the reader had applied, in this scope              G4
-    heard     what an invalidation had named that anybody had applied, in this scope: it was
+    own       own writes of the reader that were acknowledged, or that it had observed of another    G6
+    applied   versions of an invalidation that the reader had applied, in this scope                 G4
+    heard     versions of an invalidation that any agent had applied, in this scope: they were
               fanned out. Older answers are within the promise for max_staleness and a heartbeat     G5, G3
-    stored    what anybody had seen: the store had it. A read that went to the store is not older    G2, G3, G1
+    stored    versions that anybody had seen: the store had them. A read of the store is not older   G2, G3, G1
 
-An answer is below a floor if a memory is older in it than the floor has it, is there though the floor has it deleted
-and nothing put it back, or is not there though the floor has it and nothing that was under way may have deleted it.
+An answer is below a floor in three cases: a memory in it is older than in the floor; it has a memory that the floor has
+deleted and that was not put again; or it lacks a memory of the floor that nothing under way may have deleted.
 
-Why G5 counts from the fan-out and not from the commit: an agent vouches for having heard all that was said, and a
-worker that dies between commit and fan-out has not said it yet (it takes claim_idle until another does). Where the run
-bounds that time (`Bounds.fan_out`), answers are judged by it from the commit on, too. For the same reason an agent may
-see a memory go back between two tiers, for as long as nothing was fanned out: that is counted, not condemned.
+Why G5 counts from the fan-out and not from the commit: an agent guarantees that it has applied every message that was
+sent. A worker that dies between commit and fan-out has not sent one yet; another does so after claim_idle. If the run
+bounds that time (`Bounds.fan_out`), answers are also judged by it, from the commit on. For the same reason an agent may
+see a memory go back between two tiers before the fan-out: that is counted, and is not a violation.
 
-All by the moment when a read *began*; of a read that shared another's load, when that one began. Answers marked stale
-promise nothing.
+The moment when a read *began* counts; for a read that shared another's load, the moment when that one began. Answers
+marked stale promise nothing.
 """
 
 from __future__ import annotations
@@ -120,7 +120,7 @@ class Floor:
 
 
 class Possible:
-    """What may have been applied by a moment, whether anybody knows or not."""
+    """What may have been applied by a moment, known or not."""
 
     def __init__(self, happened: Happened) -> None:
         self._happened = happened
@@ -148,7 +148,7 @@ class Possible:
         self._put_of: dict[tuple[str, int], int] = {}
 
     def put_under(self, id: str, version: int, by: float) -> int:
-        """The last put that a memory which is seen at this version can have."""
+        """The last possible put of a memory that was seen at this version."""
         put = self._put_of.get((id, version))
         if put is None:
             puts = self._puts.get(id, [])
@@ -159,7 +159,7 @@ class Possible:
         return put
 
     def first_put(self, id: str, version: int) -> Event | None:
-        """The first put that a memory which is seen at this version can have."""
+        """The first possible put of a memory that was seen at this version."""
         for event in self._happened.of_id[id]:
             if event.op == "put":
                 return event if event.version <= version else None
@@ -187,9 +187,9 @@ def _at(steps: list[tuple[float, int]], by: float) -> int:
 
 @dataclass
 class Figures:
-    """What the reads of a run come to.
+    """The result of judging a run's reads.
 
-    longest       the longest time, in seconds, that an answer lacked what had been fanned out when its read began
+    longest       the longest time, in seconds, that an answer lacked what had been fanned out before its read began
     longest_seen  the same, since anybody had seen it
     backward      memories that an agent saw older than it had seen them before in the same scope
     beyond        reads that were older than promised
@@ -203,7 +203,7 @@ class Figures:
 
 Step = tuple[float, int, object]
 _READ, _LEARN = 0, 1
-"""At one moment reads come first: what is learned at that very moment asks nothing of them."""
+"""At the same moment reads come first: what becomes known at that moment does not bind them."""
 
 
 class Reads:
@@ -226,7 +226,7 @@ class Reads:
             self._sweep(scope, steps)
         return self.figures
 
-    # What is to be gone through
+    # Preparing the events
 
     def _steps(self) -> dict[str, list[Step]]:
         """By scope: its reads, and what becomes known about its memories, by whom."""
@@ -244,7 +244,7 @@ class Reads:
 
         def scopes_of(event: Event) -> list[str]:
             room = f"room:{event.table}:{event.room}"
-            if event.op == "delete_room":  # scopes that are no room may have memories of other rooms, too
+            if event.op == "delete_room":  # scopes other than rooms may have memories of other rooms, too
                 return [room, *(f"id:{id}" for id in self._ids[room])]
             return [room, f"id:{event.id}", *others[event.id]]
 
@@ -292,8 +292,8 @@ class Reads:
         out: list[tuple[float, str, Event, tuple[Record, ...]]] = [
             (at, agent, event, (write,)) for agent, writes in own.items() for at, event, write in writes
         ]
-        # How far an agent has observed each other: in time, and in what it was told of theirs. What an agent has
-        # observed goes on with its own token.
+        # How far an agent has observed each other agent: in time, and in the writes of its tokens. An agent's own token
+        # includes what it has observed.
         known: dict[str, list[tuple[float, dict[str, float]]]] = defaultdict(list)
         told: dict[tuple[str, str], int] = defaultdict(int)
         for observed in sorted(self._happened.history.of(Observed), key=lambda record: record.at):
@@ -318,7 +318,7 @@ class Reads:
             known[observed.agent].append((observed.at, now))
         return out
 
-    # Going through it
+    # Going through the events
 
     def _sweep(self, scope: str, steps: list[Step]) -> None:
         floors: dict[tuple[str, str], Floor] = defaultdict(Floor)
@@ -344,7 +344,7 @@ class Reads:
 
     @staticmethod
     def _load_began(loads: list[tuple[float, float]], read: Read) -> float:
-        """When the load began, at the earliest, that a read of the store shared."""
+        """The earliest possible begin of the load that a read of the store shared."""
         if read.source != "store":
             return read.began
         loads[:] = [(began, ended) for began, ended in loads if ended > read.began]
@@ -362,8 +362,8 @@ class Reads:
                 self.figures.backward += 1
 
     def _judge_shown(self, scope: str, read: Read, shown: dict[tuple[str, str], tuple[Event, Read]]) -> bool:
-        """Whether an answer shows a memory older than a live answer of the same agent did before, though the store took
-        what that had shown (G9)."""
+        """Whether an answer shows a memory older than an earlier live answer of the same agent did, though the store
+        has what that answer showed (G9)."""
         wrong = False
         for memory, text, _ in read.seen:
             version = number(text)

@@ -1,11 +1,11 @@
-"""How long it takes to recover, measured: ``python tests/chaos/recovery.py``. Medians go to docs/guarantees.md.
+"""Measures the time to recover: ``python tests/chaos/recovery.py``. Medians go to docs/guarantees.md.
 
-Each figure is taken a number of times with real processes and real servers, on one machine:
+Each figure is measured several times with real processes and real servers, on one machine:
 
-- a worker process is killed with SIGKILL amid a load: until all that was acknowledged before the kill is in the store,
-  less what it takes without a kill (nothing to speak of). Promised: claim_idle + 1 s.
-- Redis is killed, and started again: until an agent serves its own copies again. Promised: two heartbeats.
-- one message of the feed is lost: until the agent that did not hear it has dropped its copy. Promised: max_staleness.
+- A worker process is killed with SIGKILL during a load: the time until all writes that were acknowledged before the
+  kill are in the store, less the (negligible) time without a kill. Promised: claim_idle + 1 s.
+- Redis is killed, and started again: the time until an agent serves its own copies again. Promised: two heartbeats.
+- One message of the feed is lost: the time until the agent that missed it drops its copy. Promised: max_staleness.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def said(text: str, room: str = "r1") -> Memory:
 
 
 class Bench:
-    """A Redis, an SQLite store and the settings that everyone uses: the defaults, but for claim_idle where told."""
+    """A Redis, an SQLite store and the settings of all parties: the defaults, except for claim_idle if given."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -51,7 +51,7 @@ class Bench:
         self.redis.start()
 
     def settings(self) -> Settings:
-        """Those of a bus that nobody has used before."""
+        """The settings of a new bus."""
         name = secrets.token_hex(4)
         return Settings.load(
             redis_url=self.redis.url,
@@ -123,7 +123,7 @@ async def _local(bus: mnemobus.Bus) -> bool:
 
 
 async def main(rounds: int) -> int:
-    logging.disable(logging.WARNING)  # what is broken here, is broken on purpose
+    logging.disable(logging.WARNING)  # the errors here are intended
     defaults = Settings.load()
     failed = 0
     with tempfile.TemporaryDirectory() as folder:

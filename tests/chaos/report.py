@@ -1,4 +1,4 @@
-"""What a run comes to, for people."""
+"""Prints the result of a run, for people."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ if TYPE_CHECKING:
     from .campaign import Campaign
 
 SHOWN = 5
-"""Violations that are printed; the history has them all."""
+"""Most violations to print; the history has all of them."""
 
 
 def tell(campaign: Campaign, history: History) -> int:
-    """Judge a run and print it; the exit status."""
+    """Judge a run and print the result; return the exit status."""
     console = Console(width=None if Console().is_terminal else 120, highlight=False)
     report = check(history)
     console.print(_faults(campaign))

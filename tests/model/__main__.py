@@ -1,4 +1,4 @@
-"""Explore a world by hand, at sizes that the suite has no time for: ``python -m tests.model caches --size 1``."""
+"""Explore a world by hand, at sizes that take too long for the suite: ``python -m tests.model caches --size 1``."""
 
 from __future__ import annotations
 

@@ -1,10 +1,10 @@
 """World "caches": nothing that was read before an invalidation is found after it (G4).
 
 One scope, some writes to it, workers that apply them in any order and may die, and agents that read through L1 and L2.
-An agent hears the messages of the feed one after the other, whenever it likes: that a lost one is heard later, or the
-agent serves nothing, is what the world "join" shows. Every read of an agent that misses L1 takes a bucket first, then
-asks L2, which answers with a result, or a lease, or neither; then it reads the store, and fills first its bucket and
-then L2.
+An agent receives the messages of the feed one after the other, at any time. The world "join" shows that a lost message
+is received later, or the agent serves nothing. Every read of an agent that misses L1 takes a bucket first, then asks
+L2, which answers with a result, or a lease, or neither; then it reads the store, and fills first its bucket and then
+L2.
 
 Modelled after apply.py, lua/fanout.lua, lua/lookup.lua, lua/fill.lua, cache/l2.py, cache/l1.py and `Bus._load`.
 """
@@ -23,8 +23,8 @@ EMPTY = -1
 class Load(NamedTuple):
     """What an agent does for a read that missed, and for those that share it.
 
-    at     lookup: L2 is asked; read: the store is; put: what was found goes into L1; fill: and into L2
-    live   whether the bucket that it began with is still the one that others see
+    at     lookup: it asks L2; read: it reads the store; put: the result goes into L1; fill: and into L2
+    live   whether the bucket with which it began is still the one that others see
     lease  0: none
     since  the newest invalidation that any of its readers had heard of when it began
     """

@@ -1,12 +1,12 @@
-"""World "epochs": Redis restarts without its last second, or is flushed, and nobody is given what it had (G5).
+"""World "epochs": Redis restarts without its last second, or is flushed, and no agent serves its lost results (G5).
 
-One scope and one write to it; a worker, an agent whose caches are warm, and others, of whom only that they begin epochs
-matters. Whoever sends a command on a connection that broke connects anew first, learns the run id, and agrees on the
-epoch; but the command's keys are those that were computed before. A flush breaks no connection. Pub/sub is not here: it
-may lose everything, and what the heartbeat does then has to be enough.
+One scope and one write to it; a worker, an agent whose caches are warm, and other processes, which only begin epochs. A
+process that sends a command on a broken connection first connects again, learns the run id, and agrees on the epoch;
+but the command's keys are those that were computed before. A flush breaks no connection. Pub/sub is not modelled: it
+may lose everything, and the heartbeat alone has to be enough.
 
-Time is counted from the moment at which nobody owes the fan-out any more: it was sent, and the epoch compared; or Redis
-has lost the event, so that nobody ever will. `MARKED` and `PASSED` are as in the world "join".
+Time is counted from the moment when the fan-out is no longer due: it was sent, and the epoch compared; or Redis has
+lost the event, so that no worker will send it. `MARKED` and `PASSED` are as in the world "join".
 
 Modelled after connection/link.py (handshake, `agree`), lua/epoch.lua, cache/l2.py, `Applier._fan_out` and
 feed/heartbeat.py.
@@ -23,7 +23,7 @@ UNMARKED, MARKED, PASSED = 0, 1, 2
 NEVER, BEFORE, AFTER = 0, 1, 2
 EMPTY = -1
 LEASED = -3
-"""In place of what L2 has: somebody, who is us, has the lease."""
+"""In place of L2's content: our agent has the lease."""
 
 
 class Redis(NamedTuple):
@@ -50,10 +50,10 @@ class Link(NamedTuple):
 class Load(NamedTuple):
     """A read of the agent that missed.
 
-    at     lookup: L2 is asked; read: the store is; put: L1 and the reader get it; fill: L2 does
+    at     lookup: it asks L2; read: it reads the store; put: L1 and the reader get the result; fill: L2 gets it
     live   whether its bucket is the one that others see
     late   whether it began after the bound had passed, or after the agent had heard of the write
-    epoch  that of its keys
+    epoch  the epoch of its keys
     """
 
     at: str
@@ -157,7 +157,7 @@ class Epochs(World):
 
     def steps(self, s: State) -> Iterator[tuple[str, State]]:
         for label, after in self.all_steps(s):
-            # From when nobody owes the fan-out any more, the bound is counted.
+            # The bound is counted from the moment when the fan-out is no longer due.
             if after.moment == UNMARKED and after.store and not after.redis.event and not after.worker:
                 fresh = BEFORE if after.fresh else NEVER
                 after = after._replace(moment=MARKED, fresh=fresh)

@@ -1,16 +1,16 @@
-"""World "join": how a bus comes to know what it has heard (G5).
+"""World "join": how a bus gets to know its position in the feed (G5).
 
-One agent and one feed partition with two scopes: A, which the agent reads, and B, which only others do. Writes are
-committed and fanned out at once, first those to A; message n of the feed answers for write n. Pub/sub may lose, delay,
+One agent and one feed partition with two scopes: A, which the agent reads, and B, which only others read. Writes are
+committed and fanned out at once, first those to A; message n of the feed is about write n. Pub/sub may lose, delay,
 reorder and repeat messages, connections break, the stream may be trimmed or deleted.
 
 Modelled one to one after feed/ (subscription.py, positions.py, heartbeat.py): SUBSCRIBE and its confirmation, `_settle`
 (as many at once as there were confirmations), messages that come early, the heartbeat with its question, its answer and
 its replay, leaving and joining again; and the local cache: a read takes its bucket first and fills it later.
 
-Time. One of the invalidations is singled out at will when it is sent (`MARKED`), and at some time after it the bound
-has passed (`PASSED`): from then on no heartbeat counts that began before it was sent, and nothing that it invalidated
-may be served.
+Time. Any one of the invalidations is marked when it is sent (`MARKED`), and at some time after it the bound has passed
+(`PASSED`): from then on no heartbeat counts that began before it was sent, and no result that it invalidated may be
+served.
 """
 
 from __future__ import annotations

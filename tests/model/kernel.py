@@ -1,9 +1,8 @@
 """The explorer: every state that a world can reach, and the shortest way to one that breaks a promise.
 
-A state is an immutable tuple. A step is something that the real system does in one piece (a script in Redis, what a
-coroutine does between two awaits), or something that happens to it (a crash, a lost message). All steps that are
-possible in a state are taken, one after the other, breadth first: so all interleavings are seen, and the first
-history that breaks something is a shortest one.
+A state is an immutable tuple. A step is an atomic action of the real system (a script in Redis, the code of a coroutine
+between two awaits), or an event (a crash, a lost message). All possible steps of a state are taken, breadth first. So
+all interleavings are explored, and the first history that breaks a promise is a shortest one.
 """
 
 from __future__ import annotations
@@ -66,7 +65,7 @@ class World:
         raise NotImplementedError
 
     def steps(self, state: Any) -> Iterator[tuple[str, Any]]:
-        """All that can happen next: what it is, for people, and the state after it."""
+        """All that can happen next: its description, for people, and the state after it."""
         raise NotImplementedError
 
     def broken(self, state: Any) -> Iterator[str]:

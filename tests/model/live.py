@@ -2,13 +2,13 @@
 
 One room, in one partition of the log, and its channel. An agent holds the newest few of its memories live: it *opens* a
 window from a base (what L2 or the store has) and a *tail* (what is logged above the applied mark), and merges every
-event after that as the log has it. Another agent writes, and fills L2. Workers commit and fan out in any order. Which
-events there are is not fixed beforehand: whoever publishes chooses. Read answers are checked in every state.
+event after that as the log has it. Another agent writes, and fills L2. Workers commit and fan out in any order. The
+events are not fixed in advance: the publisher chooses. The answers of reads are checked in every state.
 
 An event names x or y; z lies below both, and is never written. "low" is a put with an old date: its row moves down.
 
-Not covered: several channels or partitions, time, epochs, entries with several events. That a lost message of the feed
-is repaired is what the world "join" shows.
+Not covered: several channels or partitions, time, epochs, entries with several events. The world "join" shows that a
+lost message of the feed is repaired.
 """
 
 from __future__ import annotations

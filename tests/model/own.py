@@ -1,11 +1,11 @@
-"""World "own": a bus reads its own writes, and is not told that they are committed before they are (G6, G1).
+"""World "own": a bus reads its own writes, and does not report them as committed too early (G6, G1).
 
-Event 1 is a write of our agent to memory X; event 2, if there is one, somebody else's to another memory, in the same
-partitions of log and feed. Workers take one event each. Another agent may fill L2 with what it read. Redis may be
-flushed, or restart, with all that it had or with less: then the log may have lost our write. Where our write is unfit,
-no worker can apply it: it is buried, its reason is noted, and it is confirmed like any other.
+Event 1 is a write of our agent to memory X; event 2, if there is one, is another agent's write to another memory, in
+the same partitions of log and feed. Workers take one event each. Another agent may fill L2 with what it read. Redis may
+be flushed, or restart, with all its data or with less: then the log may have lost our write. If our write is invalid,
+no worker can apply it: it becomes a dead letter, its reason is noted, and it is confirmed like any other.
 
-Our agent publishes, hears of it, marks X, reads X through L1 and L2, and learns from the feed, or from the consumer
+Our agent publishes, gets the answer, marks X, reads X through L1 and L2, and learns from the feed, or from the consumer
 group, that its write is applied. Modelled after log/pending.py, `Writes._logged`, `ReadPath.read`, apply.py and
 lua/applied.lua.
 """
@@ -165,7 +165,7 @@ class Own(World):
                 s._replace(write=SENT, asked=s.epoch, redis=redis._replace(logged=(*redis.logged, 1))),
             )
         if s.write == SENT:
-            # However late: the answer may have been on its way while Redis was away.
+            # At any time later: the answer may have been on its way while Redis was away.
             late = s.asked != s.epoch and self.keeps("late-answer")
             told = s._replace(write=TOLD, marked=self.keeps("mark"), in_doubt=s.in_doubt or late)
             yield "the writer is told", self.drop(told) if self.keeps("drop") else told
@@ -385,7 +385,7 @@ class Own(World):
                 if not s.marked:
                     yield "our agent reads X", left._replace(read=Read(own, True), bucket=EMPTY)
                 else:
-                    # Whatever it is given says that it is stale.
+                    # Each answer is marked stale.
                     live = not self.keeps("no-bucket")
                     yield (
                         "our agent reads X, having waited in vain",

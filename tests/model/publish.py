@@ -2,7 +2,7 @@
 
 One agent, one partition of the log, some writes one after the other. Calls and answers may be lost; a copy of a call
 may arrive late, also after its repetition, and after its process was killed. The agent may be killed at any time and
-is started again; Redis may restart without what it had not saved yet, and be too full to take a call.
+is started again. Redis may restart without its unsaved data, and may be too full to take a call.
 
 Modelled after log/publisher.py (the publisher: one call in flight), log/outbox.py (the file) and lua/publish.lua.
 """
@@ -142,7 +142,7 @@ class Publish(World):
             )  # fmt: skip
 
     def started(self, s: State) -> State:
-        # A bus that finds nothing makes a file of its own, under another producer.
+        # A bus that finds no file makes its own, under another producer.
         process = s.process + 1
         return s._replace(
             up=True,
@@ -202,7 +202,7 @@ class Publish(World):
         if s.draining is not None and s.draining[:2] == call[:2] and not s.answered:
             if reply is not None:
                 return s._replace(answered=True)
-            # The number was used for something else: another one, of a producer that nobody has been.
+            # The number was used for another call: take a new one, of a new producer.
             file = tuple(Kept(row.write) if row.write in call.writes else row for row in s.file)
             return s._replace(file=file, draining=None, file_producer=s.file_producer + 100, file_sequence=0)
         for i, mine in enumerate(s.calls):
@@ -212,7 +212,7 @@ class Publish(World):
         return s
 
     def refused(self, s: State, call: Call) -> State:
-        """The agent hears that there was no room for a call. The outbox repeats what it is at."""
+        """The agent gets the answer that Redis has no space for a call. The outbox repeats its call."""
         for mine in s.calls if s.up else ():
             if mine[:2] != call[:2]:
                 continue

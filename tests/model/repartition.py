@@ -1,11 +1,11 @@
-"""World "repartition": the log goes on in new partitions, and nothing is lost, doubled, out of order or unseen.
+"""World "repartition": the log goes on in new partitions, and no write is lost, doubled, out of order or unseen.
 
-One room, whose writes go to one partition, the *old* one, and after the change to another, the *new* one. An agent
+The writes to one room go to one partition, the *old* one, and after the change to another, the *new* one. An agent
 makes writes one after the other; its calls and their answers may be lost, and copies of calls arrive late. A worker
-applies. A command closes the log, and ends the old partition in the step that begins the new one; it may be killed at
-any moment, and run again. Another agent holds the room live: it hears the partition that it takes for the room's, and
-verifies that with a heartbeat. The writer may have opened without knowing a layout, and take the new partition for the
-room's before it is, though it is there, for other rooms.
+applies events. A command closes the log, and ends the old partition in the step that begins the new one. It may be
+killed at any moment, and run again. Another agent holds the room live: it listens to the partition that it believes to
+be the room's, and verifies that with a heartbeat. The writer may have opened without a layout. Then it may use the new
+partition for the room too early: that partition exists already, for other rooms.
 
 Modelled after cli/repartition.py, lua/close.lua, lua/relayout.lua, lua/publish.lua, log/routing.py (`Publishers`) and
 feed/subscription.py (`_verify`).
@@ -23,13 +23,13 @@ OLD, NEW = 0, 1
 
 
 class Call(NamedTuple):
-    """A call of publish.lua. Each partition has a publisher with numbers of its own."""
+    """A call of publish.lua. Each partition has a publisher with its own numbers."""
 
     partition: int
     sequence: int
     writes: tuple[int, ...]
     assumed: bool = False
-    """Whether the writer did not know how the log is laid out. No layout has that name."""
+    """Whether the writer did not know the layout of the log. No layout has that name."""
 
 
 class State(NamedTuple):
@@ -169,7 +169,7 @@ class Repartition(World):
             logs=put(s.logs, partition, s.logs[partition] + call.writes),
             versions=tuple(sorted({**dict(s.versions), **dict(given)}.items())),
             records=put(s.records, partition, call.sequence),
-            # Who listens hears it at once. Lost messages are the business of other worlds.
+            # A listener receives it at once. Lost messages are in other worlds.
             window=s.window + call.writes if s.hears == partition else s.window,
         ), "logged"
 
@@ -178,7 +178,7 @@ class Repartition(World):
             if write not in s.applied:
                 after = s._replace(applied=tuple(sorted({*s.applied, write})))
                 if write not in s.logs[s.hears] and self.keeps("elsewhere"):
-                    # The reader gives its window up, and reads what the store has.
+                    # The reader drops its window, and reads from the store.
                     after = after._replace(window=tuple(sorted({*s.window, *after.applied})))
                 yield f"write {write} is applied, and the feed names it", after
                 break

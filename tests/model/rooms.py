@@ -1,9 +1,9 @@
-"""World "rooms": a room is deleted in steps, while others write into it (G3), and everybody hears of it (G5).
+"""World "rooms": a room is deleted in steps, while others write into it (G3), and every agent learns of it (G5).
 
 A room with two memories, and agents that hold copies of both. Its deletion is event 2. Meanwhile a put that is older
 (event 1, of a third memory) and one that is newer (event 3, of the second memory) are committed. A put reads the room's
-tombstone, and commits later. A worker sets the tombstone, clears one memory after another, reads the names of all that
-the deletion put an end to, tells the agents, and confirms. It may be killed before any of these, or be held up for so
+tombstone, and commits later. A worker sets the tombstone, clears one memory after another, reads the names of all
+deleted memories, notifies the agents, and confirms. It may be killed before any of these steps, or be delayed for so
 long that another begins the same deletion.
 
 Modelled after the steps of store/merge.py, and `Applier._tell` of apply.py.
@@ -108,7 +108,7 @@ class Rooms(World):
                 )
                 continue
             old = s.memories[put.memory]
-            # Its own fan-out is another world's affair: here it comes with the commit.
+            # Its own fan-out belongs to another world: here it comes with the commit.
             after = self.change(
                 s, put.memory, put=max(old.put, put.version), deleted=max(old.deleted, put.seen), copy=0
             )

@@ -1,10 +1,10 @@
 """World "workers": every event gets into the store and is fanned out, even if any process dies at any moment (G1).
 
-One log partition and its consumer group, and some workers. A worker reads a batch of what has gathered, commits it,
-fans it out and confirms it; the last two in one step, or in two where the batch is large. It may be killed before any
-of them, or be held up for so long that another claims its batch while it still lives. Upkeep trims the log at any
-time. Redis's clock may be set back: it then hides how long an entry was idle, until its worker renews it, or another
-has seen that nobody does.
+One log partition and its consumer group, and some workers. A worker reads a batch of waiting events, commits it, fans
+it out and confirms it; the last two in one step, or in two if the batch is large. It may be killed before any of them,
+or be delayed for so long that another claims its batch while it still lives. Upkeep trims the log at any time. Redis's
+clock may be set back: then an entry's idle time is hidden, until its worker renews it, or another worker has seen that
+none does.
 
 Modelled after broker.py, unmoved.py, apply.py, fanout.py, lua/fanout.lua and lua/trim.lua (with a retention of
 nothing).
@@ -28,8 +28,8 @@ class Worker(NamedTuple):
 class Pending(NamedTuple):
     """An event that was delivered and is not confirmed.
 
-    idle    whether whoever has it has been silent for long enough
-    hidden  whether Redis can't tell: its clock was set back since the last sign of life
+    idle    whether its worker has been inactive for long enough
+    hidden  whether Redis can't tell: its clock was set back since the worker was last active
     """
 
     event: int

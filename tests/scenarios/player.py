@@ -1,4 +1,4 @@
-"""Parts that processes play in the scenarios: orders and reports go by lines of JSON, times by CLOCK_MONOTONIC.
+"""The parts that processes play in the scenarios: orders and reports are lines of JSON, times are CLOCK_MONOTONIC.
 
 write    change one memory again and again, and read it after each write
 read     read one memory again and again
@@ -63,7 +63,7 @@ async def race(bus: mnemobus.Bus, moments: dict[str, float], name: str) -> dict[
 
 
 async def look(bus: mnemobus.Bus, ids: list[str]) -> dict[str, Any]:
-    """What this process sees now, each twice: so that what it holds itself is among it."""
+    """What this process sees now. It reads everything twice, so that its own copies are read, too."""
     seen = {}
     for _ in range(2):
         for id in ids:

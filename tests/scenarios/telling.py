@@ -1,4 +1,4 @@
-"""What the scenarios have in common: what is said, what is held, and how processes are told what to play."""
+"""What the scenarios share: memories, local copies, and processes that play a part."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def texts(memories: mnemobus.Memories) -> list[str]:
 
 
 async def held(bus: mnemobus.Bus, room: str = "r1") -> list[str]:
-    """A room as the bus has it in its own process, once it has."""
+    """Wait until the bus has a room in its own process; return its content."""
 
     async def local() -> mnemobus.Memories | None:
         found = await bus.recent("messages", room=room)
@@ -44,7 +44,7 @@ async def held(bus: mnemobus.Bus, room: str = "r1") -> list[str]:
 
 
 async def sees(bus: mnemobus.Bus, expected: list[str], timeout: float, room: str = "r1") -> None:
-    """Wait until the bus answers what is expected."""
+    """Wait until the bus gives the expected answer."""
 
     async def there() -> bool:
         return texts(await bus.recent("messages", room=room)) == expected

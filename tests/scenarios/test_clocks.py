@@ -1,4 +1,4 @@
-"""Clocks of agents and workers that disagree by minutes, with each other and with Redis; and Redis's own, set anew."""
+"""Clocks of agents and workers that disagree by minutes, with each other and with Redis; changes of Redis's clock."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ MINUTES = 60.0
 
 
 class Ahead:
-    """Processes that are started meanwhile have wall clocks that are ahead of the others', or behind."""
+    """Processes that are started within it have wall clocks that are ahead of the others, or behind."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
         self._patch = monkeypatch

@@ -1,4 +1,4 @@
-"""The listening connection: before its first confirmation, right after a reconnect, and killed without a word."""
+"""The listening connection: before its first confirmation, right after a reconnect, and killed without an error."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from servers import RedisServer, eventually, worker_threads
 SUBSCRIBE = b"SUBSCRIBE\r\n"
 SOON: dict[str, Any] = {}
 LATE: dict[str, Any] = {"heartbeat": 30.0, "max_staleness": 60.0}
-"""No heartbeat comes to anybody's aid, unless it is called."""
+"""No heartbeat helps, unless the test calls it."""
 
 heartbeats = pytest.mark.parametrize("heartbeat", [SOON, LATE], ids=["heartbeats-soon", "heartbeats-late"])
 
 
 async def answers(bus: mnemobus.Bus, until: Callable[[], bool]) -> list[tuple[float, list[str]]]:
-    """What the bus answers, and by `clock` when it was asked, until something holds."""
+    """The answers of the bus, with the times by `clock` when it was asked, until a condition holds."""
     found = []
     while not until():
         asked = clock()

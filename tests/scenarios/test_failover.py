@@ -19,10 +19,10 @@ from servers import RedisServer, Workers, eventually
 PAUSE = 0.02
 """Seconds between writes."""
 BETWEEN = 1.5
-"""Seconds for which nobody can be reached who takes writes."""
+"""Seconds without a server that takes writes."""
 PROMISED = 1.0
 BUSY = 2.0
-"""What a machine that is busy with other tests may add."""
+"""Seconds that a busy machine may add."""
 
 
 async def replicate(master: RedisServer, replica: RedisServer) -> None:

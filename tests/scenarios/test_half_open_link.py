@@ -1,4 +1,4 @@
-"""A link to Redis on which nothing arrives any more for 45 s, and nobody is told."""
+"""A connection to Redis on which nothing arrives for 45 s, without an error."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Answers of a store that is slow: what they bring too late enters no cache."""
+"""Answers of a slow store: a result that comes too late enters no cache."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from scenarios.telling import Connect, opened, said, texts
 from servers import RedisServer, eventually, worker_threads
 
 SLOW = 0.2
-"""Seconds that the store takes to answer, at least."""
+"""Least seconds that the store takes to answer."""
 
 
 class SlowStore:

@@ -1,4 +1,4 @@
-"""What was deleted, and older writes that come afterwards: late, redelivered, or replayed with a day of others."""
+"""Deletions, and older writes that come after them: late, redelivered, or replayed with a day of other writes."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def settings(
     request: pytest.FixtureRequest,
     own_redis: Callable[..., RedisServer],
 ) -> Settings:
-    """Either store; all in one log partition; and a Redis that nobody else waits for."""
+    """Either store; all in one log partition; and a Redis that no other test uses."""
     store = request.getfixturevalue("sqlite_url" if protocol == 2 else "postgres_url")
     changes = {"redis_url": own_redis().url, "database_url": store, "log_partitions": 1, "claim_idle": 0.5}
     return settings.model_copy(update=changes)
@@ -45,7 +45,7 @@ def settings(
 
 @pytest.fixture
 def paused(tmp_path: Path) -> Iterator[Callable[[Settings], subprocess.Popen[Any]]]:
-    """Starts a worker process that stands still with its first batch in hand, until it is told to continue."""
+    """Starts a worker process that stops with its first batch, until it is told to continue."""
     started: list[subprocess.Popen[Any]] = []
 
     def start(settings: Settings) -> subprocess.Popen[Any]:

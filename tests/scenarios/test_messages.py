@@ -1,4 +1,4 @@
-"""Messages of the feed that are lost, late or come twice; and an agent that comes when the feed is long."""
+"""Messages of the feed that are lost, late or repeated; and an agent that joins when the feed is long."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from scenarios.telling import held, opened, said, sees, texts
 from servers import AgentProcess, eventually
 
 LONG = {"heartbeat": 30.0, "max_staleness": 60.0}
-"""No heartbeat comes to anybody's aid, unless it is called."""
+"""No heartbeat helps, unless the test calls it."""
 LENGTH = 2000
 
 
 @pytest.fixture
 def settings(settings: Settings) -> Settings:
-    """One feed partition: what is said about one room is followed by what is said about the next."""
+    """One feed partition: the messages about one room and about the next follow each other."""
     return settings.model_copy(update={"feed_partitions": 1, "feed_length": LENGTH})
 
 

@@ -1,4 +1,4 @@
-"""One publish, one event: when its answer is lost, and when two processes take themselves for the same producer."""
+"""One publish gives one event: when its answer is lost, and when two processes use the same producer id."""
 
 from __future__ import annotations
 

@@ -1,31 +1,31 @@
-"""L1: what this process keeps of what it has read.
+"""L1: the results that this process keeps.
 
-A dict of buckets by scope; a bucket has results by query. To invalidate a scope is to take its bucket out of the dict,
-in constant time whatever else is cached.
+It is a dict of buckets by scope; a bucket has results by query. To invalidate a scope, its bucket is taken out of the
+dict: that takes constant time, however much is cached.
 
-No stale fill (G4). A read takes its bucket *before* it looks anywhere else, and puts what it found into that very
-object. An invalidation meanwhile has taken the object out of the dict, so the late fill lands in an orphan that no
-later read can see. Nothing is compared and no lock is held. Reads of one query that share a load share it
-through the bucket, for the same reason: a read that begins after the invalidation finds another bucket, and loads.
+No stale fill (G4). A read takes its bucket *before* it looks anywhere else, and puts its result into that same object.
+An invalidation meanwhile has taken the object out of the dict, so the late result goes into an orphan that no later
+read can see. Nothing is compared and no lock is held. Reads of the same query share a load through the bucket, for the
+same reason: a read that begins after the invalidation finds another bucket, and loads again.
 
-That holds as well for reads whose results may not be cached, because the bus does not listen to the scope's feed
-partition, or waits for a write of its own. They share an orphan that nobody finds once the scope was invalidated, or
+The same holds for reads whose results may not be cached, because the bus does not listen to the scope's feed
+partition, or waits for a write of its own. They share an orphan. No read finds it once the scope was invalidated, or
 once the last of their loads has ended.
 
-Freshness (G5). Nothing is served once ``fresh_until`` has passed. The feed moves it forward whenever it has
+Freshness (G5). Nothing is served once ``fresh_until`` has passed. The feed moves it forward each time that it has
 verified that every invalidation up to a moment is applied here. The clock goes on while the machine is suspended.
 
 Eviction. SIEVE (Zhang et al., NSDI 2024) over whole buckets: a hit sets one bit, and the hand, moving from old to
-new, evicts the first bucket without it. Bounds are in results and in bytes; bytes are those of the encoded
-results and a constant for what Python puts around them.
+new, evicts the first bucket without it. There are bounds on results and on bytes. Bytes are those of the encoded
+results, and a constant for the Python objects around them.
 
-Last known copies (G7). What is no longer fresh stays where it is: with Redis and the store both away, it is all
-that there is, and is served marked stale.
+Last known copies (G7). A result that is no longer fresh stays in the cache: while both Redis and the store are away, it
+is the only copy, and is served marked stale.
 
-Size. A memory that is cached by itself costs less than 400 bytes besides its record (docs/benchmarks.md). So the first
-result of a bucket has its place in the bucket; a dict comes with the second. The bucket of a memory is named by its
-bare id, the string that the memory has anyway. Buckets that expire in the same second share that number; sizes are
-small numbers, which Python shares by itself.
+Size. A memory that is cached by itself costs less than 400 bytes besides its record (docs/benchmarks.md). So a bucket
+has a field for its first result; only the second makes a dict. The name of a memory's bucket is its bare id, a string
+that the memory has anyway. Buckets that expire in the same second share that number; sizes are small numbers, which
+Python shares by itself.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ clock: Callable[[], float] = (
     if hasattr(time, "CLOCK_BOOTTIME")
     else time.monotonic  # not on Linux
 )
-"""Seconds, counting those that the machine was suspended. No function of ours: it is part of every hit."""
+"""Seconds, including those while the machine was suspended. Not a Python function: each hit calls it."""
 
 
 class _Miss:
@@ -57,26 +57,26 @@ class _Miss:
 
 
 MISS: Final = _Miss()
-"""What `LocalCache.hit` answers if it has nothing; None is a result."""
+"""`LocalCache.hit` returns this if it has no result; None is a result."""
 
 OVERHEAD = 384
-"""Bytes that a cached result takes besides its encoded form, roughly."""
+"""Bytes that a cached result takes in addition to its encoded form, roughly."""
 EACH = 192
-"""Bytes that each memory of a list takes besides its encoded form, roughly."""
+"""Bytes that each memory of a list takes in addition to its encoded form, roughly."""
 _UNIT = 64
-"""Bytes by which sizes are counted."""
+"""Sizes are counted in units of this many bytes."""
 _LONG = 60.0
-"""From this time to live on (in seconds), a copy may expire up to a second early."""
+"""A copy with at least this time to live (in seconds) may expire up to a second early."""
 
 
 def _name(scope: str) -> str:
-    """The name of a scope's bucket here."""
+    """The name of a scope's bucket in L1."""
     return scope[3:] if scope.startswith("id:") else scope
 
 
 Key = int | str | tuple[Any, ...]
-"""What an answer is called in its bucket. "get": the memory by its id. A limit: the newest of a room, as most ask for.
-(limit, entity, agent, world), with two cursors where it is a page: the newest of what matches. ("count", query)."""
+"""The key of an answer in its bucket. "get": the memory by its id. A limit: the newest of a room, the usual query.
+(limit, entity, agent, world), with two cursors if it is a page: the newest memories that match. ("count", query)."""
 
 
 class Bucket:
@@ -100,7 +100,7 @@ class Bucket:
         self.partition = partition
         self.expires = expires
         self.query: Any = MISS
-        """Of the first result; MISS while there is none."""
+        """The key of the first result; MISS while there is none."""
         self.value: Any = None
         self.more: dict[Key, Any] | None = None
         """Results of other queries."""
@@ -141,15 +141,15 @@ class Bucket:
 
 
 class LiveBucket(Bucket):
-    """A scope that is kept current from the log (live/): a window, and answers made from it since it last changed.
+    """A scope that is kept current from the log (live/): a window, and answers made from it since its last change.
 
-    partition of the feed: it tells what was refused, or is not from the log
-    channels  those that its events come on
+    partition of the feed: there come the events that were refused, or that are not from the log
+    channels  the channels of its events
     floors    by channel, the version up to which the window has all events of the scope, whatever the position is
-    classic   answers to queries that a window does not tell, dropped when the feed names the scope, or the window
+    classic   answers to queries that a window can't answer; dropped when the feed names the scope, or the window
               changes
-    tell      gives the answer of the window to a query, by its key; MISS if the window can't tell it at once
-    gone      called once it is out of the cache
+    tell      returns the window's answer to a query, by its key; MISS if the window can't answer it at once
+    gone      called once the bucket is out of the cache
     """
 
     __slots__ = ("channels", "classic", "floors", "gone", "tell", "window")
@@ -188,7 +188,7 @@ class LiveBucket(Bucket):
         return self.beside(query) if found is MISS else found
 
     def beside(self, query: Key) -> Any:
-        """A result that the window does not tell, or MISS."""
+        """A result that is not made from the window, or MISS."""
         if self.classic is None or clock() >= self.classic.expires:
             return MISS
         return self.classic.get(query)
@@ -208,23 +208,23 @@ class LocalCache:
         self._max_units = max_bytes // _UNIT
         self._buckets: dict[str, Bucket] = {}
         self._orphans: WeakValueDictionary[tuple[str, bool], Orphan] = WeakValueDictionary()
-        """By name, and whether the reads are stale. Each lasts as long as a load that holds it."""
+        """By name, and by whether the reads are stale. Each exists as long as a load holds it."""
         self._held: Counter[int] = Counter()
-        """How many buckets there are of each feed partition."""
+        """The number of buckets of each feed partition."""
         self._units = 0
         self._oldest: Bucket | None = None
         self._newest: Bucket | None = None
         self._hand: Bucket | None = None
         self._expiries: dict[float, float] = {}
-        """By time to live: when what was made last expires."""
+        """By time to live: when the newest bucket expires."""
         self.fresh_until = 0.0
         """By `clock`; moved on by the feed. Nothing is served after it."""
         self.on_drop: Callable[[str], None] | None = None
         """Called with a scope whose bucket an invalidation dropped."""
         self.on_dropped: Callable[[Bucket], None] | None = None
-        """Called with each bucket of results, not live, that is out of the cache, for whatever reason."""
+        """Called with each bucket that leaves the cache for any reason; not with live ones."""
         self.sample_at = 0
-        """The number of the hit that `on_sample` is told of; 0 for none."""
+        """The number of the hit for which `on_sample` is called; 0 for none."""
         self.on_sample: Callable[[Bucket, Any, Any], None] | None = None
         """Called with bucket, query and result of that hit. Must not raise."""
         self.entries = 0
@@ -234,13 +234,13 @@ class LocalCache:
 
     @property
     def bytes(self) -> int:
-        """What the cache takes, approximately."""
+        """The size of the cache, approximately."""
         return self._units * _UNIT
 
     def hit(self, name: str, query: Key) -> Any:
         """The cached result, or MISS if there is none or it may not be served.
 
-        name: the scope; of a memory, its bare id
+        name: the scope; for a memory, its bare id
         """
         bucket = self._buckets.get(name)
         if bucket is None:
@@ -261,11 +261,11 @@ class LocalCache:
         return value
 
     def _tell(self, bucket: LiveBucket, query: Any) -> Any:
-        """What a live bucket answers to a query that it was not asked since it last changed; MISS if it can't now."""
+        """A live bucket's answer to a query that was not asked since its last change; MISS if it can't answer now."""
         if bucket.classic is not None:
             return bucket.beside(query)
         if self._orphans:
-            return MISS  # one of them may hold a load of this very query; see ReadPath
+            return MISS  # one of them may hold a load of the same query; see ReadPath
         value = bucket.tell(bucket, query)
         if value is not MISS:
             self.entries += 1
@@ -273,12 +273,12 @@ class LocalCache:
         return value
 
     def has(self, bucket: Bucket) -> bool:
-        """Whether a bucket is in use; one that was taken out never comes back."""
+        """Whether a bucket is in use; one that was taken out is never used again."""
         found = self._buckets.get(bucket.name)
         return found is bucket or (isinstance(found, LiveBucket) and found.classic is bucket)
 
     def served(self, scope: str) -> Mapping[Any, Any]:
-        """What hits on a scope would give now, by query; counts as no hit."""
+        """What hits on a scope would return now, by query; this is not counted as a hit."""
         bucket = self._buckets.get(_name(scope))
         now = clock()
         if bucket is None or now >= self.fresh_until or now >= bucket.expires:
@@ -291,9 +291,9 @@ class LocalCache:
         return MISS if bucket is None else bucket.get(query)
 
     def open(self, scope: str, partition: int, ttl: float) -> Bucket:
-        """The live bucket of a scope (of a memory, also by its bare id), a new one if need be.
+        """The bucket of a scope (a memory's also by its bare id) for a result; a new one if there is none.
 
-        Only for a scope whose feed partition is listened to and has a position.
+        Only for a scope whose feed partition the bus listens to, with a known position.
         """
         name = _name(scope)
         bucket = self._buckets.get(name)
@@ -303,7 +303,7 @@ class LocalCache:
                 bucket.classic = Bucket(name, partition, self._expiry(now, ttl))
             return bucket.classic
         if bucket is not None:
-            # While nothing may be served, an expired one is kept, as the last known copy.
+            # While nothing may be served, an expired bucket is kept, as the last known copy.
             if now < bucket.expires or now >= self.fresh_until:
                 return bucket
             self._remove(bucket)
@@ -335,10 +335,10 @@ class LocalCache:
         return last
 
     def orphan(self, scope: str, partition: int, *, stale: bool = False) -> Bucket:
-        """A bucket for a read that must not be cached: nothing that is put there is kept. Reads of a scope have the
-        same one, for as long as one of them loads and the scope is not invalidated.
+        """A bucket for a read that must not be cached: nothing in it is kept. Reads of a scope share one, as long as
+        one of them loads and the scope is not invalidated.
 
-        stale: whether the read's wait for a write of this bus timed out; it may see less than other reads must
+        stale: whether the read's wait for a write of this bus timed out; then it may miss what other reads must see
         """
         name = _name(scope)
         found = self._orphans.get((name, stale))
@@ -347,7 +347,7 @@ class LocalCache:
         return found
 
     def drop_orphans(self) -> None:
-        """No later read may share a load that began before, if its result must not be cached."""
+        """From now on, no read shares an earlier load whose result must not be cached."""
         self._orphans.clear()
 
     def put(self, bucket: Bucket, query: Key, value: Any, size: int) -> None:
@@ -357,14 +357,14 @@ class LocalCache:
         """
         if not self.has(bucket):
             return
-        whole = self._buckets[bucket.name]  # another one where it is beside a window
+        whole = self._buckets[bucket.name]  # another bucket, if it is beside a window
         units = -(-(size + OVERHEAD) // _UNIT)
         if units > self._max_units:
             if not whole.count and whole is bucket:
                 self._remove(bucket)
             return
         if bucket.get(query) is not MISS:
-            # The old size is not kept per result; the mean is near enough for a bound on memory.
+            # The old size of each result is not known; the mean is good enough for a bound on memory.
             units -= bucket.size // bucket.count
         else:
             self.entries += 1
@@ -380,16 +380,16 @@ class LocalCache:
 
     @property
     def keeps(self) -> bool:
-        """Whether anything is kept at all."""
+        """Whether the cache keeps anything at all."""
         return self._max_entries > 0
 
     def live(self, name: str) -> LiveBucket | None:
-        """The live bucket of a scope; of a memory, by its bare id."""
+        """The live bucket of a scope; for a memory, by its bare id."""
         bucket = self._buckets.get(name)
         return bucket if isinstance(bucket, LiveBucket) else None
 
     def has_read(self, name: str) -> bool:
-        """Whether there are results of a scope; of a memory, by its bare id."""
+        """Whether there are results of a scope; for a memory, by its bare id."""
         bucket = self._buckets.get(name)
         return bucket is not None and bucket.query is not MISS
 
@@ -398,7 +398,7 @@ class LocalCache:
         return self.live(_name(scope))
 
     def beside(self, name: str) -> Iterator[Bucket]:
-        """The buckets in which reads of a scope that is held live may share a load."""
+        """The buckets in which reads of a live scope may share a load."""
         bucket = self.live(name)
         if bucket is not None and bucket.classic is not None:
             yield bucket.classic
@@ -409,8 +409,8 @@ class LocalCache:
                     yield orphan
 
     def hold(self, bucket: LiveBucket, ttl: float) -> None:
-        """Keep a live bucket, in place of what was cached under its scope: that may be older than the window, which has
-        what the log has."""
+        """Keep a live bucket. It replaces what was cached under its scope, which may be older than the window: the
+        window has all that the log has."""
         before = self._buckets.get(bucket.name)
         if before is not None:
             self._remove(before)
@@ -429,8 +429,8 @@ class LocalCache:
             bucket.set(query, value)
 
     def changed(self, bucket: LiveBucket) -> None:
-        """A window has taken an event: answers from before it are no longer given. Nor are those beside it, which may
-        lack what it shows."""
+        """A window has taken an event: older answers are no longer served. Answers beside the window are dropped, too:
+        they may lack what the window shows."""
         answered = bucket.count
         self.entries -= answered
         bucket.query, bucket.value, bucket.more, bucket.classic = MISS, None, None, None
@@ -449,7 +449,7 @@ class LocalCache:
             self._evict()
 
     def _drop_beside(self, bucket: LiveBucket) -> None:
-        """Invalidate what a window does not tell."""
+        """Invalidate the answers beside a window."""
         if bucket.classic is not None:
             self.entries -= bucket.classic.count
             bucket.classic = None
@@ -466,7 +466,7 @@ class LocalCache:
         self.fresh_until = 0.0
 
     def drop(self, scope: str) -> bool:
-        """Invalidate a scope; whether anything was cached under it. A live bucket stays: the log keeps it current."""
+        """Invalidate a scope; return whether it was cached. A live bucket stays: the log keeps it current."""
         name = _name(scope)
         if self._orphans:
             self._orphans.pop((name, False), None)
@@ -487,7 +487,7 @@ class LocalCache:
             self.on_drop(bucket.scope)
 
     def drop_partition(self, partition: int) -> None:
-        """Invalidate every scope of a feed partition. It looks at every bucket: only for a feed that was lost."""
+        """Invalidate every scope of a feed partition. This looks at every bucket: use it only if a feed was lost."""
         self.drop_orphans()
         if self._held[partition]:
             for bucket in [bucket for bucket in self._buckets.values() if bucket.partition == partition]:

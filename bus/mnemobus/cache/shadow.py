@@ -1,18 +1,18 @@
-"""Shadow reads: a share of what the caches answer is read from the store as well, in the background, and compared.
+"""Shadow reads: a share of the caches' answers is read from the store, too, in the background, and compared.
 
-A difference alone is no breach: the write may just have been committed, and its invalidation be on the way. So a copy
-that is older than the store is looked at again, once two things are certain:
+A difference alone is not a breach: the write may just have been committed, and its invalidation may be on the way. So
+a copy that is older than the store is checked again, once two things are certain:
 
-- everything that the workers had been given when the store was read is confirmed. A worker fans out before
-  it confirms; so the invalidation was sent, even if a worker died between the two and another took over;
-- ``max_staleness`` and one heartbeat have passed since then: no local copy may outlive that (G5).
+- The workers have confirmed everything that had been delivered to them when the store was read. A worker fans out
+  before it confirms. So the invalidation was sent, even if a worker died between the two and another took over.
+- ``max_staleness`` and one heartbeat have passed since then: no local copy may live longer than that (G5).
 
-If the same copy is served even now, and the store still says otherwise, a promise is broken. That is counted, logged
-and mended: the copy is dropped. It must never happen, so one is worth a look at the log.
+If the same copy is still served, and the store still differs, a promise is broken. That is counted and logged, and the
+copy is dropped. It must never happen, so each case is worth an investigation.
 
-Nothing waits for a shadow read. A few at most are under way; while they are, no more begin. If the store or Redis is
-away, what can't be compared is not compared. What to sample is decided by a hit's number, the next one drawn whenever
-one is reached: a hit costs the comparison of two integers.
+Nothing waits for a shadow read. Only a few are under way at a time; until one ends, no more begin. If the store or
+Redis is away, the comparison is skipped. The number of a hit decides whether it is sampled; at each sample, the number
+of the next is drawn. So a hit costs only the comparison of two integers.
 """
 
 from __future__ import annotations
@@ -39,17 +39,17 @@ from .query import Question, Versions, versions_of
 logger = logging.getLogger("mnemobus.shadow")
 
 _READING = 2
-"""Shadow reads that ask the store at once."""
+"""Most shadow reads that ask the store at the same time."""
 _WAITING = 32
-"""Shadow reads under way, those included that wait for their second look."""
+"""Most shadow reads under way, including those that wait for their second check."""
 _TOLD = 3
-"""Memories that the log names at most."""
+"""Most memories that a log message names."""
 _SHADOW_PATIENCE = 60.0
 """Seconds to wait for workers to confirm; a longer delay is a problem of the workers, not of the caches."""
 
 
 class Shadow:
-    """The shadow reads of one bus. ``ask`` has a question answered by its store."""
+    """The shadow reads of one bus. ``ask`` asks its store a question."""
 
     def __init__(
         self,
@@ -67,7 +67,7 @@ class Shadow:
         self._shared = shared
         self._pending = pending
         self.loop: asyncio.AbstractEventLoop | None = None
-        """That of the bus; hits in any other thread are no samples."""
+        """The thread of the bus; hits in other threads are not sampled."""
         self._waiting = 0
         self._tasks: set[asyncio.Task[None]] = set()
         self.reads = 0
@@ -78,17 +78,17 @@ class Shadow:
             shared.on_sample, shared.sample_at = self._sample_shared, self._gap()
 
     async def close(self) -> None:
-        """Take no more samples, and give up those under way."""
+        """Take no more samples, and cancel those under way."""
         self._local.on_sample = self._shared.on_sample = None
         await end(self._tasks)
 
     @property
     def under_way(self) -> int:
-        """Shadow reads that are not yet decided."""
+        """Shadow reads without a result yet."""
         return len(self._tasks)
 
     def _gap(self) -> int:
-        """Hits until the next sample, so that each hit is one with probability `share`."""
+        """Hits until the next sample, such that each hit is sampled with probability `share`."""
         if self._share >= 1:
             return 1
         return 1 + int(log(1.0 - random.random()) / log(1.0 - self._share))
@@ -120,12 +120,12 @@ class Shadow:
         task = asyncio.create_task(run(), name="mnemobus-shadow-read")
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
-        # A task that is cancelled before it began never runs what it was made of.
+        # A task that is cancelled before it began never runs its coroutine.
         task.add_done_callback(lambda _: check.close())
 
     async def _check_local(self, bucket: Bucket, key: Key, value: Any) -> None:
         async def served() -> bool:
-            # The same object in the same bucket: what was dropped and filled again is another copy.
+            # The same object in the same bucket: a copy that was dropped and loaded again is another object.
             return self._local.has(bucket) and self._local.served(bucket.scope).get(key, MISS) is value
 
         question = Question.local(bucket.scope, key)
@@ -144,7 +144,7 @@ class Shadow:
         try:
             copy = int(packed) if question.kind == "count" else versions_of(unpack_memories(packed))
         except (ValueError, TypeError, LookupError):
-            return  # the read that got it says so, and drops it
+            return  # the read that got it reports it, and drops it
         breach = await self._older(question, copy, served)
         if breach:
             self.breaches_shared += 1
@@ -156,7 +156,7 @@ class Shadow:
     async def _older(
         self, question: Question, copy: Versions, served: Callable[[], Awaitable[bool]]
     ) -> str | None:
-        """How a copy is older than promised, in words; None if it is not."""
+        """A description of how a copy is older than promised; None if it is not."""
         truth = versions_of(await self._ask(question))
         self.reads += 1
         if not _behind(copy, truth):
@@ -177,7 +177,7 @@ class Shadow:
         )
 
     async def _fanned_out(self) -> None:
-        """Return once all that workers were given so far is fanned out; TimeoutError if that takes too long."""
+        """Return once everything delivered to workers so far is fanned out; TimeoutError if that takes too long."""
         async with asyncio.timeout(_SHADOW_PATIENCE):
             partitions = self._pending.partitions_there
             given = await self._pending.state(partitions)
@@ -191,7 +191,7 @@ class Shadow:
 
 
 def _behind(copy: Versions, truth: Versions) -> bool:
-    """Whether a copy differs from what the store has, and not because it is the newer of the two."""
+    """Whether a copy differs from the store's answer, and is not the newer of the two."""
     if isinstance(copy, int) or isinstance(truth, int):
         return copy != truth
     known = dict(truth)

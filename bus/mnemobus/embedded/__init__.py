@@ -2,11 +2,11 @@
 
 For development, the demo and the tests. Three promises:
 
-- Nothing is left behind. Every process dies with this one, even by SIGKILL (see `tether`); and the lock on the
-  data directory is the kernel's, so that it goes with the process as well.
+- Nothing is left behind. Every process dies with this one, even by SIGKILL (see `tether`). The kernel holds the lock
+  on the data directory, and releases it with the process.
 - Nothing is lost. Redis keeps an append-only file in the data directory and starts again from it. It is stopped
-  last, after the workers have handed in what they were at.
-- What dies is started again: a worker as often as it takes, with a growing pause; Redis as long as it comes up.
+  last, after the workers have finished their current batches.
+- A process that dies is started again: a worker any number of times, with a growing pause; Redis as long as it starts.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ logger = logging.getLogger("mnemobus.embedded")
 
 
 def absolute(settings: Settings) -> Settings:
-    """The settings with every path absolute: the same from whatever directory a process starts."""
+    """The settings with every path absolute, so that they don't depend on a process's working directory."""
     url = settings.database_url
     if url.startswith("sqlite:///"):
         path = Path(url.removeprefix("sqlite:///")).absolute()
@@ -40,7 +40,7 @@ def absolute(settings: Settings) -> Settings:
 class Embedded:
     """Redis and workers on this machine, while the context is entered.
 
-    settings  what an agent needs to take part: :func:`mnemobus.connect` takes these
+    settings  what an agent needs: pass them to :func:`mnemobus.connect`
     """
 
     def __init__(
@@ -66,7 +66,7 @@ class Embedded:
     async def __aenter__(self) -> Embedded:
         async with AsyncExitStack() as stack:
             stack.enter_context(sole_use(self.settings.data_dir))
-            # Before anything runs: a database that can't be reached is better said here than in a log.
+            # Before anything runs: an unreachable database is reported here, not only in a log.
             await check_store(self.settings)
             stack.callback(self.redis.forget_password)
             stack.push_async_callback(self.redis.stop)
@@ -83,7 +83,7 @@ class Embedded:
         await self._stack.aclose()
 
     async def serve(self) -> None:
-        """Run until cancelled, and start Redis again whenever it ended; EmbeddedServerError if it can't."""
+        """Run until cancelled, and restart Redis each time that it ends; EmbeddedServerError if that fails."""
         while True:
             code = await self.redis.wait()
             logger.warning("Redis exited (status %d) and is started again; see %s", code, self.redis.log)

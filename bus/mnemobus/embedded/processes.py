@@ -1,4 +1,4 @@
-"""Processes that leave nothing behind, and the directory that they keep their data in."""
+"""Child processes that leave nothing behind, and the directory for their data."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ STOP_TIMEOUT = 10.0
 
 @contextmanager
 def sole_use(directory: Path) -> Iterator[None]:
-    """Make a directory, and lock it for this process alone; EmbeddedServerError if another does."""
+    """Make a directory, and lock it for this process alone; EmbeddedServerError if another process holds the lock."""
     try:
         private.make_folder(directory)
         lock = private.open_file(directory / "embedded.lock", "a+")
@@ -50,13 +50,13 @@ def sole_use(directory: Path) -> Iterator[None]:
 
 
 async def spawn(command: list[str], **options: Any) -> asyncio.subprocess.Process:
-    """Start a process that dies with this one, out of reach of the terminal's Ctrl-C."""
+    """Start a process that dies with this one, and does not get the terminal's Ctrl-C."""
     launcher = [sys.executable, "-IS", tether.__file__, str(os.getpid())]
     return await asyncio.create_subprocess_exec(*launcher, *command, start_new_session=True, **options)
 
 
 async def end_process(process: asyncio.subprocess.Process, timeout: float) -> None:
-    """SIGTERM, and SIGKILL to the whole of its session if that was not enough."""
+    """Send SIGTERM; if the process does not end in time, send SIGKILL to its whole session."""
     if process.returncode is None:
         with suppress(ProcessLookupError):
             process.terminate()
@@ -65,7 +65,7 @@ async def end_process(process: asyncio.subprocess.Process, timeout: float) -> No
                 await process.wait()
         except TimeoutError:
             logger.warning("process %d did not end in %g s and is killed", process.pid, timeout)
-    # Also where it ended by itself: what it had forked may still be there.
+    # Also if it ended by itself: its children may still run.
     with suppress(ProcessLookupError, PermissionError):
         os.killpg(process.pid, signal.SIGKILL)
     await process.wait()
@@ -83,7 +83,7 @@ def log_tail(path: Path, lines: int = 5) -> str:
 
 
 def free_port() -> int:
-    """A port on 127.0.0.1 that nothing listens on."""
+    """A free port on 127.0.0.1."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])

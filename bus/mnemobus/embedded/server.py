@@ -1,4 +1,4 @@
-"""The embedded Redis: a server process of our own."""
+"""The embedded Redis: a server process that mnemobus starts itself."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ START_TIMEOUT = 15.0
 _REFUSED = (
     "-config +config|get -debug -module -acl +acl|whoami +acl|log -replicaof -slaveof -migrate -shutdown"
 )
-"""What nobody may do over the network, not even with the password: write files elsewhere, load code, follow another."""
+"""Forbidden over the network, even with the password: to write files elsewhere, load code, replicate another server."""
 
 
 def with_port(url: str, port: int) -> str:
@@ -40,12 +40,12 @@ def with_port(url: str, port: int) -> str:
 
 
 class EmbeddedRedis:
-    """A Redis server of our own, at ``settings.redis_url``, with its data under ``data_dir``/redis.
+    """A Redis server that mnemobus starts, at ``settings.redis_url``, with its data under ``data_dir``/redis.
 
-    Bound to the loopback interface, with an append-only file, with the password, the memory limit and the
-    eviction policy of the settings (noeviction by default). Without a password in the settings it gets one of its own
-    (password.py): nobody comes in who can't read the data directory. And nobody who comes in can make it write
-    elsewhere, load code, or be set up in another way.
+    It is bound to the loopback interface and has an append-only file. The settings give the password, the memory limit
+    and the eviction policy (noeviction by default). If they give no password, it gets a generated one (password.py):
+    only users who can read the data directory can connect. And no client can make it write elsewhere, load code, or
+    change its configuration.
     """
 
     def __init__(self, settings: Settings, data_dir: Path) -> None:
@@ -71,7 +71,7 @@ class EmbeddedRedis:
             settings.redis_password or unquote(parts.password or "") or options.get("password", "")
         )
         self.has_own_password = not self.password
-        """Whether it makes up its password, and notes it in the data directory."""
+        """Whether it generates its password, and stores it in the data directory."""
         self._process: asyncio.subprocess.Process | None = None
 
     @property
@@ -80,7 +80,7 @@ class EmbeddedRedis:
 
     @property
     def url(self) -> str:
-        """Where it is, without the password: what to tell people."""
+        """Its address without the password, to show to people."""
         parts = urlsplit(self.settings.redis_url)
         if self.settings.redis_db is not None:
             parts = parts._replace(path=f"/{self.settings.redis_db}", query="")
@@ -98,14 +98,14 @@ class EmbeddedRedis:
         private.close_tree_to_others(self._dir)
         private.make_file(self.log)
         if binary.name == "Redis" and binary.version < (7,) and (self._dir / "appendonlydir").exists():
-            # 6.2 looks for its log elsewhere, and would begin with nothing.
+            # 6.2 looks for its append-only file elsewhere, and would start empty.
             raise EmbeddedServerError(
                 f"the data in {self._dir} was written by Redis 7 or newer, and {binary.path} is {binary}, which"
                 " can't read it. Put the newer one on the PATH, or set MNEMOBUS_DATA_DIR"
             )
         if self.has_own_password and not self.password:
             self.password = password.generate(self.settings)
-        # The configuration goes through standard input: a password is no business of `ps`.
+        # The configuration goes through standard input: `ps` must not show the password.
         process = await spawn(
             [str(binary.path), "-"],
             stdin=asyncio.subprocess.PIPE,
@@ -199,7 +199,7 @@ class EmbeddedRedis:
                 await self._info()
                 return
             except BusyLoadingError:
-                # How long that takes is a question of how much there is; it is at it.
+                # The time that this takes depends on the size of the data; Redis is still loading.
                 deadline = loop.time() + START_TIMEOUT
                 if not told:
                     told = True
@@ -213,25 +213,25 @@ class EmbeddedRedis:
             await asyncio.sleep(0.02)
 
     async def wait(self) -> int:
-        """Wait until the process ends, by itself or killed; its exit status."""
+        """Wait until the process ends, for whatever reason; return its exit status."""
         assert self._process is not None
         return await self._process.wait()
 
     async def stop(self) -> None:
-        """Stop it; it writes its data first. Does nothing if it does not run."""
+        """Stop it; it writes its data to disk first. Does nothing if it does not run."""
         process, self._process = self._process, None
         if process is not None:
             await end_process(process, STOP_TIMEOUT)
 
     def forget_password(self) -> None:
-        """It won't be started again: remove the password that it made."""
+        """It won't be started again: remove the generated password."""
         if self.has_own_password:
             self.password = ""
             password.forget(self.settings)
 
 
 def _quote(text: str) -> str:
-    r"""An argument of a Redis configuration line: in quotes, as ``"\x41"`` where need be."""
+    r"""An argument of a Redis configuration line: in quotes, with escapes such as ``"\x41"`` where they are needed."""
     return (
         '"'
         + "".join(chr(b) if 32 <= b < 127 and b not in b'"\\' else f"\\x{b:02x}" for b in text.encode())

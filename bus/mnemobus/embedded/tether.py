@@ -1,15 +1,15 @@
-"""Run a command that dies with its parent, however the parent dies: by SIGKILL too.
+"""Run a command that dies with its parent, even if the parent is killed by SIGKILL.
 
     python -IS tether.py PARENT COMMAND [ARGUMENT...]
 
-On Linux the kernel sees to it (PR_SET_PDEATHSIG), and the command takes this process's place, pid and all. A
+On Linux the kernel does this (PR_SET_PDEATHSIG), and the command replaces this process and keeps its pid. A
 callback between fork and exec could do the same, but is not safe in a process that has threads.
 
-Elsewhere this process stays, as the command's parent, and ends it once its own parent has gone. What the command
-has forked goes with it, and so does this process: it has to be the leader of a process group of its own.
+On other systems this process stays as the command's parent, and ends it once its own parent is dead. It kills its whole
+process group, with the command's children and itself: so it has to be the leader of its own process group.
 
-The signal is SIGKILL, since nobody is left who could wait and try a stronger one. Nothing is lost by it: Redis
-has written its append-only file before it answers, and what a worker was applying is claimed by another.
+The signal is SIGKILL: no process is left that could wait and send a stronger one. Nothing is lost: Redis writes its
+append-only file before it answers, and another worker claims what a killed worker was applying.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _PR_SET_PDEATHSIG = 1
 def tie(parent: int) -> bool:
     """Have the kernel kill this process once its parent, whose pid is ``parent``, is dead.
 
-    Answers False where the kernel can't. It watches the thread that forked: let that be the parent's main one.
+    Returns False if the kernel can't. The kernel watches the thread that forked: it should be the parent's main thread.
     """
     if sys.platform != "linux":
         return False
@@ -42,7 +42,7 @@ def tie(parent: int) -> bool:
 def watch(parent: int, command: list[str], every: float = 0.5) -> int:
     """Run a command, pass signals on to it, and kill the whole process group once ``parent`` is dead.
 
-    Returns the command's exit status, as a shell has it.
+    Returns the command's exit status, as a shell reports it.
     """
     child = subprocess.Popen(command)
 

@@ -1,7 +1,7 @@
-"""Ties a worker process to its Dramatiq master, which forks it without any such tie.
+"""Ties a worker process to its Dramatiq master: a worker must die with its master, and Dramatiq does not ensure that.
 
 `workers` names this module on Dramatiq's command line, among those that every worker process imports. It also
-writes down the pid of the process that does the work: tests that kill the master need that one.
+writes the pid of the worker process to a file: tests that kill the master need it.
 """
 
 from __future__ import annotations
@@ -18,6 +18,6 @@ PID_FILE = "MNEMOBUS_WORKER_PID_FILE"
 
 if PID_FILE in os.environ and (master := multiprocessing.parent_process()) is not None:
     tie(os.getppid())
-    if not master.is_alive():  # it died before the kernel was told, and somebody else is the parent by now
+    if not master.is_alive():  # it died before the kernel was told, and another process is the parent now
         os.kill(os.getpid(), signal.SIGKILL)
     Path(os.environ[PID_FILE]).write_text(str(os.getpid()))

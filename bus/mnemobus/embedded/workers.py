@@ -1,7 +1,7 @@
-"""The embedded worker pool, and how to tell that workers, wherever they run, are there.
+"""The embedded worker pool, and a check that workers run, here or elsewhere.
 
-Dramatiq's master shuts its whole pool down when one of its processes dies. So each worker process gets a master
-of its own, and losing one costs only that one.
+Dramatiq's master shuts its whole pool down when one of its processes dies. So each worker process gets its own master,
+and the loss of one worker does not stop the others.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ from .tethered import PID_FILE
 logger = logging.getLogger("mnemobus.embedded")
 
 _PAUSES = (0.2, 5.0)
-"""Seconds before a worker that exited is started again: the first time, and at most."""
+"""Seconds until a worker that exited is started again: the first pause, and the longest."""
 _SETTLED = 10.0
-"""Seconds after which a worker counts as one that runs."""
+"""After this many seconds, a worker counts as running."""
 
 
 class WorkerPool:
-    """This many worker processes, each with a Dramatiq master of its own; what exits is started again.
+    """This many worker processes, each with its own Dramatiq master. One that exits is started again.
 
     Their output goes to ``log``.
     """
@@ -56,7 +56,7 @@ class WorkerPool:
         ]
 
     def pids(self) -> list[int]:
-        """The processes that do the work, as far as they have started."""
+        """The worker processes that have started."""
         pids = []
         for file in self._pid_files:
             with suppress(OSError, ValueError):
@@ -81,7 +81,7 @@ class WorkerPool:
             pause = min(pause * 2, _PAUSES[1])
 
     async def _run(self, slot: int) -> str:
-        """Run a worker until it ends; how it ended. Cancelled, it lets the worker finish what it is at first."""
+        """Run a worker until it ends; return how it ended. If cancelled, let the worker finish its batch first."""
         file = self._pid_files[slot]
         try:
             with private.open_file(self.log, "ab") as log:
@@ -102,14 +102,14 @@ class WorkerPool:
             file.unlink(missing_ok=True)
 
     async def stop(self) -> None:
-        """Let the workers finish what they are at, and stop them."""
+        """Let the workers finish their batches, and stop them."""
         for keeper in self._keepers:
             keeper.cancel()
         await asyncio.gather(*self._keepers, return_exceptions=True)
 
 
 async def await_workers(settings: Settings, processes: int = 1) -> None:
-    """Wait until this many worker processes read the log. Redis may be away meanwhile.
+    """Wait until this many worker processes read the log. Redis may be unreachable meanwhile.
 
     Cancel it to give up.
     """
@@ -118,13 +118,13 @@ async def await_workers(settings: Settings, processes: int = 1) -> None:
     try:
         while True:
             with suppress(RedisError, *AWAY):
-                await link.command("PING")  # from then on it is known how the log is laid out
+                await link.command("PING")  # this connects: from then on the layout of the log is known
                 partitions = keys.shape.all
                 clients, *groups = await link.pipeline(
                     [("CLIENT", "LIST"), *(("XINFO", "GROUPS", keys.log(p)) for p in partitions)]
                 )
                 joined = all(isinstance(group, list) and group for group in groups)
-                # Managed servers hide CLIENT LIST; then the groups must do.
+                # Managed servers hide CLIENT LIST; then only the groups can be checked.
                 if joined and (isinstance(clients, Exception) or reading_clients(clients) >= processes):
                     return
             await asyncio.sleep(0.05)

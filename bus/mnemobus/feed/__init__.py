@@ -1,1 +1,1 @@
-"""Invalidations: hearing them, and knowing that none was missed."""
+"""Invalidations: receive them, and know that none was missed."""

@@ -1,18 +1,18 @@
 """What `mnemobus verify` asks an agent about a scope, and what the agent answers. Both are JSON, on channels.
 
-A question goes to the agent's own channel, and names the channel that the answer is wanted on:
+A question goes to the agent's own channel, and names the channel for the answer:
 
     {"ask": number, "scope": scope, "reply": channel}
 
-An answer tells what hits on that scope would give in that agent right now, by versions:
+An answer says what hits on that scope would return in that agent now, by versions:
 
     {"agent": id, "ask": number, "fresh": bool, "position": ID or null, "holds": [[field, answer], ...], "cut": bool}
 
-field     what the query is called in L2
+field     the name of the query in L2
 answer    [[id, version], ...] in order, or a count
-fresh     whether the agent serves local copies at all; if not, it holds nothing that counts
-position  of the agent in the scope's feed partition; null where it doesn't listen there
-cut       whether there is more than was told. Answers are told whole or not at all.
+fresh     whether the agent serves local copies at all; if not, its copies do not count
+position  of the agent in the scope's feed partition; null if it doesn't listen there
+cut       whether some answers were left out for their size; each answer is given whole or not at all
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ from ..cache.query import Question, Versions, versions_of
 from ..keys import Keyspace, Version
 
 MAX_QUESTION = 4096
-"""Bytes of a question; more is none."""
+"""Most bytes of a question; a longer message is refused."""
 MAX_TOLD = 2_000
-"""Memories and counts that one answer tells of at most."""
+"""Most memories and counts in one answer."""
 
 
 class Inquiry(NamedTuple):
@@ -55,7 +55,7 @@ def encode_inquiry(inquiry: Inquiry) -> bytes:
 
 
 def decode_inquiry(data: bytes, keys: Keyspace) -> Inquiry:
-    """The question; ValueError if it is none, or wants its answer where no answer belongs."""
+    """The question; ValueError if the message is not one, or names a reply channel that is not for answers."""
     if len(data) > MAX_QUESTION:
         raise ValueError("too long for a question")
     body = orjson.loads(data)
@@ -76,7 +76,7 @@ def encode_holding(
     position: Version | None,
     served: Mapping[Any, Any],
 ) -> bytes:
-    """The answer of an agent that would serve these results, by their keys in L1."""
+    """The answer of an agent that would serve these results; they are by their keys in L1."""
     holds: list[Any] = []
     told = 0
     cut = False
@@ -102,7 +102,7 @@ def encode_holding(
 
 
 def decode_holding(data: bytes) -> Holding:
-    """The answer; ValueError if it is none."""
+    """The answer; ValueError if the message is not one."""
     body = orjson.loads(data)
     try:
         position = body["position"]

@@ -1,23 +1,23 @@
-"""The heartbeat: proves, once a second, that everything which Redis has of the feed is applied here, or fetches it.
+"""The heartbeat: once a second, it proves that everything in Redis's feed is applied here, or fetches what is missing.
 
-It uses another connection than the one that listens, and rests on nothing that pub/sub does:
+It does not use the connection that listens, and does not depend on pub/sub:
 
-- It reads the heads of all partitions, in one round trip. Where a head is not the position, and pub/sub has not brought
-  it a moment later, it replays the stream from the position. If the stream no longer reaches back that far, or the
-  head lies *before* the position, the partition's buckets are dropped and the head becomes the position.
-- Only a heartbeat that left every position at (or beyond) its head moves `LocalCache.fresh_until` on, to the moment
-  the heartbeat *began* plus ``max_staleness``. A lost message, a half-open link or a reconnect without a word thus
-  costs at most that much (G5), whatever pub/sub does; pub/sub is what makes it fast.
-- It proves that it speaks to the server that takes the writes. A server that has become a replica goes on telling
-  heads, those that it knows of; it may never hear what is written elsewhere by now. So a write without effect is the
-  last command of each heartbeat. A server that refuses it (READONLY, say, or NOREPLICAS: it may have been
-  left behind) verifies nothing. A server that only can't write (full, or without room on its disk) and says that it is
-  the master does: nobody else can write either.
-- A new epoch (Redis restarted, failed over or was flushed) drops everything, and positions are read anew.
-- It also reads how the log is laid out. Where that has changed, what is held live is of channels on which nothing comes
-  any more: it is dropped. All else does not depend on it: what was in the log before is fanned out.
+- It reads the heads of all partitions, in one round trip. If a head is not the position, and pub/sub has not brought
+  the messages a moment later, it replays the stream from the position. If the stream no longer reaches back that far,
+  or the head lies *before* the position, the partition's buckets are dropped and the head becomes the position.
+- A heartbeat moves `LocalCache.fresh_until` on only if it left every position at (or beyond) its head. The new value
+  is the moment when the heartbeat *began* plus ``max_staleness``. So a lost message, a half-open connection or a silent
+  reconnect costs at most that much (G5), whatever pub/sub does; pub/sub only makes invalidations fast.
+- It proves that its server is the one that takes the writes. A server that has become a replica still reports heads,
+  but only those that it knows; it may never get what is written elsewhere now. So the last command of each heartbeat is
+  a write without effect. A server that refuses it verifies nothing (READONLY, say, or NOREPLICAS: another server may
+  be the master by now). A server that only can't write (it is full, or its disk is) and says that it is the master does
+  verify: no other server can take writes either.
+- A new epoch (Redis restarted, failed over or was flushed) drops everything, and positions are read again.
+- It also reads the layout of the log. If that has changed, the live scopes are dropped: no event comes on their
+  channels any more. Everything else is independent of the layout: what was in the log before is fanned out.
 
-Each heartbeat also publishes a probe on the bus's own channel, for the connection that listens (subscription.py).
+Each heartbeat also publishes a probe on the bus's own channel, to test the connection that listens (subscription.py).
 """
 
 from __future__ import annotations
@@ -52,9 +52,9 @@ REPLAY = 500
 class Heartbeat:
     """The heartbeat of one bus.
 
-    look_after  called with each heartbeat that has reached Redis: the listening connection is looked after then
-    on_bad      called with channel, content and reason for an entry of a stream that is no message
-    on_error    called with what a heartbeat failed with
+    look_after  called with each heartbeat that has reached Redis: it checks the listening connection
+    on_bad      called with channel, content and reason for a stream entry that is not a message
+    on_error    called with the error of a failed heartbeat
     """
 
     def __init__(
@@ -78,7 +78,7 @@ class Heartbeat:
         self._on_bad = on_bad
         self._on_error = on_error
         self.live: LiveScopes | None = None
-        """What is held live: it is verified by the same heartbeat."""
+        """The live scopes: the same heartbeat verifies them."""
         self._wake = asyncio.Event()
         self._epoch_doubts = 0
         """Messages of another epoch than ours since the last good heartbeat began."""
@@ -88,9 +88,9 @@ class Heartbeat:
         self.up = False
         """Whether the last heartbeat reached Redis."""
         self.trouble = ""
-        """Why it did not, or why the server that it reached is not fit for use; for people."""
+        """Why it did not reach Redis, or why the server that it reached can't be used; for people."""
         self.refusal = ""
-        """Why Redis takes no writes, though it is the master: for people, as the last good heartbeat found it."""
+        """Why Redis takes no writes, though it is the master, as the last good heartbeat found; for people."""
         self.on_good: list[Callable[[], None]] = []
         """Called after each good heartbeat."""
         self.last_good = 0.0
@@ -101,7 +101,7 @@ class Heartbeat:
     # When it beats
 
     async def run(self) -> None:
-        """Beat for ever: at the interval, and each time that it is called."""
+        """Beat for ever: at the interval, and at each `wake`."""
         interval = self._settings.heartbeat
         retry = self._settings.redis_create_retry_interval / 1000
         while True:
@@ -128,10 +128,10 @@ class Heartbeat:
             if not self.up and self.trouble:
                 logger.info("Redis at %s is back", self._link.address)
             self.up, self.trouble = True, ""
-            # Also where the last one was good: Redis may have been away and come back between the two.
+            # Also if the last heartbeat was good: Redis may have been away and back between the two.
             for callback in self.on_good:
                 callback()
-            self._epoch_doubts -= doubts  # those that came meanwhile are left to the next one
+            self._epoch_doubts -= doubts  # those that came meanwhile are left to the next heartbeat
             self.last_good = started
             self._local.fresh_until = started + self._settings.max_staleness
         self.beats += 1
@@ -139,8 +139,8 @@ class Heartbeat:
             self._beaten.notify_all()
 
     async def sync(self) -> bool:
-        """A heartbeat that begins now: whether everything that Redis has is applied here."""
-        target = self.beats + 2  # one may be under way that began before
+        """Wait for a heartbeat that begins now; return whether everything that Redis has is applied here."""
+        target = self.beats + 2  # one that began before may be under way
         self._wake.set()
         async with self._beaten:
             while self.beats < target:
@@ -155,12 +155,12 @@ class Heartbeat:
         self._wake.set()
 
     def doubt_epoch(self) -> None:
-        """A message of another epoch came: Redis is not asked until a heartbeat has told which one it is."""
+        """A message of another epoch came: ask Redis nothing until a heartbeat has read the epoch."""
         self._epoch_doubts += 1
         self._wake.set()
 
     def suspect(self, error: Exception) -> None:
-        """A call found Redis away: beat at once, so that other calls need not find out by themselves."""
+        """A call could not reach Redis: beat at once, so that other calls need not wait for the same."""
         if self.up and not isinstance(error, Busy):
             self.up, self.trouble = False, meaning(error)
             logger.warning("Redis at %s can't be used: %s", self._link.address, self.trouble)
@@ -168,8 +168,8 @@ class Heartbeat:
 
     @property
     def reachable(self) -> bool:
-        """Whether to ask Redis at all: a heartbeat that is overdue means that a call would hang, too; and one that is
-        yet to tell the epoch, that the answer may be of another."""
+        """Whether to ask Redis at all. If a heartbeat is overdue, a call would hang, too. If a heartbeat has to read a
+        new epoch first, an answer may be of another epoch."""
         return self.up and not self._epoch_doubts and clock() < self._local.fresh_until
 
     def stop(self) -> None:
@@ -185,10 +185,10 @@ class Heartbeat:
     # What it does
 
     async def verify(self) -> None:
-        """Compare every position with its head, and catch up; raises if that is impossible."""
+        """Compare every position with its head, and catch up; raise if that is impossible."""
         for _ in range(3):
             epoch, laid_out = self._link.epoch, self._link.keys.shape
-            # With the positions as they are now: a head that is read later and lies before one of them shows a loss.
+            # Keep the positions of this moment: a head that is read later and lies before its position shows a loss.
             known = [(p, p.position) for p in self._positions if p.confirmed or p.position is not None]
             commands: list[Command | Call] = [
                 ("HGET", self._link.keys.epoch, "epoch"),
@@ -202,7 +202,7 @@ class Heartbeat:
                 if isinstance(reply, Exception):
                     raise reply
             refusal = await self._unwilling(proof) if isinstance(proof, Exception) else ""
-            # Another connection may have been faster, and this answer may be of before: then begin again.
+            # Another connection may have been faster, and this answer may be out of date: then begin again.
             if epoch != self._link.epoch or laid_out != self._link.keys.shape:
                 continue
             shape = self._link.shape_in(replies[1])
@@ -243,7 +243,7 @@ class Heartbeat:
         raise TimeoutError("Redis restarts, or is laid out anew, again and again")
 
     async def _unwilling(self, error: Exception) -> str:
-        """Why a server takes no writes although it is the master; raises if it may be no master."""
+        """Why a server takes no writes although it is the master; raises if it may not be the master."""
         if code_of(error) not in ("OOM", "MISCONF"):
             raise error
         # Both come before READONLY, so a replica may say the same.
@@ -267,11 +267,11 @@ class Heartbeat:
         for partition, head in heads:
             if partition.behind(head):
                 await self._replay(partition)
-            if partition.behind(head):  # the stream is gone since it told its head
+            if partition.behind(head):  # the stream was removed after its head was read
                 self._positions.reset(partition, head)
 
     async def _replay(self, partition: Partition) -> None:
-        """Apply what the stream has after the position."""
+        """Apply the stream's messages after the position."""
         position = self._positions.hold(partition)
         self.replays += 1
         logger.debug("replaying feed partition %d from %s", partition.number, position)

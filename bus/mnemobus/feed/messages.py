@@ -18,14 +18,14 @@ from ..keys import Version
 class Invalidation:
     """One message of the feed.
 
-    versions  the events that it answers for, of one log partition
-    scopes    what they touched, in the feed partition that the message went through
-    dead      those of the events that could not be applied, with the reason
-    epoch     the one whose shared buckets were dropped
+    versions  the events that it covers, of one log partition
+    scopes    the scopes that they touched, in the feed partition of the message
+    dead      the events that could not be applied, with the reason
+    epoch     the epoch whose shared buckets were dropped
     first_hand
-              whether all of them came from this epoch's log, under the versions that it gave them: agents that
-              follow the log know them. Not of a replay, of requeued letters, nor of workers of an older version.
-    last      for each scope the last of the versions that touched it; empty where that is not told
+              whether all events came from this epoch's log, under the versions that it gave them: agents that
+              follow the log know them. False for a replay, requeued dead letters and workers of an older version.
+    last      for each scope the last of the versions that touched it; empty if the message does not say it
     """
 
     id: Version
@@ -40,12 +40,12 @@ class Invalidation:
 
 
 def decode_invalidation(id: bytes | str, previous: bytes | str, payload: bytes) -> Invalidation:
-    """The message of an ID, its predecessor's ID and a JSON payload; ValueError if it is none.
+    """Make a message from an ID, its predecessor's ID and a JSON payload; ValueError if the payload is not valid.
 
     Payload: {"p": log partition, "e": epoch, "v": [versions], "s": [scopes], "d": {version: reason}, "l": 1,
-    "t": [places]}, "d" and "l" only where needed. "t" is there where there is more than one version: for each scope the
-    place in "v" of the last version that touched it. "m" is in place of "l" where the log was laid out anew: an older
-    agent listens to channels on which nothing comes any more, and has to drop what it holds live.
+    "t": [places]}. "d" and "l" are optional. "t" is present if there is more than one version: for each scope the place
+    in "v" of the last version that touched it. "m" replaces "l" if the log was repartitioned: an older agent listens to
+    channels on which no event comes any more, so it has to drop its live scopes.
     """
     body = orjson.loads(payload)
     if not isinstance(body, dict):
@@ -73,7 +73,7 @@ def decode_invalidation(id: bytes | str, previous: bytes | str, payload: bytes) 
 
 
 def _last_of(places: object, versions: tuple[Version, ...], count: int) -> tuple[Version, ...]:
-    """The versions at these places, one for each scope; none if it is not told."""
+    """The versions at these places, one for each scope; empty if the payload has no places."""
     if not places:
         return ()
     if not isinstance(places, list) or len(places) != count:
@@ -84,7 +84,7 @@ def _last_of(places: object, versions: tuple[Version, ...], count: int) -> tuple
 
 
 def decode_message(data: bytes) -> Invalidation:
-    """A message of a feed channel: ``<id> <previous id> <payload>``; ValueError if it is none."""
+    """A message of a feed channel: ``<id> <previous id> <payload>``; ValueError if it is not valid."""
     parts = data.split(b" ", 2)
     if len(parts) != 3:
         raise ValueError("not of the form <id> <previous id> <payload>")
@@ -92,7 +92,7 @@ def decode_message(data: bytes) -> Invalidation:
 
 
 def decode_entry(id: bytes, fields: Sequence[bytes]) -> Invalidation:
-    """An entry of a feed stream; ValueError if it is none."""
+    """A message from an entry of a feed stream; ValueError if it is not valid."""
     named = dict(zip(fields[::2], fields[1::2], strict=True))
     if b"prev" not in named or b"m" not in named:
         raise ValueError("prev or m is missing")

@@ -1,11 +1,11 @@
-"""Up to where each partition of the feed was heard. Nothing here reaches out; time and Redis are somebody else's.
+"""The position of the bus in each partition of the feed. Nothing here does any I/O or reads a clock: callers do.
 
-Each message has an ID and names the one before it. For every partition that it listens to, the bus knows its
+Each message has an ID and names the message before it. For every partition that it listens to, the bus knows its
 *position*: the ID up to which everything is applied here.
 
-Invariant: a bucket is live only in a partition whose position is known, and every invalidation of it that is not
-yet applied here lies after that position. So it does not matter how messages come, or whether they come at all, as
-long as someone goes through the stream from the position on.
+Invariant: a bucket is in use only in a partition whose position is known, and every invalidation of it that is not
+yet applied here lies after that position. So messages may come in any order, or not at all, as long as the heartbeat
+reads the stream from the position on.
 
 ::
 
@@ -23,8 +23,8 @@ long as someone goes through the stream from the position on.
                          └───── reset: the stream does not reach    ◄───────┘
                                 back; on_lost, then place(head)
 
-`place` goes through `early` by the same rules. So what came while the position was not known is not missed, and what
-was not kept (`EARLY`) shows as a gap.
+`place` applies the same rules to the messages in `early`. So a message that came while the position was unknown is not
+missed, and one that was not kept (`EARLY`) shows as a gap.
 """
 
 from __future__ import annotations
@@ -37,39 +37,39 @@ from ..keys import Version
 from .messages import Invalidation
 
 HEAD_GRACE = (0.002, 0.005, 0.010)
-"""Seconds that a head may be ahead of its position before pub/sub counts as having lost something."""
+"""If a head is ahead of its position for this many seconds, pub/sub counts as having lost a message."""
 EARLY = 4_096
-"""Messages of a partition that wait at most until its position is known."""
+"""Most messages of a partition that are kept until its position is known."""
 
 
 @dataclass(slots=True)
 class Partition:
-    """What the bus knows of one feed partition that it listens to.
+    """What the bus knows about one feed partition that it listens to.
 
-    confirmed  whether Redis has confirmed the subscription, on the connection that there is now
+    confirmed  whether Redis has confirmed the subscription on the present connection
     ready      set while the position is known
     """
 
     number: int
     channel: bytes
     position: Version | None = None
-    """None while the position is being found out; messages wait in `early` then."""
+    """None while the position is unknown; messages wait in `early` then."""
     early: list[Invalidation] = field(default_factory=list)
     confirmed: bool = False
     ready: asyncio.Event = field(default_factory=asyncio.Event)
     idle_since: float | None = None
 
     def behind(self, head: Version) -> bool:
-        """Whether the stream has something after the position."""
+        """Whether the stream has messages after the position."""
         return self.position is not None and self.position < head
 
 
 class Positions:
     """The partitions that one bus listens to.
 
-    on_message  called with a partition and a message: what it names has to be dropped. May be called twice for one.
-    on_gap      called if something was missed: a heartbeat has to fetch it
-    on_lost     called with a partition of which nobody knows what was missed: all of it has to be dropped
+    on_message  called with a partition and a message: its scopes have to be dropped. May be called twice for a message.
+    on_gap      called if a message was missed: a heartbeat has to fetch it
+    on_lost     called with a partition whose missed messages can't be fetched: all of it has to be dropped
     """
 
     def __init__(
@@ -108,7 +108,7 @@ class Positions:
         del self._by_channel[partition.channel]
 
     def place(self, partition: Partition, position: Version) -> None:
-        """Give a partition its position, and go through what came before it was known."""
+        """Give a partition its position, and apply the messages that came before it was known."""
         partition.position = position
         early, partition.early = partition.early, []
         for message in early:
@@ -116,12 +116,12 @@ class Positions:
         partition.ready.set()
 
     def receive(self, partition: Partition, message: Invalidation) -> None:
-        """A message came, in whatever order."""
+        """A message came; the order does not matter."""
         position = partition.position
         if position is None:
-            if len(partition.early) < EARLY:  # what is not kept shows as a gap
+            if len(partition.early) < EARLY:  # a message that is not kept shows as a gap
                 partition.early.append(message)
-            self._on_message(partition, message)  # a replay may be under way; to drop too much is safe
+            self._on_message(partition, message)  # a replay may be under way; it is safe to drop too much
             return
         if message.id <= position:
             return
@@ -133,14 +133,14 @@ class Positions:
         self._on_gap()
 
     def hold(self, partition: Partition) -> Version:
-        """The stream is being replayed from the position, which is returned; messages wait until `place`."""
+        """The stream will be replayed from the position, which is returned; messages wait until `place`."""
         position = partition.position
         assert position is not None, "a partition is replayed from its position on"
         partition.position = None
         return position
 
     def replayed(self, partition: Partition, position: Version, message: Invalidation) -> Version:
-        """The stream has this message next after a position; the position after it."""
+        """Apply the stream's next message after a position; return the new position."""
         if message.previous != position:  # the stream no longer reaches back
             self.resets += 1
             self._on_lost(partition)
@@ -148,7 +148,7 @@ class Positions:
         return message.id
 
     def lose(self, partition: Partition) -> None:
-        """What the stream has of a partition makes no sense."""
+        """The stream of a partition has an invalid entry."""
         self._on_lost(partition)
 
     def reset(self, partition: Partition, head: Version) -> None:
@@ -159,7 +159,7 @@ class Positions:
         self.place(partition, head)
 
     def forget(self) -> None:
-        """A new epoch began: no position means anything any more."""
+        """A new epoch began: no position is valid any more."""
         for partition in self:
             partition.position = None
             partition.early.clear()

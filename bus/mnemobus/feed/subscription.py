@@ -1,14 +1,15 @@
-"""The feed, as a listener hears it: the connection that listens, and what follows from each message.
+"""The feed, as a listener sees it: the connection that listens, and the effects of each message.
 
-Redis publishes each message of the feed (messages.py) on a channel. What it means, and whether one is missing, the
-positions know (positions.py). That nothing was missed, the heartbeat proves (heartbeat.py).
+Redis publishes each message of the feed (messages.py) on a channel. The positions (positions.py) decide what a message
+means, and whether one is missing. The heartbeat (heartbeat.py) proves that none was missed.
 
-Joining a partition: SUBSCRIBE, its confirmation, then the head as the position. What arrives meanwhile is kept, and is
-gone through once the position is known. Partitions that hold no bucket for a while are left.
+To join a partition: SUBSCRIBE, wait for the confirmation, then take the head as the position. Messages that arrive
+meanwhile are kept, and are applied once the position is known. The bus leaves a partition that has held no bucket for
+a while.
 
-Each heartbeat also publishes a probe on the bus's own channel. A connection on which not even the probes arrive is half
-open, and is replaced. The same channel brings what `mnemobus verify` asks (audit.py), and other channels what is held
-live (live/listener.py).
+Each heartbeat also publishes a probe on the bus's own channel. If not even the probes arrive, the connection is half
+open, and is replaced. The questions of `mnemobus verify` (audit.py) come on the same channel; the events of live scopes
+(live/listener.py) come on other channels.
 """
 
 from __future__ import annotations
@@ -40,11 +41,11 @@ if TYPE_CHECKING:
 logger = logging.getLogger("mnemobus.feed")
 
 _LISTEN_PATIENCE = 0.5
-"""Seconds that a bus which opens waits to be told that it may listen."""
+"""Seconds that a bus, when it opens, waits for the confirmation that it listens."""
 _ANSWERING = 16
-"""Questions that are answered at a time; more are not answered."""
+"""Questions that are answered at the same time; others are ignored."""
 _PARTITION_LINGER = 30.0
-"""Seconds that a partition without a bucket is still listened to."""
+"""Seconds until the bus leaves a partition without a bucket."""
 
 
 class Feed:
@@ -75,13 +76,13 @@ class Feed:
         """The run id of the server at its other end."""
         self._heard = clock()
         self._listened = asyncio.Event()
-        """Set once we listen, or know why not."""
+        """Set once the bus listens, or knows why it can't."""
         self._denied: AccessDenied | None = None
-        """What Redis did not let us do when it was last asked."""
+        """What Redis did not allow at the last attempt."""
         self._tasks: set[asyncio.Task[None]] = set()
         self._answering = 0
         self.deaf = ""
-        """Why there is no connection that listens, for people; empty while there is one."""
+        """Why no connection listens, for people; empty while one does."""
         self.invalidations = 0
         self.reconnects = 0
         self.bad_messages = 0
@@ -89,7 +90,7 @@ class Feed:
 
     @property
     def live(self) -> LiveScopes | None:
-        """What is held live: it listens on the same connection, and is verified by the same heartbeat."""
+        """The live scopes: they use the same connection, and the same heartbeat verifies them."""
         return self.heartbeat.live
 
     @live.setter
@@ -128,7 +129,7 @@ class Feed:
             self._link.on_given_up.remove(self._on_given_up)
 
     def _spawn(self, name: str, work: Callable[[], Awaitable[None]]) -> None:
-        """Run a task for the life of the feed: if it dies, say so, and start it again."""
+        """Run a task for the life of the feed. If it dies, log it, and start it again."""
 
         async def supervise() -> None:
             while True:
@@ -136,7 +137,7 @@ class Feed:
                     await work()
                     return
                 except Exception:
-                    if asyncio._get_running_loop() is None:  # it is being forgotten, together with its loop
+                    if asyncio._get_running_loop() is None:  # the loop is gone, and the task with it
                         return
                     self.restarted_tasks += 1
                     logger.exception("%s died; starting it again", name)
@@ -149,9 +150,9 @@ class Feed:
     # Listening
 
     async def join(self, number: int, patience: float) -> bool:
-        """Whether the bus listens to a feed partition and knows its position; begins to, if it doesn't.
+        """Listen to a feed partition, if the bus does not yet; return whether it does and knows the position.
 
-        Waits ``patience`` seconds at most for that; afterwards it goes on in the background.
+        Waits for ``patience`` seconds at most; afterwards the join goes on in the background.
         """
         partition = self.positions.get(number)
         if partition is None:
@@ -172,12 +173,12 @@ class Feed:
         return partition is not None and partition.position is not None
 
     async def send(self, *command: str | bytes) -> None:
-        """Send on the listening connection, if there is one; a new one subscribes to all on its own."""
+        """Send on the listening connection, if there is one; a new one subscribes to everything by itself."""
         if self._ear is not None:
             self._ear.send(*command)
 
     async def _listen(self) -> None:
-        """Hold a connection to Redis that is subscribed to all partitions, and hear its messages."""
+        """Hold a connection to Redis that is subscribed to all partitions, and handle its messages."""
         while True:
             connection = self._link.dedicated()
             try:
@@ -216,7 +217,7 @@ class Feed:
             self._denied = explained
 
     def _hear(self, reply: Any) -> None:
-        """One push of the listening connection. Its content never raises."""
+        """Handle one push of the listening connection. No content makes this raise."""
         self._heard = clock()
         if not isinstance(reply, list) or len(reply) < 3:
             return
@@ -260,10 +261,10 @@ class Feed:
         self.bad_messages += 1
         shown = data[:200] if isinstance(data, bytes) else data
         logger.error("a message on %r is not one of the feed: %s: %r", channel.decode(), error, shown)
-        self.wake()  # if it was one, and spoiled, the stream has it
+        self.wake()  # if it was a message, and was damaged, the stream has it
 
     def _asked(self, data: bytes) -> None:
-        """A question of `mnemobus verify`, or a message that makes no sense."""
+        """A question of `mnemobus verify`, or an invalid message."""
         try:
             inquiry = decode_inquiry(data, self._link.keys)
         except (ValueError, TypeError) as error:
@@ -288,7 +289,7 @@ class Feed:
             self._answering -= 1
 
     def _once(self, work: Callable[..., Awaitable[None]], *args: Any) -> None:
-        """Do something once, in the background. If it fails, the heartbeat does it later."""
+        """Run a task once, in the background. If it fails, the heartbeat does the work later."""
 
         async def attempt() -> None:
             try:
@@ -309,8 +310,8 @@ class Feed:
         [head] = await self._link.pipeline([self.heartbeat.head(partition)], pool=self._link.probe)
         if isinstance(head, Exception):
             raise head
-        # A heartbeat may have been faster. Then buckets are live already, and what was sent between its answer and
-        # this one has yet to be applied: this head must not step over it.
+        # A heartbeat may have been faster. Then buckets are in use already, and the messages between its answer and
+        # this one are not applied yet: this head must not skip them.
         if epoch == self._link.epoch and not partition.ready.is_set():
             self.positions.place(partition, Version.parse(head))
 
@@ -319,9 +320,9 @@ class Feed:
         drop = self._local.drop
         for scope in message.scopes:
             drop(scope)
-        # Worker and agent may not have met the same epoch yet. A worker that is behind drops buckets of the one before,
-        # says so, and does it again at once. Where this agent is behind, nobody drops the buckets that it knows of: it
-        # asks no more for them until a heartbeat has told it better.
+        # Worker and agent may not know the same epoch yet. A worker that is behind drops buckets of the epoch before,
+        # says so, and does it again at once. If this agent is behind, no worker drops the buckets that the agent uses:
+        # it does not read them until a heartbeat has read the new epoch.
         dropped = message.epoch == self._link.epoch
         if message.epoch and not dropped:
             self.heartbeat.doubt_epoch()
@@ -331,18 +332,18 @@ class Feed:
             partition.number, message.log_partition, message.versions, message.dead, dropped=dropped
         )
 
-    # The heartbeat, as others use it
+    # The heartbeat, for other modules
 
     def wake(self) -> None:
-        """Call the heartbeat."""
+        """Beat now."""
         self.heartbeat.wake()
 
     async def sync(self) -> bool:
-        """A heartbeat that begins now: whether everything that Redis has is applied here."""
+        """Wait for a heartbeat that begins now; return whether everything that Redis has is applied here."""
         return await self.heartbeat.sync()
 
     def suspect(self, error: Exception) -> None:
-        """A call found Redis away."""
+        """A call could not reach Redis."""
         self.heartbeat.suspect(error)
 
     @property
@@ -357,7 +358,7 @@ class Feed:
     # The connection
 
     def _on_given_up(self, refusal: Exception) -> None:
-        """Redis takes no writes. So its answers count for nothing, and nobody publishes where this bus listens."""
+        """Redis takes no writes. So its answers do not count, and no worker publishes where this bus listens."""
         if (
             self.heartbeat.up
         ):  # once: a new connection may lead there again, until one leads elsewhere (see `_follow`)
@@ -365,13 +366,13 @@ class Feed:
         self.suspect(refusal)
 
     def _follow(self) -> None:
-        """Listen to the server that the bus is connected to now, if that is another one."""
+        """Listen to the server that the bus is connected to now, if it is not the same one."""
         server = self._link.server
         if server is not None and server.run_id != self._listening_to:
             self._reconnect()
 
     def _reconnect(self) -> None:
-        """Have the listening connection replaced."""
+        """Cut the listening connection; a new one replaces it."""
         if self._ear is not None:
             self._ear.cut()
 
@@ -413,7 +414,7 @@ class Feed:
         self.wake()
 
     def _on_layout(self) -> None:
-        """What is held live has to be joined anew. Classic copies may depend on windows that were: they go as well."""
+        """Live scopes have to be joined again. Classic copies may depend on the old windows: they are dropped, too."""
         self._local.clear()
         if self.live is not None:
             self.live.on_layout()

@@ -1,4 +1,4 @@
-"""Room for the log where Redis is full: what is cached there goes before a write is refused."""
+"""Makes space for the log when Redis is full: what is cached there is dropped before a write is refused."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from ..connection.link import Link
 logger = logging.getLogger("mnemobus.shared")
 
 _SCAN = 1_000
-"""Keys that are looked at in one step."""
+"""Keys to scan in one step."""
 _EVERY = 5.0
-"""Seconds between two looks at most: Redis may have many keys of others."""
+"""Least seconds between two scans: Redis may have many keys of other users."""
 _LAZY = 0.02
-"""Seconds that Redis has to free in the background what was unlinked."""
+"""Seconds in which Redis can free the unlinked keys in the background."""
 
 
 async def give_way(link: Link) -> bool:
-    """Drop all that L2 holds; whether there was anything. Raises one of AWAY."""
+    """Drop everything in L2; return whether there was anything. Raises one of AWAY."""
     now = time.monotonic()
     if now < link.give_way_at:
         return False
@@ -34,7 +34,7 @@ async def give_way(link: Link) -> bool:
                 dropped += await link.command("UNLINK", *keys)
             if cursor == b"0":
                 break
-    except ResponseError as error:  # it is not allowed, for example
+    except ResponseError as error:  # SCAN is not allowed, for example
         logger.debug("the shared results can't be dropped: %s", error)
     if dropped:
         logger.warning("Redis at %s is full: dropped the shared results of %d scopes", link.address, dropped)

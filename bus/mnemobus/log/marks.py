@@ -1,14 +1,14 @@
-"""What a bus's own writes mark until they are in the store. Nothing here does any I/O: pending.py asks and waits.
+"""The marks of a bus's own writes, until they are in the store. Nothing here does any I/O: pending.py asks and waits.
 
 A logged write leaves a mark on every scope that it touches. A query on a marked scope has to wait (G6).
 
-`delete_room` touches scopes that its writer can't name: it marks every other scope too. That mark is lifted only once
-the low-water mark has passed it: the memories in the room that an earlier write had already deleted are that write's
-to fan out, and its worker may have died before it did.
+`delete_room` touches scopes that its writer can't name, so it marks every other scope too. That mark is lifted only
+once the low-water mark has passed it. For an earlier write may have deleted memories of the room already: only that
+write's fan-out names them, and its worker may have died before the fan-out.
 
-Marks are bounded (`MARKS`). Beyond that the oldest of a log partition come together in one: everything that the
-partition's writes may touch waits until the low-water mark has passed the last of them. Their receipts need no mark:
-they ask by version.
+The number of marks is bounded (`MARKS`). Beyond that, the oldest of a log partition are merged into one cover:
+everything that the partition's writes may touch waits until the low-water mark has passed the last of them. Their
+receipts need no mark: they ask by version.
 """
 
 from __future__ import annotations
@@ -27,19 +27,19 @@ _EVERYWHERE = "*"
 """In place of a scope: the mark of a delete_room on all scopes but rooms."""
 
 MARKS = 10_000
-"""Writes of a bus that have marks of their own."""
+"""Most writes of a bus that have their own marks."""
 
 
 class Write:
     """One write of this bus that is in the log, or in the outbox on its way there.
 
     version   None while it is in the outbox
-    entry     where the log has it: its version, or another ID once it was a dead letter and is requeued
+    entry     its ID in the log: its version, or another ID if it was a dead letter and is requeued
     deadline  by the loop's clock, when queries stop waiting for it
-    applied   whether its fate is known: the store has it, or one of the following
-    rejected  why it went to the dead letters, or None
+    applied   whether its outcome is known: the store has it, or one of the following
+    rejected  why it is a dead letter, or None
     lost      whether Redis lost it before it was known to be applied
-    unknown   whether nobody can tell any more if it went to the dead letters
+    unknown   whether nobody can tell any more if it became a dead letter
     """
 
     __slots__ = (
@@ -62,10 +62,10 @@ class Write:
         self.version: Version | None = None
         self.entry: Version | None = None
         self.scopes = scopes
-        """Those that it still marks by itself."""
+        """The scopes that it still marks by itself."""
         self.deadline = deadline
         self.doubts = 0
-        """How often Redis may have lost writes when it was last known to be in the log."""
+        """The bus's count of possible losses (`doubts`) when the write was last known to be in the log."""
         self.applied = False
         self.rejected: str | None = None
         self.lost = False
@@ -83,7 +83,7 @@ class Write:
 
 
 class _Cover:
-    """The mark of a log partition's older writes together: all up to a version."""
+    """The cover of a log partition's older writes: one mark for all up to a version."""
 
     __slots__ = ("deadline", "doubts", "partition", "version", "writes")
 
@@ -96,33 +96,33 @@ class _Cover:
 
 
 class Marks(ABC):
-    """The marks of one bus, and who waits for them to be lifted."""
+    """The marks of one bus, and the calls that wait until they are lifted."""
 
     def __init__(self, link: Link) -> None:
         self._link = link
         self._scopes: dict[str, Write | dict[Write, None]] = {}
-        """Most scopes are marked by one write: a dict comes with the second."""
+        """Most scopes are marked by one write: only the second makes a dict."""
         self._writes: dict[int, dict[Version, Write]] = {}
-        """Those that mark anything, by log partition; in each, in the order of their versions."""
+        """The writes that mark anything, by log partition; in each partition in the order of their versions."""
         self._covers: dict[int, _Cover] = {}
-        """By log partition, the marks of those that have none of their own any more."""
+        """By log partition, the cover of the writes that have no own marks any more."""
         self._kept = 0
-        """Writes in the outbox that have marks of their own."""
+        """Writes in the outbox that have their own marks."""
         self._adrift = 0.0
-        """Until when queries wait for other writes in the outbox. 0 if there are none."""
+        """Until when queries wait for the other writes in the outbox. 0 if there are none."""
         self._logged = 0
-        """Writes in the log that have marks of their own."""
+        """Writes in the log that have their own marks."""
         self._waiting: Counter[Write] = Counter()
-        """Writes whose receipts are waited for."""
+        """Writes whose receipts a caller waits for."""
         self._settling: Counter[str] = Counter()
         """Scopes that queries wait for."""
         self._changed = asyncio.Event()
         self.doubts = 0
-        """How often Redis may have lost writes of this bus."""
+        """How many times Redis may have lost writes of this bus."""
 
     @abstractmethod
     def _start_polling(self) -> None:
-        """Somebody waits for what is marked now: ask Redis about it."""
+        """A call waits for what is marked now: ask Redis about it."""
 
     def mark(
         self,
@@ -175,7 +175,7 @@ class Marks(ABC):
             self._start_polling()
 
     def _make_room(self) -> None:
-        """Put the older half of the partition with the most marks under one."""
+        """Put the older half of the partition with the most marks under its cover."""
         partition = max(self._writes, key=lambda p: len(self._writes[p]))
         writes = self._writes[partition]
         older = list(islice(writes.values(), (len(writes) + 1) // 2))
@@ -187,7 +187,7 @@ class Marks(ABC):
     def cover(self, partition: int, version: Version, deadline: float, doubts: int | None = None) -> None:
         """Mark all that writes of a log partition may touch, until everything up to a version is applied.
 
-        doubts: how often Redis may have lost writes when this one was last known to be in the log; None for now
+        doubts: the count of possible losses when this write was last known to be in the log; None for the count now
         """
         cover = self._covers.get(partition)
         if cover is None:
@@ -200,7 +200,7 @@ class Marks(ABC):
             self._start_polling()
 
     def landed(self) -> None:
-        """The outbox is empty: what had no mark of its own there is under a cover."""
+        """The outbox is empty: its writes without own marks are under a cover now."""
         if self._adrift:
             self._adrift = 0.0
             self._tell()
@@ -223,7 +223,7 @@ class Marks(ABC):
 
     @property
     def partitions_there(self) -> list[int]:
-        """All log partitions that there are."""
+        """All log partitions."""
         return list(self._link.keys.shape.all)
 
     def _over(self, scope: str) -> list[int]:
@@ -236,7 +236,7 @@ class Marks(ABC):
         return [p for p in self._covers if p == own or p not in shape.current]
 
     def on(self, scope: str) -> list[Write]:
-        """The writes with marks of their own that a query on this scope has to wait for."""
+        """The writes with own marks that a query on this scope has to wait for."""
         found: list[Write] = []
         for name in (scope,) if scope.startswith("room:") else (scope, _EVERYWHERE):
             marks = self._scopes.get(name)
@@ -249,7 +249,7 @@ class Marks(ABC):
         return self._adrift > 0 or (self._kept > 0 and any(write.version is None for write in self.on(scope)))
 
     def _deadline(self, scope: str) -> float:
-        """Until when a query waits for what marks this scope."""
+        """Until when a query waits for the writes that mark this scope."""
         deadlines = [write.deadline for write in self.on(scope)]
         deadlines += [self._covers[partition].deadline for partition in self._over(scope)]
         return max(deadlines, default=0.0) if not self._adrift else max([*deadlines, self._adrift])
@@ -265,7 +265,7 @@ class Marks(ABC):
     ) -> None:
         """The feed has named these events in this feed partition.
 
-        dropped: whether what L2 had before is gone, too; if not, they are committed, but their marks stay
+        dropped: whether the older results in L2 are dropped, too; if not, the events are committed, but marks stay
         """
         writes = self._writes.get(log_partition)
         if not writes:
@@ -312,7 +312,7 @@ class Marks(ABC):
         changed.set()
 
     def _wanted(self) -> dict[int, list[Write]]:
-        """What is waited for, by log partition: writes, and where there are none, covers."""
+        """What calls wait for, by log partition: the writes, or the cover if there are none."""
         writes = dict.fromkeys(self._waiting)
         wanted: dict[int, list[Write]] = {}
         for scope in self._settling:
@@ -324,7 +324,7 @@ class Marks(ABC):
         return wanted
 
     def _passed(self, partition: int, state: Progress) -> dict[Write, Version]:
-        """The writes below the low-water mark whose fate is not known or that mark anything, and their entries."""
+        """The writes below the low-water mark whose outcome is unknown or that mark anything, and their entries."""
         passed: dict[Write, Version] = {}
         for version, write in self._writes.get(partition, {}).items():
             if not state.passed(version):

@@ -1,20 +1,22 @@
-"""Where writes wait while the log can't be reached (G7): a bounded file that survives the process.
+"""Writes wait here while the log can't be reached (G7), in a bounded file that survives the process.
 
-The rules by which each write in the file (outbox_file.py) reaches the log once, whatever process dies at any moment:
+By these rules each write in the file (outbox_file.py) reaches the log exactly once, whichever process dies at any
+moment:
 
-- A write is in the file, synced to disk, before its writer hears of it.
-- Writes are published in calls, as any others (publisher.py). Which writes go in which call, under which producer and
-  sequence number, is in the file *before* the call is made, and stays as it is until the call was answered. So after a
-  crash the same call is made again, and `publish.lua` answers it without doing it twice.
-- A call that was on its way when the log went away, its outcome unknown, enters the file with the number it had.
-- Writes leave the file when their call was answered, not before.
-- Which log partition a write goes to is settled with its call: the log may be laid out anew while it waits. A call of
-  unknown outcome is made again where it was made first; if that partition has ended, none of it is there, nor will be,
-  and its writes go to the new ones.
+- A write is in the file, synced to disk, before its writer gets an answer.
+- Writes are published in calls, as all others (publisher.py). *Before* a call is made, the file has the writes of the
+  call, its producer and its sequence number. They don't change until the call is answered. So the same call is made
+  again after a crash, and `publish.lua` answers it without doing it twice.
+- If the log goes away while a call is under way, its outcome is unknown. It enters the file with the number that it
+  had.
+- Writes are removed from the file after their call was answered, not earlier.
+- The log partition of a write is decided together with its call, because the log may be repartitioned while the write
+  waits. A call of unknown outcome is repeated in its first partition. If that partition has ended, the call has written
+  nothing there, and never will; so its writes go to the new partitions.
 
-Usually (MNEMOBUS_OUTBOX=auto) each bus has a file of its own in MNEMOBUS_DATA_DIR/outbox, made when it is first needed
-and removed when it is empty. A bus that opens looks there for files that nobody holds any more: what a killed agent
-left, it publishes before anything of its own.
+Usually (MNEMOBUS_OUTBOX=auto) each bus has its own file in MNEMOBUS_DATA_DIR/outbox. The file is made when it is first
+needed and removed when it is empty. A bus that opens looks there for files that no process holds any more, those of
+killed agents. It publishes their writes before its own.
 """
 
 from __future__ import annotations
@@ -41,7 +43,7 @@ logger = logging.getLogger("mnemobus.outbox")
 
 
 def _has_begun(path: Path) -> bool:
-    """Whether there is anything in a file, or was. The bus that made an empty one may be about to lock it."""
+    """Whether a file has, or had, any content. The bus that made an empty one may be about to lock it."""
     try:
         return path.stat().st_size > 0
     except OSError:  # its owner has just removed it, or we may not read it
@@ -51,10 +53,11 @@ def _has_begun(path: Path) -> bool:
 class Outbox:
     """The outbox of a bus: its own file, and those that it found without an owner.
 
-    on_kept: called with partition and event of each write that is in the file, before its writer knows; what it returns
-        is the writer's answer
-    on_published: called once such a write is in the log; with None for one of an earlier process, or that nobody holds
-    on_empty: called when all are
+    on_kept: called with partition and event of each write that is in the file, before its writer gets an answer; it
+        returns the answer
+    on_published: called once such a write is in the log; with None if the write is of an earlier process, or if no
+        caller holds it any more
+    on_empty: called when all writes are in the log
     """
 
     def __init__(
@@ -83,13 +86,13 @@ class Outbox:
         self._opening = asyncio.Lock()
         self._found: list[OutboxFile] = []
         self._writes: WeakValueDictionary[int, Write] = WeakValueDictionary()
-        """By number in the own file, those of this process that anybody still holds."""
+        """By number in the bus's own file: the writes of this process that a caller still holds."""
         self._task: asyncio.Task[None] | None = None
         self._empty = asyncio.Event()
         self._empty.set()
         self._hurried = asyncio.Event()
         self.away = False
-        """Whether the log could not be reached when it was last tried."""
+        """Whether the log could not be reached at the last attempt."""
         self.kept = 0
 
     def _file(self, path: Path, *, own: bool = True) -> OutboxFile:
@@ -97,7 +100,7 @@ class Outbox:
 
     @property
     def waiting(self) -> int:
-        """Writes that are not in the log yet; while there are any, newer ones have to wait behind them."""
+        """How many writes are not in the log yet; while there are any, newer ones have to wait behind them."""
         own = self._own.entries
         return own + sum(file.entries for file in self._found) if self._found else own
 
@@ -107,15 +110,15 @@ class Outbox:
 
     @property
     def trouble(self) -> str | None:
-        """Why writes could not wait here now if the log went away; None if they could."""
+        """Why writes could not wait here if the log went away now; None if they could."""
         reason = None if self._opened else private.obstacle(self._own.path.parent)
         return reason and f"{reason}. Set MNEMOBUS_DATA_DIR, or MNEMOBUS_OUTBOX to a file, or to off"
 
     async def open(self) -> None:
-        """Take up what an earlier process left. OutboxInUse, OutboxError if the configured file can't be used.
+        """Take over what an earlier process left. OutboxInUse, OutboxError if the configured file can't be used.
 
-        With MNEMOBUS_OUTBOX=auto the file is made when it is needed; if that is impossible, it is no error before,
-        as many agents only read. It is logged, and `trouble` says it.
+        With MNEMOBUS_OUTBOX=auto the file is made when it is needed. If that will be impossible, it is no error yet,
+        because many agents only read. It is logged, and `trouble` says it.
         """
         if self._auto:
             if self.trouble:
@@ -139,7 +142,7 @@ class Outbox:
             await file.open()
         except OutboxInUse:
             return
-        except OutboxError as error:  # it stays where it is, for people to look at
+        except OutboxError as error:  # the file stays where it is, for people to inspect
             logger.error("%s", error)
             return
         if file.entries:
@@ -196,7 +199,7 @@ class Outbox:
         self._hurried.set()
 
     async def _drain(self) -> None:
-        """Publish until nothing waits. Whatever goes wrong is logged, and tried again."""
+        """Publish until nothing waits. Every failure is logged and retried."""
         least = self._link.settings.redis_create_retry_interval / 1000
         pause, said = least, ""
         try:
@@ -244,7 +247,7 @@ class Outbox:
             await file.ended(call)
             return
         except Overtaken as error:
-            # Only a copy of the file can have used the number for something else.
+            # Only a copy of the file can have used the number for another call.
             logger.error("%s: was the outbox %s copied? Publishing under another number", error, file.path)
             await file.renumber(call)
             return
@@ -261,7 +264,7 @@ class Outbox:
             await file.close(remove=True)
 
     async def close(self, patience: float) -> None:
-        """Publish what waits if the log is there, for ``patience`` seconds at most; the rest stays in the file."""
+        """If the log can be reached, publish what waits, for ``patience`` seconds at most. The rest stays here."""
         if self.waiting and not self.away:
             with suppress(TimeoutError):
                 async with asyncio.timeout(patience):

@@ -1,9 +1,9 @@
 """The file in which writes wait: an SQLite database with one table of writes, in the order in which they were made.
 
-A disk that is full takes no more writes. But those that are in the file must still get out once the log is back, and to
-take them out takes some space, too: so a second file beside it keeps some, and is given up then.
+A full disk takes no more writes. But the writes that are in the file must still be removed from it once the log is
+back, and that needs some disk space. So a second file beside it reserves some space, and is removed when it is needed.
 
-One process at a time has the file: SQLite's exclusive lock goes with the process, however that ends.
+One process at a time has the file: SQLite's exclusive lock ends with the process, even if the process is killed.
 """
 
 from __future__ import annotations
@@ -36,26 +36,26 @@ _SCHEMA = 1
 
 
 _OVERHEAD = 64
-"""Bytes that a write takes in the file besides its own, roughly."""
+"""Bytes that a write takes in the file in addition to its own, roughly."""
 
 
 _LENGTH = struct.Struct(">I")
 
 
 _SPARE = 1 << 20
-"""Bytes of disk that are kept to take writes out; room for the largest write comes on top."""
+"""Bytes of disk that are reserved for the removal of writes, in addition to space for the largest write."""
 
 
 _SPARE_CALL = 1 << 17
-"""What a call carries at most when these are in use."""
+"""Most bytes of a call while the reserve is in use."""
 
 
 _LAID_OUT = 100
-"""Writes that are gone through at a time when the log was laid out anew: each may hold a megabyte."""
+"""Writes that are reassigned at a time after the log was repartitioned: each may hold a megabyte."""
 
 
 _CHECKPOINT = 64
-"""Pages of SQLite's WAL after which it is gone through, so that it stays smaller than that space."""
+"""Pages of SQLite's WAL between checkpoints, so that the WAL stays smaller than the reserve."""
 
 
 T = TypeVar("T")
@@ -63,7 +63,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True)
 class KeptCall:
-    """One call of publish.lua: what identifies it, and the field lists of its events.
+    """One call of publish.lua: its identity, and the field lists of its events.
 
     rows: the numbers of its writes in the file
     """
@@ -76,7 +76,7 @@ class KeptCall:
 
 
 class OutboxFile:
-    """One file. All its calls raise OutboxError if the file can't be used."""
+    """One outbox file. All its methods raise OutboxError if the file can't be used."""
 
     def __init__(
         self, path: Path, keys: Keyspace, max_bytes: int, *, own: bool = True, largest: int = 0
@@ -90,15 +90,15 @@ class OutboxFile:
         self._database: aiosqlite.Connection | None = None
         self._producer = ""
         self._laid_out: Shape | None = None
-        """The layout of the log by which writes that are in no call have their partitions; None if it is not known."""
+        """The layout of the log that gave the writes in no call their partitions; None if it is not known."""
         self._lock = asyncio.Lock()
         self.entries = 0
         self.bytes = 0
 
     async def open(self) -> None:
-        """Lock the file and see what is in it; made if it is not there, unless it is another's.
+        """Lock the file and read its state. If it does not exist, it is made, unless it is the file of another bus.
 
-        OutboxInUse if another process, or another bus of this one, has it.
+        OutboxInUse if another process, or another bus of this process, has it.
         """
         mode = "rwc" if self._own else "rw"
         try:
@@ -185,7 +185,7 @@ class OutboxFile:
             if not self.entries and self._database is not None:
                 _remove(self._spare)
             if remove:
-                # Before the lock on it is gone: nobody else can have put anything in it.
+                # While the file is still locked: no other process can have put anything in it.
                 _remove(self.path)
             await self._abandon()
             if remove:
@@ -198,11 +198,11 @@ class OutboxFile:
         events: Sequence[Sequence[Field]],
         call: tuple[str, int] | None = None,
     ) -> list[int]:
-        """Put writes into the file, all or none; their numbers.
+        """Put writes into the file, all or none; return their numbers.
 
-        partition: where that was, or where they would be published now
+        partition: where they were published first, or would be published now
         call: producer and sequence number under which they may have been published already
-        OutboxFull if they would make it larger than it may be, or the disk is full.
+        OutboxFull if the file would exceed its limit, or the disk is full.
         """
         packed = [_pack(event) for event in events]
         size = sum(map(len, packed)) + _OVERHEAD * len(packed)
@@ -232,8 +232,8 @@ class OutboxFile:
         """The last write to a memory."""
 
         async def find() -> Event | None:
-            # The id as a field of its own, its length before it; a write that only mentions it is looked at and
-            # skipped.
+            # Search for the id as a whole field, with its length before it. A write that only contains these bytes is
+            # decoded and skipped.
             assert self._database is not None
             async with self._database.execute(
                 "SELECT fields FROM writes WHERE instr(fields, ?) ORDER BY n DESC",
@@ -283,7 +283,7 @@ class OutboxFile:
         return KeptCall(partition, str(found[0][1]), sequence, tuple(n for n, _, _ in found), events)
 
     async def _lay_out(self) -> None:
-        """The log was laid out anew: say of each write that is in no call where it goes now."""
+        """The log was repartitioned: give each write that is in no call its new partition."""
         assert self._database is not None
         shape = self._keys.shape
         number = 0
@@ -303,9 +303,9 @@ class OutboxFile:
         self._laid_out = shape
 
     async def _first_rows(self, partition: int) -> list[int]:
-        """Those that go together in one call: of one partition, in no call yet, and older than all that are in one.
+        """The writes for one call: of one partition, in no call yet, and older than all writes that are in a call.
 
-        A call that was made before the log was laid out anew may have writes to the same rooms: nothing overtakes them.
+        A call from before a repartition may have writes to the same rooms: no write overtakes them.
         """
         assert self._database is not None
         rows: list[int] = []
@@ -322,7 +322,7 @@ class OutboxFile:
         return rows
 
     async def answered(self, call: KeptCall) -> None:
-        """Its writes are in the log: take them out."""
+        """The writes of a call are in the log: remove them from the file."""
 
         async def delete() -> None:
             assert self._database is not None
@@ -332,7 +332,7 @@ class OutboxFile:
         await self._insist(delete, -len(call.rows), -size)
 
     async def ended(self, call: KeptCall) -> None:
-        """Nothing of it was written, nor ever will be, as its partition has ended: its writes are in no call now."""
+        """The partition of a call has ended: the call wrote nothing, and never will. Its writes are in no call now."""
 
         async def update() -> None:
             assert self._database is not None
@@ -344,7 +344,7 @@ class OutboxFile:
         await self._insist(update)
 
     async def renumber(self, call: KeptCall) -> None:
-        """Its number is used up: give its writes a new one, of a new producer."""
+        """The number of a call was used by another call: give its writes a new one, of a new producer."""
 
         async def update() -> None:
             assert self._database is not None
@@ -367,7 +367,7 @@ class OutboxFile:
             return False
 
     async def _keep_spare(self) -> None:
-        """Keep some space on the disk, which taking writes out will need. OutboxFull if there is none."""
+        """Reserve space on the disk, which the removal of writes will need. OutboxFull if there is none."""
         if self._has_spare:
             return
 
@@ -389,7 +389,7 @@ class OutboxFile:
         await asyncio.to_thread(allocate)
 
     async def _insist(self, work: Callable[[], Awaitable[T]], entries: int = 0, size: int = 0) -> T:
-        """A transaction that a full disk must not keep from happening: the space that was kept is for it."""
+        """A transaction that must succeed on a full disk, too: the reserve is for it."""
         try:
             return await self._transaction(work, entries, size)
         except OutboxFull:
@@ -399,9 +399,9 @@ class OutboxFile:
             return await self._transaction(work, entries, size)
 
     async def _transaction(self, work: Callable[[], Awaitable[T]], entries: int = 0, size: int = 0) -> T:
-        """Do something in a transaction, on disk once this returns; a cancellation does not cut it in two.
+        """Run a transaction; it is on disk once this returns. A cancellation does not leave it half done.
 
-        ``entries`` and ``size`` are what it adds to the file.
+        ``entries`` and ``size`` say what it adds to the file.
         """
 
         async def run() -> T:
@@ -434,7 +434,7 @@ class OutboxFile:
 
 
 def _remove(path: Path) -> None:
-    """Remove a file, if it is there; what can't be removed is found, empty, by the next bus that opens."""
+    """Remove a file, if it exists. If that fails, the next bus that opens finds it empty."""
     try:
         path.unlink(missing_ok=True)
     except OSError as error:
@@ -442,7 +442,7 @@ def _remove(path: Path) -> None:
 
 
 def _retrieve(task: asyncio.Future[Any]) -> None:
-    """Its caller may be gone, and asyncio would report an error that nobody fetched."""
+    """Fetch the error of a future: its caller may be gone, and asyncio would report an error that nobody fetched."""
     if not task.cancelled():
         task.exception()
 

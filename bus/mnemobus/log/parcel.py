@@ -1,4 +1,4 @@
-"""Parcels: events of one caller, encoded, that go to the log in one call."""
+"""Parcels: encoded events of one caller that go to the log in one call."""
 
 from __future__ import annotations
 

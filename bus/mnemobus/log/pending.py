@@ -1,16 +1,16 @@
-"""Pending writes: those of this bus that are on their way to the store. Who waits for them, and what Redis is asked.
+"""Pending writes: those of this bus that are on their way to the store. Calls wait for them here, and Redis is asked.
 
-What they touch is marked (marks.py), and a query there has to wait (G6): until the feed has named the write in that
-scope's feed partition, or Redis says that the log's consumer group has applied it. Either means that the write is
-committed and that what L2 held before is gone.
+The scopes that they touch are marked (marks.py). A query on such a scope has to wait (G6): until the feed has named the
+write in that scope's feed partition, or Redis says that the log's consumer group has applied it. Either means that the
+write is committed and that the older results in L2 are dropped.
 
-The second sign answers for what was fanned out before the bus listened there. It is asked for while somebody
-waits, and with each heartbeat for marks that nobody asks about. One question answers for all that lies below the
-low-water mark, so to wait for ten thousand receipts one after the other costs a few questions, not as many.
+The second sign covers what was fanned out before the bus listened to that partition. The bus asks for it while a call
+waits, and with each heartbeat for the other marks. One question covers everything below the low-water mark: a caller
+that waits for ten thousand receipts, one after the other, costs a few questions, not ten thousand.
 
-A write that went to the dead letters looks to the consumer group like any that is applied. So where Redis knows of any,
-the reasons are asked for by version before a write is believed to be in the store, however many there are, and whether
-or not the feed's message came. What is no longer known is said to be unknown.
+To the consumer group, a dead letter looks like an applied write. So if Redis has any reasons of dead letters, the bus
+asks for them by version before it takes a write as stored, whatever their number, and whether or not the feed's
+message came. If the outcome is no longer known, the bus says so.
 """
 
 from __future__ import annotations
@@ -37,22 +37,22 @@ from .progress import Fate, Progress
 logger = logging.getLogger("mnemobus.pending")
 
 _POLL = (0.001, 0.1)
-"""Seconds between questions to Redis while somebody waits: the first, and the longest."""
+"""Seconds between questions to Redis while a call waits: the first, and the longest."""
 _SLOWER = 1.25
-"""Each is so many times as long as the last."""
+"""Each pause is this many times as long as the one before."""
 
 _ASKED = 200
-"""Versions above the low-water mark that one question names at most."""
+"""Most versions above the low-water mark that one question names."""
 
 _PART = 1_000
-"""Reasons that are asked for at a time."""
+"""Reasons to ask for at a time."""
 _LOOKED_FOR = 100
-"""Entries of the log that are looked for at a time: each may hold a megabyte."""
+"""Entries of the log to look for at a time: each may hold a megabyte."""
 
 INDEXED = 1
-"""Dead letters whose reasons are noted in one step: each may hold a megabyte, and the server waits meanwhile."""
+"""Dead letters whose reasons are noted in one step: each may hold a megabyte, and the step blocks the server."""
 _STEPS = 64
-"""Such steps with one question; the next one goes on."""
+"""Such steps with one question; the next question goes on."""
 
 
 class PendingWrites(Marks):
@@ -62,8 +62,8 @@ class PendingWrites(Marks):
     def __init__(self, link: Link) -> None:
         super().__init__(link)
         self.in_doubt = False
-        """Whether Redis may have lost writes of this bus. Until `forget_missing` has looked, its answers about what is
-        applied do not count: a write that is gone from the log looks as if it had been applied."""
+        """Whether Redis may have lost writes of this bus. Until `forget_missing` has looked, its answers about applied
+        writes do not count: a write that is gone from the log looks as if it had been applied."""
         self._poller: asyncio.Task[None] | None = None
         self._pause = _POLL[0]
         self._closed = False
@@ -71,8 +71,8 @@ class PendingWrites(Marks):
     async def wait(self, write: Write, timeout: float) -> None:
         """Return once the event is applied.
 
-        NotCommitted after ``timeout`` seconds, or if Redis lost it, or if nobody can tell; WriteRejected if it went to
-        the dead letters; BusClosed if the bus is closed meanwhile.
+        NotCommitted after ``timeout`` seconds, or if Redis lost it, or if nobody can tell; WriteRejected if it is a
+        dead letter; BusClosed if the bus is closed meanwhile.
         """
         if write.rejected is not None:
             await self._look_again(write)
@@ -153,14 +153,14 @@ class PendingWrites(Marks):
             self._poller = asyncio.get_running_loop().create_task(self._poll(), name="mnemobus-pending")
 
     async def _poll(self) -> None:
-        """Ask Redis about what is waited for, for as long as anything is."""
+        """Ask Redis about pending writes, as long as a call waits for any."""
         try:
             while wanted := self._wanted():
                 try:
                     await self._learn(wanted)
                 except (*AWAY, RedisError, SettingsError) as error:  # the heartbeat says so
                     logger.debug("can't ask what is applied: %s", error)
-                except Exception:  # the poller must live as long as somebody waits
+                except Exception:  # the poller must live as long as a call waits
                     logger.exception("asking Redis what is applied failed; going on")
                 if not self._wanted():
                     return
@@ -170,7 +170,7 @@ class PendingWrites(Marks):
             self._poller = None
 
     async def beat(self) -> None:
-        """Ask about marks that nobody waits for; part of the heartbeat."""
+        """Ask about marks that no call waits for; part of the heartbeat."""
         if self._writes or self._covers:
             asked = {p: list(islice(writes.values(), _ASKED)) for p, writes in self._writes.items()}
             await self._learn({p: [] for p in self._covers} | asked)
@@ -190,7 +190,7 @@ class PendingWrites(Marks):
         states = []
         for (partition, asked), answer in zip(named.items(), answers, strict=True):
             last, pending, known, unnoted, forgotten, *flags = answer
-            # All of a partition that was given up is done with.
+            # If the partition was retired, all of its events are settled.
             given_up = not last and partition < self._link.keys.shape.oldest
             if given_up:
                 last = str(LAST)
@@ -206,7 +206,7 @@ class PendingWrites(Marks):
                     continue
                 applied[write] = write.entry
             missed = [write for write in applied if not write.scopes and write.doubts != doubts]
-            if missed:  # they have no marks, so nobody has looked for them since Redis may have lost them
+            if missed:  # they have no marks, so they were not looked for since Redis may have lost them
                 await self._look_for(missed, doubts)
             asked = [write for write in applied if not write.applied] if known or unnoted else []
             fates = dict(zip(asked, await self._fates(epoch, partition, asked), strict=True)) if asked else {}
@@ -226,7 +226,7 @@ class PendingWrites(Marks):
         return states
 
     async def _believed(self, epoch: str, calls: Sequence[Call | Command]) -> list[Any]:
-        """The answers to questions; TimeoutError if Redis may have lost their subject since."""
+        """The answers to questions; TimeoutError if Redis may have lost the writes since."""
         *answers, current = await self._link.pipeline(
             [*calls, ("HGET", self._link.keys.epoch, "epoch")], pool=self._link.probe
         )
@@ -240,7 +240,7 @@ class PendingWrites(Marks):
         return answers
 
     async def _fates(self, epoch: str, partition: int, writes: Sequence[Write]) -> list[bytes | None]:
-        """What Redis has noted of these writes, if anything: they could not be applied then."""
+        """What Redis has noted of these writes. It notes only those that could not be applied."""
         key = self._link.keys.reasons(partition)
         parts = [writes[start : start + _PART] for start in range(0, len(writes), _PART)]
         found = await self._believed(
@@ -249,7 +249,7 @@ class PendingWrites(Marks):
         return [fate for part in found for fate in part]
 
     async def _note_reasons(self, partition: int) -> bool:
-        """Note the reasons of letters that an older mnemobus buried; whether these were all."""
+        """Note the reasons of dead letters that an older mnemobus wrote; return whether these were all."""
         keys = self._link.keys
         places = [keys.dead(partition), keys.reasons(partition), keys.meter(partition)]
         for _ in range(_STEPS):
@@ -266,21 +266,21 @@ class PendingWrites(Marks):
         return (script("applied"), places, (APPLY_GROUP, *(str(write.entry) for write in writes)))
 
     def doubt(self) -> None:
-        """Redis may have lost writes of this bus, those included that it is about to hear of."""
+        """Redis may have lost writes of this bus, including those whose answers are still on their way."""
         self.in_doubt = True
         self.doubts += 1
 
     async def forget_missing(self) -> int:
-        """Drop the marks of writes that the log no longer has, because Redis lost it; how many they were.
+        """Drop the marks of writes that Redis has lost with its log; return how many these were.
 
-        Nobody will ever apply them. What was written since is in the new log, and stays marked.
+        No worker will ever apply them. Later writes are in the new log, and stay marked.
         """
         missing, doubts = 0, self.doubts
         for writes in list(self._writes.values()):
             missing += await self._look_for(list(writes.values()), doubts)
         for partition, cover in list(self._covers.items()):
             if cover.doubts != doubts:
-                # Redis loses the newest writes: the older ones that it still has end here.
+                # Redis loses the newest writes: this is the last one that it still has.
                 asked = cover.version
                 found = await self._link.command(
                     "XREVRANGE",
@@ -303,7 +303,7 @@ class PendingWrites(Marks):
         return missing
 
     async def _look_for(self, writes: Sequence[Write], doubts: int) -> int:
-        """Settle those that the log no longer has; how many they were."""
+        """Settle the writes that the log no longer has; return how many these were."""
         missing = 0
         for start in range(0, len(writes), _LOOKED_FOR):
             part = writes[start : start + _LOOKED_FOR]

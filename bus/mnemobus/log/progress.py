@@ -1,4 +1,4 @@
-"""What Redis tells of events on their way to the store: how far the workers are, and what could not be applied."""
+"""What Redis says about events on their way to the store: the workers' progress, and what could not be applied."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from ..keys import Version
 class Progress(NamedTuple):
     """What the consumer group of a log partition has applied.
 
-    last      the last version that it was given
-    pending   the lowest that it has not confirmed; None where nothing pends
+    last      the last version that was delivered to it
+    pending   the lowest that it has not confirmed; None if nothing is pending
     """
 
     last: Version | None

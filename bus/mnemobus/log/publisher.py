@@ -1,17 +1,17 @@
-"""The log, as a writer sees it: events go in once, in order, and get their versions.
+"""The log, as a writer sees it: events enter it once, in order, and get their versions.
 
-One publisher per partition, one call in flight. What arrives while a call is under way goes together in the
-next one: an idle bus publishes a single write at once, a busy one publishes hundreds in one round trip.
+There is one publisher per partition, with one call in flight. Writes that arrive while a call is under way go together
+in the next call: an idle bus publishes a single write at once, a busy one publishes hundreds in one round trip.
 
-Usually a call needs no task: it is sent by who queues the first write, and its answer is handed to the writers in the
-moment in which it arrives. A task takes over where something is out of the ordinary: no connection is idle, the call
-fails, or the outbox is in use. It repeats the same call, with the same number, as long as that can help.
+Usually a call needs no task: the caller that queues the first write sends it, and the writers get their answers in the
+moment in which the reply arrives. A task takes over in three cases: no connection is idle, the call fails, or the
+outbox is in use. It repeats the same call, with the same number, as long as that can help.
 
-A call carries the producer's id and a sequence number, and the script answers a repeated one with the IDs that
-it gave the first time. So a call that timed out, its outcome unknown, is simply repeated (tenacity, exponential
-backoff with jitter); a late first copy of it, arriving after its repetition, finds that it was overtaken. Two processes
-that go by one producer id (a copied outbox, a process that was forked) must not take each other's answers for their
-own: a repetition is known by a digest of its events, too.
+A call carries the producer's id and a sequence number. The script answers a repeated call with the IDs that it gave the
+first time. So a call that timed out, with an unknown outcome, is simply repeated (tenacity, exponential backoff with
+jitter). If the first copy arrives after its repetition, it finds that it was overtaken. Two processes that use one
+producer id (because an outbox was copied, or a process forked) must not take each other's answers for their own: so a
+repetition is also recognised by a digest of its events.
 
 ::
 
@@ -29,15 +29,15 @@ own: a repetition is known by a digest of its events, too.
         no outbox, and the deadline is over: writers get an error         ◄───────┤
         nothing is left: IDLE                                             ◄───────┘
 
-A publisher that is `resting` begins no call. The call under way goes on to its end; then `on_rest` is called.
+A publisher that is `resting` begins no call. The call under way is finished; then `on_rest` is called.
 
-Which publisher a write goes to, and what becomes of them once the log is laid out anew, is in routing.py.
+routing.py decides which publisher a write goes to, and what happens to the publishers when the log is repartitioned.
 
-A log that can't be reached for a moment is waited for. Where that goes on, what the call carries, and everything after
-it, goes to the outbox (log/outbox.py) if there is one, which makes the same call once the log is back.
+If the log can't be reached, the publisher waits for a moment. If the log stays away, the writes of the call, and all
+later ones, go to the outbox (log/outbox.py) if there is one. The outbox makes the same call once the log is back.
 
-Publishing is no part of the caller's task: cancelling a write gives up the answer, not the write, and everything that
-has to follow a logged write (`on_logged`) follows.
+Publishing is not part of the caller's task: a cancelled caller gives up the answer, not the write. Everything that
+has to follow a logged write (`on_logged`) still happens.
 """
 
 from __future__ import annotations
@@ -86,10 +86,10 @@ logger = logging.getLogger("mnemobus.log")
 
 
 _CLOSED_PAUSE = (0.01, 0.05)
-"""Seconds between two looks whether a log that is being laid out anew takes writes again: between these."""
+"""Least and most seconds between two checks whether a log that is being repartitioned takes writes again."""
 
 _LOG_PATIENCE = 0.5
-"""Seconds that a log which can't be reached is waited for before writes go to the outbox."""
+"""Seconds to wait for a log that can't be reached, before writes go to the outbox."""
 
 
 class Overflow(Protocol):
@@ -97,27 +97,27 @@ class Overflow(Protocol):
 
     @property
     def waiting(self) -> int:
-        """Writes that newer ones have to wait behind."""
+        """How many writes wait there; newer ones have to wait behind them."""
 
     @property
     def trouble(self) -> str | None:
-        """Why nothing can be kept there; None if it can."""
+        """Why no write can be kept there; None if writes can be kept."""
 
     async def keep(
         self, partition: int, events: Sequence[tuple[Event, Sequence[bytes]]], call: tuple[str, int] | None
     ) -> list[Write]:
-        """Keep writes until it can; ``call``: producer and number under which they may be in the log already."""
+        """Keep writes until the log is back; ``call``: producer and number under which it may have them already."""
 
 
 OnLogged = Callable[[int, Event, Version, tuple[Version, ...] | None], Write]
-"""Called with log partition, event, version and the event before it in each of its slots (see `Logged`) for each event
-that is in the log, before its writer knows; what it returns is the writer's answer."""
+"""Called for each event that is in the log, before its writer gets an answer; it returns the answer. Arguments: log
+partition, event, version, and the event before it in each of its slots (see `Logged`)."""
 
 
 class Publisher:
     """Appends events to one partition of the log.
 
-    on_rest  called when it is at rest, having been told to be
+    on_rest  called when it is at rest, after `rest` was called
     """
 
     def __init__(
@@ -138,41 +138,41 @@ class Publisher:
         self._overflow = overflow
         self._on_rest = on_rest
         self.resting = False
-        """Whether to begin no call for now. The call under way goes on to its end."""
+        """Whether to begin no call for now. The call under way is finished."""
         self._queue: deque[Parcel] = deque()
         self._task: asyncio.Task[None] | None = None
         self._flying: list[Parcel] | None = None
-        """What the call carries that is under way without a task."""
+        """The batch of the call that is under way without a task."""
         self._made = 0.0
-        """When that was made, and in which epoch."""
+        """When that call was made, and in which epoch."""
         self._epoch = ""
         self._landed = asyncio.Event()
         self._sequence = 0
         self._copies = False
-        """Whether a copy of a call may be on its way yet: one was not answered, whatever came of its repetition."""
+        """Whether a copy of a call may still be on its way: one got no answer, even if its repetition got one."""
         self.calls = 0
         self.retries = 0
         self.events = 0
 
     def publish(self, events: Sequence[Event]) -> list[asyncio.Future[list[Write]]]:
-        """Queue events, which go in one call as far as they fit; the futures give their Writes, in order, once they
-        are in the log or in the outbox, else a WriteFailed."""
+        """Queue events, in as few calls as they fit in. The futures give their Writes, in order, once they are in the
+        log or in the outbox; or a WriteFailed."""
         return self.enqueue(parcels(events, self._loop.time() + self._settings.write_timeout))
 
     def enqueue(self, waiting: list[Parcel]) -> list[asyncio.Future[list[Write]]]:
-        """The same, of events that are made up into parcels."""
+        """The same, for events that are already in parcels."""
         self._queue.extend(waiting)
         if self.is_idle and self._queue and not self.resting:
             self._begin()
         return [pending.done for pending in waiting]
 
     def rest(self) -> bool:
-        """Make no more calls until `enqueue` is called after `resting` was unset; whether none is under way."""
+        """Make no more calls until `resting` is unset and `enqueue` is called; return whether none is under way."""
         self.resting = True
         return self.is_idle
 
     def take_queue(self) -> list[Parcel]:
-        """What waits, in order; it is the caller's from now on."""
+        """Take what waits, in order; the caller owns it from now on."""
         queue = list(self._queue)
         self._queue.clear()
         return queue
@@ -183,7 +183,7 @@ class Publisher:
         return self._task is None and self._flying is None
 
     async def close(self) -> None:
-        """Wait until what is queued is in the log, or has failed."""
+        """Wait until all that is queued is in the log, or has failed."""
         while not self.is_idle:
             if self._task is not None:
                 await asyncio.shield(self._task)
@@ -193,11 +193,11 @@ class Publisher:
 
     @property
     def done(self) -> bool:
-        """Whether the log may forget this producer: it has made calls, each was answered, and none will come."""
+        """Whether the log may forget this producer: it has made calls, each was answered, and none will follow."""
         return self._sequence > 0 and self.is_idle and not self._queue and not self._copies
 
     def _begin(self) -> None:
-        """Make the next call: at once, if a connection is idle; else a task sees to it."""
+        """Make the next call: at once if a connection is idle, else in a task."""
         wire = None if self._behind_outbox else self._link.pool.idle()
         if wire is None:
             self._hand_over()
@@ -214,7 +214,7 @@ class Publisher:
         )
 
     def _land(self, wire: Wire, outcome: list[Any] | Exception) -> None:
-        """The end of a call that had no task."""
+        """Handle the reply, or the failure, of a call that had no task."""
         batch, self._flying = self._flying, None
         assert batch is not None
         if isinstance(outcome, Exception):
@@ -244,7 +244,7 @@ class Publisher:
         return self._overflow is not None and self._overflow.waiting > 0
 
     def _hand_over(self, batch: list[Parcel] | None = None, *, unanswered: bool = False) -> None:
-        """Have a task publish what is queued; before that ``batch``, whose call has failed."""
+        """Start a task that publishes ``batch``, whose call has failed, and then what is queued."""
         work = self._drain(batch, unanswered)
         self._task = asyncio.get_running_loop().create_task(work, name=f"mnemobus-publish-{self._partition}")
 
@@ -256,7 +256,7 @@ class Publisher:
                 try:
                     await self._publish(batch, made, unanswered)
                 except PartitionEnded:
-                    # If the new layout is known by now, `Publishers` takes these along. If not, the same call fails
+                    # If the new layout is known by now, `Publishers` moves these writes. If not, the same call fails
                     # again.
                     self._queue.extendleft(reversed(batch))
                 except Exception as error:  # every writer must hear of it, whatever it is
@@ -294,9 +294,9 @@ class Publisher:
                 pending.done.exception()  # a writer that was cancelled won't fetch it
 
     async def _publish(self, batch: list[Parcel], made: float | None, unanswered: bool) -> None:
-        """Publish, or keep in the outbox, and tell the writers.
+        """Publish, or keep in the outbox, and answer the writers.
 
-        made, unanswered: when the call was made already and failed, and whether it had no answer
+        made, unanswered: if the call was made already and failed, when that was, and whether it got no answer
         """
         overflow = self._overflow
         call = unavailable = None
@@ -344,8 +344,8 @@ class Publisher:
         return publish_call(self._link, self._partition, self._producer, self._sequence, fields_of(batch))
 
     async def _insist(self, batch: list[Parcel], made: float | None, unanswered: bool) -> Logged:
-        """Repeat the call until it is answered, or until it can't help any more. ``made``: when it was made first, and
-        failed."""
+        """Repeat the call until it is answered, or until another attempt can't help. ``made``: when it was made first,
+        and failed."""
         deadline = batch[0].deadline
         loop = asyncio.get_running_loop()
         spill_at = deadline
@@ -393,7 +393,7 @@ class Publisher:
                         await self._learn()
                         raise
                     except SettingsError as error:
-                        # It was fit for use when the bus was opened: somebody will see to it, and the outbox can wait.
+                        # It was fit for use when the bus was opened: people will repair it, and the outbox can wait.
                         if self._overflow is None and not unanswered:
                             raise
                         raise Unready(f"{error}: nothing was written") from error
@@ -402,18 +402,18 @@ class Publisher:
         except (BacklogFull, LogFull, Unready) as error:
             if not unanswered or isinstance(error, PartitionEnded):
                 raise
-            # A first copy of the call may be on its way yet, and arrive when there is room again.
+            # The first copy of the call may still be on its way, and arrive when Redis has space again.
             raise LogUnavailable(
                 f"the write was not answered, and may or may not be in the log; when it was repeated: {error}"
             ) from error
         raise AssertionError("unreachable")
 
     async def _learn(self) -> None:
-        """Find out how the log is laid out: as it is known here, it is not."""
+        """Read the layout of the log again: the one that is known here is out of date."""
         shape = self._link.keys.shape
         with suppress(*AWAY, RedisError, SettingsError):
             await self._link.renew_epoch()
-        if shape == self._link.keys.shape:  # or Redis was flushed, and has made the partition anew
+        if shape == self._link.keys.shape:  # or Redis was flushed, and the partition was made again
             await asyncio.sleep(random.uniform(*_CLOSED_PAUSE))
 
     def _unreachable(self, reason: object) -> LogUnavailable:

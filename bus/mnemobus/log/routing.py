@@ -1,9 +1,9 @@
-"""Which publisher a write goes to: that of its log partition, also while the log is laid out anew.
+"""Chooses the publisher of a write: that of its log partition, also while the log is repartitioned.
 
-The log may be laid out anew while writes are under way (`mnemobus repartition`). A partition that has ended refuses
-new calls for ever, and goes on to answer those that it had. So a call of unknown outcome is repeated there, to the end
-(publisher.py). Once no call is under way, all that waits goes to the new partitions, in its order, before anything that
-came later.
+The log may be repartitioned while writes are under way (`mnemobus repartition`). A partition that has ended refuses
+new calls for ever, but still answers repeated ones. So a call of unknown outcome is repeated there until it is answered
+(publisher.py). Once no call is under way, all waiting writes go to the new partitions, in their order, before any later
+write.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ from .publisher import OnLogged, Overflow, Publisher
 
 
 async def forget_producers(link: Link, publishers: Iterable[Publisher]) -> None:
-    """Have the log forget what it keeps for repeated calls of a bus that is being closed; best effort.
+    """Remove from the log what it keeps for repeated calls of a bus that is being closed; best effort.
 
-    Only where each call was answered the first time: a late copy, of a producer that nobody knows, would be done again.
+    Only if each call was answered the first time: the log would do a late copy of a call of an unknown producer again.
     """
     done = [publisher for publisher in publishers if publisher.done]
     commands = [("HDEL", link.keys.producers(each.partition), each.producer) for each in done]
@@ -39,8 +39,8 @@ async def forget_producers(link: Link, publishers: Iterable[Publisher]) -> None:
 class Publishers:
     """The publishers of all log partitions that this bus has written to.
 
-    Once the log is laid out anew, all of them come to rest, and what comes meanwhile waits. Then what waited with them
-    goes to the new partitions, and after that what came meanwhile: so writes to one room stay in their order.
+    Once the log is repartitioned, all of them come to rest, and new writes wait. Then the writes that waited in the
+    publishers go to the new partitions, and after them the new ones: so writes to one room stay in their order.
     """
 
     def __init__(
@@ -52,19 +52,19 @@ class Publishers:
         self._overflow = overflow
         self._by_partition: dict[int, Publisher] = {}
         self.events = self.calls = self.retries = 0
-        """Figures of publishers that are gone, as their partitions are."""
+        """Figures of the publishers of ended partitions."""
         self._line: list[Parcel] | None = None
-        """What waits until all have come to rest; None while none has to."""
+        """The writes that wait until all publishers have come to rest; None while none has to."""
         link.on_layout.append(self._on_layout)
 
     def __iter__(self) -> Iterator[Publisher]:
         return iter(list(self._by_partition.values()))
 
     def publish(self, events: Sequence[Event]) -> list[tuple[list[int], list[asyncio.Future[list[Write]]]]]:
-        """Queue events. For each log partition, which of them go there, by their places, and the futures that give
-        their Writes in this order; see `Publisher.publish`."""
+        """Queue events. Returns for each log partition the places of its events, and the futures that give their
+        Writes in this order; see `Publisher.publish`."""
         partition_of = self._link.keys.log_partition
-        if len(events) == 1 and self._line is None:  # as most are
+        if len(events) == 1 and self._line is None:  # the common case
             return [([0], self._of(partition_of(events[0].dimensions.room)).publish(events))]
         by_partition: dict[int, list[int]] = {}
         for index, event in enumerate(events):
@@ -90,14 +90,14 @@ class Publishers:
         return publisher
 
     async def close(self) -> None:
-        """Wait until what is queued is in the log, or has failed."""
+        """Wait until all that is queued is in the log, or has failed."""
         while True:
             for publisher in self:
                 await publisher.close()
             if all(publisher.is_idle for publisher in self):
                 if self._line is None:
                     return
-                self._on_rest()  # one of them was cancelled, and did not tell
+                self._on_rest()  # one of them was cancelled, and did not call back
 
     def _on_layout(self) -> None:
         if self._line is None:
@@ -107,7 +107,7 @@ class Publishers:
         self._on_rest()
 
     def _on_rest(self) -> None:
-        """One of them has come to rest."""
+        """One publisher has come to rest."""
         if self._line is None or not all(publisher.is_idle for publisher in self):
             return
         line = [pending for publisher in self for pending in publisher.take_queue()] + self._line
@@ -123,7 +123,7 @@ class Publishers:
             self._again(pending)
 
     def _again(self, pending: Parcel) -> None:
-        """Queue what was queued for another layout."""
+        """Queue again what was queued for the old layout."""
         partition_of = self._link.keys.log_partition
         by_partition: dict[int, list[int]] = {}
         for index, event in enumerate(pending.events):

@@ -15,8 +15,8 @@ logger = logging.getLogger("mnemobus.log")
 class Syncer:
     """Waits until what was logged is on disk or on a replica; many calls share one wait.
 
-    WAITAOF and WAIT speak of what the same connection wrote before: a small write goes ahead of them, which
-    is after everything that was logged when the wait began.
+    WAITAOF and WAIT apply to what the same connection wrote before. So a small write comes first: it is later than
+    everything that was logged when the wait began.
     """
 
     def __init__(self, link: Link) -> None:
@@ -55,7 +55,7 @@ class Syncer:
                 waiting, self._waiting = self._waiting, []
                 try:
                     await self._once()
-                except Exception as error:  # every waiter must hear of it, whatever it is
+                except Exception as error:  # every waiter must get the error, whatever it is
                     if not isinstance(error, MnemobusError):
                         logger.exception("waiting for the log to be synced failed")
                     for done in waiting:

@@ -1,9 +1,9 @@
--- Remove groups of `hold.lua` that nobody uses any more: they keep the log from being trimmed.
+-- Remove groups of `hold.lua` that no process uses any more: while they exist, the log can't be trimmed.
 --
 -- KEYS[1]  log: the stream of events
--- ARGV[1]  ms without a sign of life
--- ARGV[2..] how the names of such groups begin
--- Returns  the names of those that were removed
+-- ARGV[1]  ms without activity
+-- ARGV[2..] prefixes of the names of such groups
+-- Returns  the names of the removed groups
 
 local groups = redis.pcall('XINFO', 'GROUPS', KEYS[1])
 if groups.err then
@@ -31,7 +31,7 @@ for _, group in ipairs(groups) do
       used = used or named(consumer)['idle'] <= tonumber(ARGV[1])
     end
     if not used then
-      redis.call('XDEL', KEYS[1], '0-1') -- a full Redis takes the next only after it, see hold.lua
+      redis.call('XDEL', KEYS[1], '0-1') -- a full Redis takes the next command only after it, see hold.lua
       redis.call('XGROUP', 'DESTROY', KEYS[1], name)
       removed[#removed + 1] = name
     end

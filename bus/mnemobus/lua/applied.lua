@@ -1,16 +1,16 @@
--- Tell which events of a log partition have been applied.
+-- Report which events of a log partition have been applied.
 --
 -- KEYS[1]  log: the stream of events
 -- KEYS[2]  dead: the stream of dead letters
 -- KEYS[3]  reasons: a hash, as in dead.lua
 -- KEYS[4]  meter: a hash, dead_last and dead_forgotten, as in dead.lua
 -- ARGV[1]  the consumer group that applies events
--- ARGV[2..] IDs of entries asked about
--- Returns  {last delivered, lowest pending, how many reasons there are, 1 if there are letters whose reasons are not
+-- ARGV[2..] IDs of the entries in question
+-- Returns  {last delivered, lowest pending, number of reasons, 1 if there are letters whose reasons are not
 --          noted yet else 0, dead_forgotten, then for each ID 1 if it is pending, else 0}
---          The first two are empty where there is no such group, or nothing pends. An entry is applied if it is not
---          above the last delivered and not pending. All below the lowest pending (where nothing pends: all up to the
---          last delivered) are: that is the low-water mark. Whether it went to the dead letters, the reasons tell.
+--          The first two are empty if there is no such group, or nothing is pending. An entry is applied if it is not
+--          above the last delivered and not pending. The low-water mark is the lowest pending (or, if nothing is
+--          pending, the last delivered): all below it are applied. The reasons say whether an event is a dead letter.
 
 local answer = {'', '', 0, 0, ''}
 local groups = redis.pcall('XINFO', 'GROUPS', KEYS[1])

@@ -1,18 +1,18 @@
 -- Close the log to new calls for a while, before it gets a new layout; or open it again.
 --
--- KEYS[1]  layout: a hash, first and count as in layout.lua, and closing: who has closed the log, since when and until when,
---          "<token> <ms> <ms>", by the server's clock
--- KEYS[2..] meters of the log partitions that are written to: closed, the same
+-- KEYS[1]  layout: a hash, first and count as in layout.lua, and closing: "<token> <ms> <ms>": the token of the caller
+--          that closed the log, since when and until when, by the server's clock
+-- KEYS[2..] meters of the log partitions that take writes: closed, the same value
 -- ARGV[1]  token of the caller
--- ARGV[2]  ms for which the log is to be closed from now on; 0 opens it
+-- ARGV[2]  ms for which to close the log from now on; 0 opens it
 -- ARGV[3]  first, as the caller knows it
 -- ARGV[4]  count, as the caller knows it
 -- Returns  1
--- Errors   BUSY n     another has closed the log, for n ms more at most; nothing has changed
---          LAYOUT     the log is laid out differently by now; nothing has changed
+-- Errors   BUSY n     another caller has closed the log, for at most n ms more; nothing has changed
+--          LAYOUT     the log has another layout by now; nothing has changed
 --
--- Nothing has to be taken back: who dies leaves a log that is open again when the time has passed. And nothing rests on
--- its being closed: relayout.lua looks for itself whether all is applied.
+-- Nothing has to be undone: if the caller dies, the log is open again when the time has passed. And correctness does
+-- not depend on the closing: relayout.lua itself checks whether all is applied.
 
 local there = redis.call('HMGET', KEYS[1], 'first', 'count', 'log_partitions', 'closing')
 if (there[1] or '0') ~= ARGV[3] or (there[2] or there[3]) ~= ARGV[4] then

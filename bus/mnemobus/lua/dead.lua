@@ -1,21 +1,22 @@
--- Put an event that can't be applied where people find it, once, and its reason where its writer asks for it.
+-- Add an event that can't be applied to the dead letters, once, and note its reason for its writer.
 --
 -- KEYS[1]  dead: the stream of dead letters: version and reason, then the event's fields
--- KEYS[2]  reasons: a hash, version -> what became of an event that could not be applied:
+-- KEYS[2]  reasons: a hash, version -> what happened to an event that could not be applied:
 --          "dead <ID of its letter> <reason>"; "dropped <reason>"; "requeued <ID of its new entry>"
--- KEYS[3]  meter: a hash; dead_last is the ID of the last letter that the reasons know of, dead_bytes what letters take,
---          dead_forgotten the highest version of which letter and reason were given up, dead_given_up how many were,
---          dead_left_out how many are without their content; these two since there were no letters
+-- KEYS[3]  meter: a hash; dead_last is the ID of the last letter that has a reason, dead_bytes the size of the letters,
+--          dead_forgotten the highest version whose letter and reason were deleted for space, dead_given_up the number
+--          of these, dead_left_out the number of letters without content; both counts begin again when no letters are
+--          left
 -- ARGV[1]  version of the event
 -- ARGV[2]  why it can't be applied
--- ARGV[3]  bytes that letters may take
+-- ARGV[3]  most bytes of all letters
 -- ARGV[4..] the event's fields and values, alternating, as they were in the log; the first 2,000 pairs are kept
--- Returns  {ID of the letter, 1 if its content was left out for room, how many older letters were given up for room}
---          The ID is empty where somebody has dropped the letter already.
+-- Returns  {ID of the letter, 1 if its content was left out for space, how many older letters were deleted for space}
+--          The ID is empty if the letter was dropped already.
 --
--- Takes as long however many letters there are: the reasons tell what was buried, no letter is read. Where the letters
--- have come to their limit, the content of a new one is left out: it is in the log until that is trimmed, and
--- requeue.lua takes it from there. Where not even that makes room, the oldest are given up, a few with each new one.
+-- The time does not depend on the number of letters: the reasons say what is a dead letter, no letter is read. At the
+-- limit, a new letter gets no content: the log has it until it is trimmed, and requeue.lua takes it from there. If that
+-- does not free enough space, the oldest letters are deleted, a few with each new one.
 
 local function before(a, b)
   local a_ms, a_seq = string.match(a, '^(%d+)-(%d+)$')
@@ -52,7 +53,7 @@ end
 redis.call('XDEL', KEYS[1], '0-1')
 local meter = redis.call('HMGET', KEYS[3], 'dead_last', 'dead_bytes', 'dead_forgotten')
 local bytes = redis.call('XLEN', KEYS[1]) > 0 and tonumber(meter[2] or 0) or 0
--- An older worker may have put letters there that the reasons do not know of: index.lua goes on where it was.
+-- An older worker may have added letters without reasons: then dead_last stays, and index.lua goes on from it.
 local complete = #redis.call('XRANGE', KEYS[1], '(' .. (meter[1] or '0-0'), '+', 'COUNT', 1) == 0
 
 local limit = tonumber(ARGV[3])

@@ -1,10 +1,10 @@
--- Begin a new epoch if this server process is one that nobody has met before, or was a replica since.
+-- Begin a new epoch if this server process is a new one, or was a replica since the epoch began.
 --
--- KEYS[1]  epoch: a hash, run_id (of the server process that the epoch began with), promotion (as ARGV[3]) and epoch
+-- KEYS[1]  epoch: a hash, run_id (of the server process with which the epoch began), promotion (as ARGV[3]) and epoch
 -- ARGV[1]  run id of the server that runs this script
--- ARGV[2]  name of the new epoch, should one begin; never used before
--- ARGV[3]  what names the last time that it was promoted, from a replica to the master; empty where it doesn't know any
--- Returns  the epoch that is in force
+-- ARGV[2]  name of a new epoch, if one begins; never used before
+-- ARGV[3]  identifies the server's last promotion from replica to master; empty if it knows of none
+-- Returns  the current epoch
 
 local known = redis.call('HMGET', KEYS[1], 'run_id', 'epoch', 'promotion')
 if known[1] == ARGV[1] and (ARGV[3] == '' or known[3] == ARGV[3]) then

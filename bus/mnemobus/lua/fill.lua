@@ -1,12 +1,12 @@
--- Put a query's result into its bucket, if the lease that was granted for it is still there.
+-- Put a query's result into its bucket, if its lease is still there.
 --
 -- KEYS[1]  bucket: as in lookup.lua
 -- ARGV[1]  query
 -- ARGV[2]  token of the lease
 -- ARGV[3]  result
--- ARGV[4]  percent of its memory that Redis may have in use, this result included, where it has a limit and evicts
+-- ARGV[4]  most percent of its memory that Redis may have in use, including this result, if it has a limit and evicts
 --          nothing: the rest is for the log
--- Returns  1 if the result was accepted, 0 if the bucket was invalidated (or evicted) since, 2 if there is no room
+-- Returns  1 if the result was accepted, 0 if the bucket was invalidated (or evicted) since, 2 if there is no space
 
 local field = 'l:' .. ARGV[1]
 local lease = redis.call('HGET', KEYS[1], field)

@@ -1,9 +1,9 @@
--- Tell how far the slots of a log partition have got, in one look.
+-- Report the heads of slots of a log partition, all at the same moment.
 --
--- KEYS[1]  heads: a hash, slot -> version of its last event, and n: how many events were announced
--- KEYS[2]  meter: a hash, added among its counters
--- ARGV[1..] slots asked about
--- Returns  {events added that were not announced, the head of each slot; 0-0 where there is none}
+-- KEYS[1]  heads: a hash, slot -> version of its last event, and n: the number of announced events
+-- KEYS[2]  meter: a hash; added is one of its counters
+-- ARGV[1..] the slots in question
+-- Returns  {number of events that were added and not announced, the head of each slot; 0-0 if there is none}
 
 local counted = redis.call('HGET', KEYS[2], 'added')
 local heads = redis.call('HMGET', KEYS[1], 'n', unpack(ARGV))

@@ -1,10 +1,10 @@
--- Note the reasons of dead letters that are not noted yet: an older mnemobus put only letters.
+-- Note the missing reasons of dead letters: an older mnemobus added only letters.
 --
 -- KEYS[1]  dead: the stream of dead letters
 -- KEYS[2]  reasons: a hash, as in dead.lua
 -- KEYS[3]  meter: a hash, dead_last and dead_bytes, as in dead.lua
--- ARGV[1]  how many letters to look at: each may hold a megabyte
--- Returns  how many were looked at; 0 once all are noted
+-- ARGV[1]  how many letters to read: each may hold a megabyte
+-- Returns  how many were read; 0 once all are noted
 
 local last = redis.call('HGET', KEYS[3], 'dead_last') or '0-0'
 local letters = redis.call('XRANGE', KEYS[1], '(' .. last, '+', 'COUNT', ARGV[1])

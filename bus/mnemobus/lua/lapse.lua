@@ -1,10 +1,10 @@
--- Give up what is noted of an event that was requeued or dropped, unless that has changed meanwhile.
+-- Delete the note about an event that was requeued or dropped, unless it has changed meanwhile.
 --
 -- KEYS[1]  reasons: a hash, as in dead.lua
 -- KEYS[2]  meter: a hash, dead_forgotten, as in dead.lua
 -- ARGV[1]  version of the event
 -- ARGV[2]  the note, as the caller read it
--- Returns  1 if it was given up
+-- Returns  1 if it was deleted
 
 local function before(a, b)
   local a_ms, a_seq = string.match(a, '^(%d+)-(%d+)$')

@@ -1,9 +1,10 @@
--- Tell what a log has, and what it no longer has, in one look.
+-- Report which entries a log has, and how many it no longer has, all at the same moment.
 --
 -- KEYS[1]  log: the stream of events
--- KEYS[2]  meter: a hash; added counts what was ever written, trimmed what `trim.lua` removed, all before trimmed_to
+-- KEYS[2]  meter: a hash; added counts all entries ever written, trimmed those that `trim.lua` removed, all before
+--          trimmed_to
 -- Returns  {ID of the first entry, of the last, how many were removed, how many of them by trim.lua, trimmed_to}
---          The IDs are empty where the log is; trimmed_to, where nothing was trimmed.
+--          The IDs are empty if the log is empty; trimmed_to is empty if nothing was trimmed.
 
 local function id(found)
   return found[1] and found[1][1] or ''

@@ -1,9 +1,9 @@
--- Forget consumers that are long gone and have nothing pending.
+-- Delete consumers that have been inactive for long and have nothing pending.
 --
 -- KEYS[1]  log: the stream of events
 -- ARGV[1]  the consumer group
--- ARGV[2]  ms without a sign of life
--- Returns  how many were forgotten
+-- ARGV[2]  ms without activity
+-- Returns  how many were deleted
 
 local consumers = redis.pcall('XINFO', 'CONSUMERS', KEYS[1], ARGV[1])
 if consumers.err then

@@ -1,20 +1,20 @@
--- Give the log its new layout, in one step, once all of its events are applied.
+-- Repartition the log, in one step, once all of its events are applied.
 --
 -- KEYS[1]  layout: a hash, as in layout.lua and close.lua
--- KEYS[2..] of each log partition that is written to: log, meter; then of each new one, which has a number that no partition
---          has had: log, meter
+-- KEYS[2..] for each log partition that takes writes: log, meter; then for each new one, which has a number that no
+--          partition has had: log, meter
 -- ARGV[1]  token of the caller, which has closed the log
 -- ARGV[2]  the consumer group that applies events
 -- ARGV[3]  first, as the caller knows it
 -- ARGV[4]  count, as the caller knows it
--- ARGV[5]  how many partitions there are to be
--- ARGV[6]  by how much the backlog of those that end is to look larger: an older mnemobus writes nothing there any more
--- Returns  0 if it is done; else the number of partitions that have something left to apply: nothing has changed
--- Errors   LAYOUT     the log is laid out differently, or somebody else has closed it, or new partitions have
+-- ARGV[5]  the number of new partitions
+-- ARGV[6]  is added to the backlog of the partitions that end, so that an older mnemobus writes nothing there any more
+-- Returns  0 if it is done; else the number of partitions that still have events to apply: nothing has changed
+-- Errors   LAYOUT     the log has another layout, or another caller has closed it, or new partitions have
 --            events already; nothing has changed
 --
--- A partition that has ended keeps all that it has: the log for replays, the producers' last calls, which may be repeated
--- yet, the dead letters. New ones begin above the last event of any before them, whatever the clock says (G2).
+-- A partition that has ended keeps all its data: the log for replays, the producers' last calls, which may still be
+-- repeated, the dead letters. New ones begin above the last event of all earlier ones, whatever the clock says (G2).
 
 local function before(a, b)
   local a_ms, a_seq = string.match(a, '^(%d+)-(%d+)$')
@@ -70,13 +70,13 @@ for i = 2 * count + 2, #KEYS, 2 do
   end
 end
 
-redis.call('HDEL', KEYS[1], 'closing') -- a full Redis takes what follows only after another write of the same script
+redis.call('HDEL', KEYS[1], 'closing') -- a full Redis takes the next command only after another write of the same script
 for i = 3, 2 * count + 1, 2 do
   redis.call('HDEL', KEYS[i], 'open', 'closed')
   redis.call('HINCRBY', KEYS[i], 'applied', '-' .. ARGV[6])
 end
 for i = 2 * count + 2, #KEYS, 2 do
-  redis.pcall('XGROUP', 'CREATE', KEYS[i], ARGV[2], '0', 'MKSTREAM') -- a worker may have made it
+  redis.pcall('XGROUP', 'CREATE', KEYS[i], ARGV[2], '0', 'MKSTREAM') -- a worker may have created it
   redis.call('XSETID', KEYS[i], last)
 end
 local first = string.format('%d', tonumber(ARGV[3]) + count)

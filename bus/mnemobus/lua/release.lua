@@ -2,7 +2,7 @@
 --
 -- KEYS[1]  log: the stream of events
 -- ARGV[1]  the group
--- Returns  1; 0 where there is no such group, or no log
+-- Returns  1; 0 if there is no such group, or no log
 
 if redis.call('EXISTS', KEYS[1]) == 0 then
   return 0

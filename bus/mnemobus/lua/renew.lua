@@ -1,13 +1,13 @@
--- Set how long entries have been idle, those that still are a consumer's own: 0 keeps others from claiming them,
--- a large number hands them over. Neither counts as a delivery.
+-- Set the idle time of entries that a consumer still owns: with 0, other consumers can't claim them yet; with a large
+-- number, they can. Neither counts as a delivery.
 --
 -- KEYS[1]  log: the stream of events
 -- ARGV[1]  the consumer group
 -- ARGV[2]  the consumer
--- ARGV[3]  ms that the entries shall have been idle
--- ARGV[4]  deliveries to take back: 1 if the consumer did not begin with the entries, else 0
+-- ARGV[3]  the new idle time in ms
+-- ARGV[4]  deliveries to subtract: 1 if the consumer did not begin with the entries, else 0
 -- ARGV[5..] IDs of entries
--- Returns  how many are the consumer's own
+-- Returns  how many the consumer owns
 
 local own = 0
 for i = 5, #ARGV do

@@ -1,17 +1,17 @@
--- Give up the oldest log partition, which has ended, once nothing in it is asked for any more. Its keys are left to the
--- caller: workers have to notice first, which may be reading there.
+-- Retire the oldest log partition, which has ended, once nothing in it is needed any more. The caller deletes its keys
+-- later: workers that may be reading there have to notice first.
 --
--- KEYS[1]  layout: a hash, as in layout.lua. gone: how many events were in the partitions that were given up; gone_to: the ID
---          of the last of them
+-- KEYS[1]  layout: a hash, as in layout.lua. gone: number of events in all retired partitions; gone_to: the ID of the
+--          last of them
 -- KEYS[2]  log: the stream of events of the partition
 -- KEYS[3]  producers: a hash, as in publish.lua
 -- KEYS[4]  dead: the stream of dead letters
 -- KEYS[5]  reasons: a hash, as in dead.lua
 -- KEYS[6]  meter: a hash, added and trimmed_to
 -- ARGV[1]  number of the partition
--- ARGV[2]  ms that events are kept at least
+-- ARGV[2]  least ms for which events are kept
 -- ARGV[3]  the consumer group that applies events
--- Returns  1 if it was given up
+-- Returns  1 if it was retired
 
 local there = redis.call('HMGET', KEYS[1], 'first', 'oldest', 'gone_to')
 local number = tonumber(ARGV[1])
@@ -34,7 +34,7 @@ if redis.call('EXISTS', KEYS[2]) == 1 then
     for i = 1, #group, 2 do
       fields[group[i]] = group[i + 1]
     end
-    -- Another group is a replay's, which has not read all of it.
+    -- Another group belongs to a replay that has not read everything.
     if fields['name'] ~= ARGV[3] or fields['pending'] > 0
       or #redis.call('XRANGE', KEYS[2], '(' .. fields['last-delivered-id'], '+', 'COUNT', 1) > 0
     then

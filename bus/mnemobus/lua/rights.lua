@@ -1,11 +1,11 @@
--- Which commands the user of this connection may not run. None of them is run.
+-- Find the commands that the user of this connection may not run. None of them is run.
 --
--- KEYS[1]   layout: any key of the bus that has no partition
+-- KEYS[1]   layout: any key of the bus that belongs to no partition
 -- KEYS[2]   log: a stream of events
 -- KEYS[3]   feed: a stream of invalidations; its channel has the same name
 -- ARGV[1]   a channel of an agent's own
--- ARGV[2..] commands, their words parted by spaces; KEY, LOG, FEED and CHANNEL stand for those above
--- Returns   the commands that would be refused; nil where the server can't tell (before Redis 7)
+-- ARGV[2..] commands, with spaces between their words; KEY, LOG, FEED and CHANNEL stand for those above
+-- Returns   the commands that would be refused; nil if the server can't tell (before Redis 7)
 
 if not redis.acl_check_cmd then
   return nil

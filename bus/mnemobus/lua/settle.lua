@@ -1,13 +1,13 @@
--- Set the meter right where nothing is left to apply.
+-- Correct the meter if nothing is left to apply.
 --
--- Entries that somebody deletes from the log are never confirmed, or have left the pending list before they are (since
--- Redis 7 a claim removes them): the backlog would count them for ever.
+-- Entries that are deleted from the log by hand are never confirmed, or have left the pending list before (since
+-- Redis 7 a claim removes them): without this the backlog would count them for ever.
 --
 -- KEYS[1]  log: the stream of events
 -- KEYS[2]  meter: a hash, added and applied
 -- ARGV[1]  the consumer group
--- ARGV[2]  by how much the backlog of a partition that has ended looks larger: see relayout.lua
--- Returns  by how many the backlog was off; 0 also where something is left
+-- ARGV[2]  what relayout.lua has added to the backlog of an ended partition
+-- Returns  the error of the backlog; 0 also if something is left
 
 if redis.call('EXISTS', KEYS[1]) == 1 then
   local last

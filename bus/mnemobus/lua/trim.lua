@@ -1,17 +1,17 @@
 -- Remove from the log what every consumer group has applied and retention no longer asks for.
 --
 -- KEYS[1]  log: the stream of events
--- KEYS[2]  meter: a hash; trimmed counts what was removed here, and all of that was before trimmed_to
--- ARGV[1]  ms that events are kept at least
+-- KEYS[2]  meter: a hash; trimmed counts the entries that this script has removed, all of them before trimmed_to
+-- ARGV[1]  least ms for which events are kept
 -- ARGV[2]  the consumer group that applies events
--- ARGV[3]  an ID that the caller knows, by its own clock, to have been delivered so long ago; 0-0 for none
+-- ARGV[3]  an ID that was delivered at least that long ago, by the caller's own clock; 0-0 for none
 -- Returns  {how many entries were removed, at most some thousands at a time; the ID that was last delivered}
 --
--- IDs are by Redis's clock. Where it was ahead once and is right again, they lie in the future, and by them alone
--- nothing would be removed until the clock has come there: so there is ARGV[3].
+-- IDs come from Redis's clock. If it was ahead once and is right again, they lie in the future, and by the IDs alone
+-- nothing would be removed until the clock has reached them: so there is ARGV[3].
 --
--- Nothing is removed at or above a group's low-water mark: the lowest pending ID, or the last delivered where
--- nothing pends. A log without the group that applies events is not trimmed.
+-- Nothing is removed at or above a group's low-water mark: the lowest pending ID, or the last delivered if nothing is
+-- pending. A log without the group that applies events is not trimmed.
 
 -- IDs are two unsigned 64-bit numbers; a Lua number would lose digits of them.
 local function smaller(a, b)

@@ -1,1 +1,1 @@
-"""``mnemobus demo``, in parts: play.py runs it, agent.py is one of its agents, proof.py is what it has to show."""
+"""``mnemobus demo``, in parts: play.py runs it, agent.py is one of its agents, proof.py checks the result."""

@@ -1,12 +1,12 @@
-"""One agent of the demo, a process of its own: ``python -m mnemobus.cli.demo.agent``.
+"""One agent of the demo, in its own process: ``python -m mnemobus.cli.demo.agent``.
 
-It talks JSON lines with the demo. In: its part, then "start", then "verify" as often as the demo likes; the end of
-input is its end. Out: "ready"; "progress" now and then; "done" with all that it was promised (each acknowledged
-write) and saw (each dropped copy); and for "verify" what it sees of every room.
+It exchanges JSON lines with the demo. Input: its part, then "start", then any number of "verify"; it ends when the
+input ends. Output: "ready"; "progress" from time to time; "done" with its promises (each acknowledged write) and what
+it saw (each dropped copy); and for "verify" what it sees of every room.
 
-In a conversation the agents take turns. Whose turn it is reads the context until the turn before is in it. Nobody
-tells it that it is: it waits until its copy of the room is dropped, and reads again. So the conversations go on only
-as fast as invalidations travel, and stop if one is lost.
+In a conversation the agents take turns. The next agent reads the context until the turn before is in it. No message
+says that it is: the agent waits until its copy of the room is dropped, and reads again. So the conversations are only
+as fast as the invalidations, and stop if one is lost.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ from .samples import Turn
 ROOMS_AT_ONCE = 24
 """Conversations that an agent takes part in at the same time."""
 IMPATIENCE = 0.1
-"""Seconds after which an agent looks again although nothing was dropped: it may have had no copy."""
+"""Seconds after which an agent reads again although nothing was dropped: it may have had no copy."""
 
 
 class Agent:
-    """Plays one part on a bus of its own."""
+    """Plays one part on its own bus."""
 
     def __init__(self, bus: Bus, part: Role) -> None:
         self._bus = bus
@@ -56,8 +56,8 @@ class Agent:
             event.set()
 
     async def converse(self) -> None:
-        """Take part in every conversation. Rooms are entered in the same order by everyone, so that nobody waits
-        for one who waits for another room."""
+        """Take part in every conversation. All agents enter the rooms in the same order, so that no agent waits for
+        one that waits for another room."""
         async with asyncio.TaskGroup() as group:
             for room in self._rooms:
                 await self._places.acquire()
@@ -69,7 +69,7 @@ class Agent:
                 if (turn.speaker + room.number) % self._part.agents == self._part.number:
                     await self._await_turn(room, number)
                     await self._speak(room, number, turn)
-            # Stay to the end: what is read then is the copy that `verify` finds here, and the store must have.
+            # Stay to the end: `verify` finds the copy that is read then, and the store must have the same.
             await self._await_turn(room, len(room.conversation.turns))
         finally:
             self._places.release()
@@ -123,7 +123,7 @@ class Agent:
         self._note("put", room, table, id, receipt.version, content, began)
 
     async def _update(self, room: DemoRoom, id: str, content: dict[str, Any]) -> None:
-        # What was said is in the store, but what was learned on the way may be in another batch, not yet there.
+        # The messages are in the store, but the facts may be in another batch that is not committed yet.
         while True:
             try:
                 receipt = await self._bus.update(id, content=content)

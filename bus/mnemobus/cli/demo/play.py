@@ -1,16 +1,16 @@
 """``mnemobus demo``: the whole system at work, and the proof that it kept its promises.
 
-Agents, each a process of its own (agent.py), hold the conversations of samples.py. They write down every write that
-was acknowledged to them, and when a copy of theirs was dropped. Half way, one worker is killed. When all is quiet,
-the store is read directly, past every cache, and two questions are asked:
+Agents, each in its own process (agent.py), hold the conversations of samples.py. They record each of their acknowledged
+writes, and when each of their copies was dropped. Half way, one worker is killed. When everything is applied, the store
+is read directly, without any cache, and two questions are answered:
 
-- Is every acknowledged write in it, with its last value? What should be there is worked out from the writes alone,
-  in the order of their versions.
-- Does every agent see what the store has? Most of its answers are copies that it has kept from the conversations:
-  if an invalidation had been lost, here is where it would show.
+- Is every acknowledged write in it, with its last value? The expected content is computed from the writes alone, in
+  the order of their versions.
+- Does every agent see what the store has? Most of its answers are copies that it has kept from the conversations: a
+  lost invalidation would show here.
 
-Propagation is measured from the moment that a write was acknowledged to its writer to the moment that a copy of the
-room was dropped in another agent. All processes of a machine share the clock that is used.
+Propagation is measured from the moment when a write was acknowledged to its writer to the moment when another agent
+dropped its copy of the room. All processes of a machine share the clock that is used.
 """
 
 from __future__ import annotations
@@ -57,9 +57,9 @@ AGENT = f"{__package__}.agent"
 """The module that is an agent's process."""
 WORKERS = 2
 DEADLINE = 50.0
-"""Seconds for the conversations of a demo of the usual size; a larger one gets more."""
+"""Seconds for the conversations of a demo of the default size; a larger one gets more."""
 QUIET = 20.0
-"""Seconds that the log may take to be applied once nobody writes."""
+"""Seconds until the log must be applied after the last write."""
 
 
 def run(*, agents: int, writes: int, external: bool, wait: float, json: bool) -> int:
@@ -115,7 +115,7 @@ def _teller(json: bool) -> Callable[[str], None]:
 
 
 class _AgentProcess:
-    """An agent, as the demo sees it."""
+    """The demo's side of an agent process."""
 
     def __init__(self, number: int, process: asyncio.subprocess.Process) -> None:
         self.number = number
@@ -124,12 +124,12 @@ class _AgentProcess:
 
     async def tell(self, value: Any) -> None:
         assert self.process.stdin is not None
-        with suppress(ConnectionError):  # if it died, hearing nothing from it tells
+        with suppress(ConnectionError):  # if the process died, the missing answer shows it
             self.process.stdin.write(orjson.dumps(value, option=orjson.OPT_APPEND_NEWLINE))
             await self.process.stdin.drain()
 
     async def hear(self) -> Any:
-        """The next thing that it says; MnemobusError if it says no more."""
+        """Its next message; MnemobusError if there is none."""
         assert self.process.stdout is not None
         line = await self.process.stdout.readline()
         if not line:
@@ -137,7 +137,7 @@ class _AgentProcess:
         return orjson.loads(line)
 
     async def hear_out(self) -> dict[str, Any]:
-        """What it has to say when it is done, past all that it says on the way."""
+        """Its final message, after all those about its progress."""
         while True:
             said = await self.hear()
             if "done" in said:
@@ -228,7 +228,7 @@ class _Demo:
                 await hearing
 
     async def _watch(self, hearing: asyncio.Future[Any]) -> None:
-        """Show how far they are, and kill a worker half way."""
+        """Show the progress, and kill a worker half way."""
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
         columns = (TextColumn("  conversations"), BarColumn(), MofNCompleteColumn(), TextColumn("writes"))
@@ -297,7 +297,7 @@ class _Demo:
         proof.measure(self._summary, reports, self._rooms)
 
     async def _compare(self, stored: dict[str, list[str]]) -> None:
-        """Ask every agent what it sees, until it agrees or the time it has for that is over."""
+        """Ask every agent what it sees, until it agrees or its time is over."""
 
         async def agrees(agent: _AgentProcess) -> tuple[bool, dict[str, Any]]:
             deadline = time.monotonic() + self._settings.max_staleness + 1.0

@@ -1,4 +1,4 @@
-"""What a run has to prove, worked out from what the agents wrote down and what the store has."""
+"""What a run has to prove, computed from the agents' records and the content of the store."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from .summary import Summary
 
 
 async def stored(reader: Reader, room: DemoRoom) -> tuple[list[Row], list[str]]:
-    """What the store has of a room, and what an agent that agrees would see of it."""
+    """What the store has of a room, and what an agent has to see of it."""
     listings = [
         await reader.recent(Query(table, room=room.name), 1_000) for table in ("messages", "facts", "drafts")
     ]
@@ -30,7 +30,7 @@ async def stored(reader: Reader, room: DemoRoom) -> tuple[list[Row], list[str]]:
 
 
 def lost(writes: Sequence[dict[str, Any]], stored: dict[str, Row]) -> list[str]:
-    """The memories that the store has otherwise than the acknowledged writes would leave them."""
+    """The memories whose content in the store differs from the result of the acknowledged writes."""
     expected: dict[str, Any] = {}
     in_room: dict[tuple[str, str], set[str]] = defaultdict(set)
     # All writes to one memory are in one log partition, whose order is that of the versions.
@@ -53,7 +53,7 @@ def lost(writes: Sequence[dict[str, Any]], stored: dict[str, Row]) -> list[str]:
 
 
 def measure(summary: Summary, reports: list[dict[str, Any]], rooms: Sequence[DemoRoom]) -> None:
-    """Propagation: for each turn, how long after it was begun to be written each other agent gave up its old copy."""
+    """Propagation: for each turn, the time from the begin of its write until each other agent dropped its old copy."""
     turns: dict[str, list[tuple[float, int]]] = defaultdict(list)
     drops: list[dict[str, list[float]]] = []
     for number, report in enumerate(reports):
@@ -71,7 +71,7 @@ def measure(summary: Summary, reports: list[dict[str, Any]], rooms: Sequence[Dem
         for (began, writer), following in pairwise([*said, (float("inf"), -1)]):
             for number, mine in enumerate(drops):
                 if number != writer:
-                    # Before the next turn begins, the only drops of the room are those of this one.
+                    # Before the next turn begins, all drops of the room belong to this turn.
                     dropped = [t for t in mine[scope] if began <= t < following[0]]
                     samples += [dropped[0] - began] if dropped else []
     samples.sort()

@@ -1,4 +1,4 @@
-"""What demo and agents have to agree on: the rooms of a run, the ids in them, and how to compare what is seen."""
+"""What demo and agents have to agree on: the rooms of a run, the ids in them, and how to compare answers."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _RUNS = uuid.UUID("0c5c3d6e-3b1f-5d0a-8d2b-6f0a4e7d9b11")
 
 @dataclass(frozen=True, slots=True)
 class Role:
-    """What an agent has to know to play its part; ``run`` keeps the rooms of one run apart from any other's."""
+    """What an agent has to know to play its part; ``run`` separates the rooms of this run from those of others."""
 
     number: int
     agents: int
@@ -35,7 +35,7 @@ class DemoRoom:
     conversation: Conversation
 
     def message(self, turn: int) -> str:
-        """The id of a turn's message: the others know what they wait for."""
+        """The id of a turn's message, so that the other agents know what they wait for."""
         return str(uuid.uuid5(_RUNS, f"{self.name}/turn/{turn}"))
 
     def fact(self, key: str) -> str:
@@ -46,7 +46,7 @@ class DemoRoom:
 
     @property
     def has_drafts(self) -> bool:
-        """Every fifth room has a draft that is thrown away, with the room's others, at the end."""
+        """Whether the room has a draft, which `delete_room` deletes at the end; every fifth room has one."""
         return self.number % 5 == 0
 
     @property
@@ -54,7 +54,7 @@ class DemoRoom:
         return self.conversation.writes + 2 * self.has_drafts
 
     def ids(self) -> list[str]:
-        """The memories that are fetched one by one in the end: those that changed, and the last message."""
+        """The memories that are fetched one by one at the end: those that changed, and the last message."""
         facts = {self.fact(turn.learn[0]) for turn in self.conversation.turns if turn.learn}
         return [*sorted(facts), self.message(len(self.conversation.turns) - 1)]
 
@@ -67,7 +67,7 @@ def rooms_of(part: Role) -> list[DemoRoom]:
 
 
 def digest(memories: Sequence[Any]) -> str:
-    """What a listing says: the same for the store's rows and an agent's memories if they agree."""
+    """The content of a listing, in a form in which the store's rows and an agent's memories can be compared."""
     seen = [[m.id, str(m.version), _plain(m.content), _plain(m.metadata)] for m in memories]
     return hashlib.sha256(orjson.dumps(seen, option=orjson.OPT_SORT_KEYS)).hexdigest()[:16]
 

@@ -1,8 +1,8 @@
 """Conversations of agents, for the demo: written for this project, and varied by templates.
 
-Each scenario is a conversation between three agents, turn by turn. A turn may teach a fact about its subject, revise
-one that was taught before, or take one back. ``{names}`` are filled in from the scenario's own lists, differently
-in every room, always the same for the same number.
+Each scenario is a conversation between three agents, turn by turn. A turn may add a fact about its subject, revise
+an earlier one, or remove one. ``{names}`` are filled in from the scenario's own lists: differently in every room, and
+always in the same way for the same number.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from itertools import count
 
 @dataclass(frozen=True, slots=True)
 class Turn:
-    """What one of the three says; ``learn``, ``revise`` and ``forget`` name facts by a key of the room's own."""
+    """What one of the three says; ``learn``, ``revise`` and ``forget`` name facts by a key of the room."""
 
     speaker: int
     text: str
@@ -27,7 +27,7 @@ class Turn:
 
 @dataclass(frozen=True, slots=True)
 class Conversation:
-    """A room: its name, whom it is about, and its turns with every name filled in."""
+    """A room: its name, its subject, and its turns with every name filled in."""
 
     room: str
     entity: str
@@ -37,7 +37,7 @@ class Conversation:
 
     @property
     def writes(self) -> int:
-        """Writes that it takes: a message each turn, and one for each fact that is taught, revised or taken back."""
+        """The number of its writes: one for each turn, and one for each fact that is added, revised or removed."""
         return sum(1 + bool(t.learn) + bool(t.revise) + bool(t.forget) for t in self.turns)
 
 

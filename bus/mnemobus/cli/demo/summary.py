@@ -1,4 +1,4 @@
-"""What the demo tells in the end."""
+"""What the demo prints at the end."""
 
 from __future__ import annotations
 
