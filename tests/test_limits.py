@@ -353,11 +353,13 @@ async def test_a_call_is_answered_again_whoever_wrote_its_record(settings: Setti
     }
     for name, record in records.items():
         await link.command("HSET", places[1], name, record)
-    # Then a repetition is answered as the first time
-    assert await link.run("publish", places, ["old", 3, 10, "d", ""]) == [[b"5-1", b"5-2"]]
-    assert await link.run("publish", places, ["new", 3, 10, "d", ""]) == [[b"5-1", b"5-2", b"5-3", b"6-0"]]
+    # Then a repetition is answered as the first time, by whatever layout it was made
+    assert await link.run("publish", places, ["old", 3, 10, "d", "", ""]) == [[b"5-1", b"5-2"]]
+    assert await link.run("publish", places, ["new", 3, 10, "d", "", ""]) == [
+        [b"5-1", b"5-2", b"5-3", b"6-0"]
+    ]
     await link.command("XADD", places[0], f"9999999999999-{(1 << 63) - 1}", "op", "x")
-    far = ["far", 1, 10, "d", "", *[1, 7, "", 2, "op", "x"] * 2]
+    far = ["far", 1, 10, "d", "", keys.shape.name, *[1, 7, "", 2, "op", "x"] * 2]
     first, _ = await link.run("publish", places, far)
     assert await link.run("publish", places, far) == [first]
     await link.close()

@@ -836,7 +836,9 @@ async def test_g5_what_is_applied_without_being_in_the_log_is_read_anew(
             assert database.execute("SELECT count(*) FROM mnemobus_memories").fetchone() == (1,)
         await client.delete(*[key async for key in client.scan_iter(f"{{{settings.redis_key_prefix}:f*:b:*")])
         bob._local.clear()
-        await becomes(["after"], bob)
+        await hold(bob)
+        assert await texts(bob) == ["after"]
+        assert bob._local.live("room:messages:r1") is not None
         replay = command("replay", "--since", "1h", settings=settings)
         assert await asyncio.to_thread(lambda: replay.status) == 0
         # Then the window has it

@@ -103,7 +103,7 @@ async def test_g1_a_write_waits_out_a_restart(own_redis: Any, settings: Settings
 
 async def test_backpressure_makes_writes_wait_then_fail(settings: Settings, connect: Connect) -> None:
     # Given no workers, and room for five events
-    async with connect(max_backlog=5, write_timeout=0.3) as bus:
+    async with connect(max_backlog=5, write_timeout=1) as bus:
         for n in range(5):
             await bus.write(said(str(n)))
         # Then the sixth write waits, tries again, and fails

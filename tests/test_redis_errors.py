@@ -55,13 +55,13 @@ async def test_the_same_code_however_it_is_said(server: RedisServer, settings: S
     settings = settings_of(settings, server)
     link, threaded = Link(settings), ThreadedLink(settings, 4)
     keys = link.keys
-    publish = (
-        "publish",
-        [keys.log(0), keys.producers(0), keys.meter(0), keys.heads(0)],
-        ["p", 1, 9, "d", "e", 1, 7, "1,1", 2, "a", "b"],
-    )
     try:
         await link.command("PING")
+        publish = (
+            "publish",
+            [keys.log(0), keys.producers(0), keys.meter(0), keys.heads(0)],
+            ["p", 1, 9, "d", "e", keys.shape.name, 1, 7, "1,1", 2, "a", "b"],
+        )
         threaded.client.ping()
         CONDITIONS[code](server)
         # If a command is refused, or one in a script, then the code is known, from either of them

@@ -299,10 +299,9 @@ async def test_redis_db_and_key_prefix(own_redis: Any, settings: Settings) -> No
 async def test_partitions_are_those_of_the_first_to_connect(settings: Settings, connect: Connect) -> None:
     async with connect(log_partitions=3, feed_partitions=5) as bus:
         async with redis.asyncio.Redis.from_url(settings.redis_url) as client:
-            assert await client.hgetall(bus._link.keys.layout) == {
-                b"log_partitions": b"3",
-                b"feed_partitions": b"5",
-            }
+            layout = await client.hgetall(bus._link.keys.layout)
+            assert layout.pop(b"life")
+            assert layout == {b"log_partitions": b"3", b"feed_partitions": b"5"}
         # Those of the log may be changed while the bus is in use: what is there counts
         async with connect(log_partitions=4, feed_partitions=5) as other:
             assert other._link.keys.log_partitions == 3

@@ -488,7 +488,7 @@ async def test_an_agent_tells_what_it_would_serve(
 async def test_answers_are_told_whole_or_not_at_all(
     pool: Settings, connect: Connect, client: redis.asyncio.Redis
 ) -> None:
-    async with connect() as bus, Asker(client, bus) as asker:
+    async with connect(live="off") as bus, Asker(client, bus) as asker:
         memories = [said(str(n)) for n in range(MAX_TOLD // 2)]
         await bus.write_many(memories, durability="committed")
         for limit in (MAX_TOLD, MAX_TOLD // 2, 10):
