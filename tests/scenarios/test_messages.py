@@ -43,12 +43,13 @@ async def test_g5_exactly_one_lost_message_on_a_quiet_key_is_found_and_repaired_
         await writer.write(said("new"), durability="committed")
         committed = clock()
 
-        # Then its copy is dropped within max_staleness, by replay and not by dropping all
+        # Then its copy is dropped within max_staleness, by reading what was missed and not by dropping all
         await sees(reader, ["new", "old"], settings.max_staleness)
         assert clock() - committed < settings.max_staleness
         assert proxy.dropped == 1
-        assert reader.stats().replays > before.replays
-        assert (reader.stats().resets, reader.stats().reconnects) == (before.resets, before.reconnects)
+        after = reader.stats()  # it may have been one of the feed, or of the log's announcements
+        assert after.replays + after.live_repairs > before.replays + before.live_repairs
+        assert (after.resets, after.reconnects) == (before.resets, before.reconnects)
 
         # And what comes next finds its predecessor
         assert await held(reader) == ["new", "old"]
